@@ -1,0 +1,52 @@
+# Every target sets up what it needs in $(VENV) and does its job; a second run finds it there.
+#   make demo    train a network on real data by DFA and compare it with backpropagation
+#   make test    run the tests with coverage
+#   make lint    formatting, lint and types
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.13.0
+bin := $(VENV)/bin
+sources := pyproject.toml setup.py $(shell find csrc -type f)
+
+# With an NVIDIA driver the torch wheel with CUDA; else the CPU one, from wherever pip looks, then from PyTorch's own index.
+ifeq ($(wildcard /proc/driver/nvidia/version),)
+install_torch = $(bin)/pip install --quiet torch==$(TORCH)+cpu 2>/dev/null \
+	|| $(bin)/pip install --quiet --retries 0 torch==$(TORCH) --index-url https://download.pytorch.org/whl/cpu \
+	|| $(bin)/pip install --quiet torch==$(TORCH)
+else
+install_torch = $(bin)/pip install --quiet torch==$(TORCH)
+endif
+
+demo: $(VENV)/demo
+	$(bin)/dfa-kernels demo
+
+test: $(VENV)/test
+	$(bin)/python -m pytest --cov --cov-report=term $(ARGS)
+
+lint: $(VENV)/dev
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+	$(bin)/mypy
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs -r $(bin)/clang-format --dry-run --Werror
+
+format: $(VENV)/dev
+	$(bin)/ruff check --fix
+	$(bin)/ruff format
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs -r $(bin)/clang-format -i
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(install_torch)
+	@touch $@
+
+# The package itself is installed in place; $(VENV)/<extra> marks that its extra is installed.
+$(VENV)/demo $(VENV)/test $(VENV)/dev: $(VENV)/torch $(sources)
+	$(bin)/pip install --quiet "setuptools>=77"
+	$(bin)/pip install --quiet --no-build-isolation --editable ".[$(@F)]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+.PHONY: demo test lint format clean

@@ -1,0 +1,1 @@
+"""The backends, each imported at its first use by `dfa_kernels.ops`."""

@@ -1,0 +1,121 @@
+"""Checks of public arguments. Each raises an error that names the function, the argument and what
+was got."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfa_kernels import stream
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def integer(function: str, argument: str, value: int, *, low: int, high: int) -> int:
+    """`value` as an int in [low, high]; numpy's integers are welcome, booleans are not."""
+    if isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+        raise TypeError(
+            f"{function}: {argument} must be an int, got {type(value).__name__} {value!r}"
+        )
+    value = operator.index(value)
+    if not low <= value <= high:
+        raise ValueError(f"{function}: {argument} must be in [{low}, {high}], got {value}")
+    return value
+
+
+def integers(
+    function: str, argument: str, values: Sequence[int], *, low: int, high: int
+) -> list[int]:
+    """A sequence of ints, each in [low, high], as a list."""
+    if isinstance(values, (str, bytes, Tensor)) or not hasattr(values, "__iter__"):
+        raise TypeError(
+            f"{function}: {argument} must be a sequence of ints, "
+            f"got {type(values).__name__} {values!r}"
+        )
+    return [
+        integer(function, f"{argument}[{i}]", value, low=low, high=high)
+        for i, value in enumerate(values)
+    ]
+
+
+def rows(function: str, argument: str, first: int, count: int) -> None:
+    """The rows [first, first + count) are rows of U."""
+    if first + count > stream.ROWS:
+        raise ValueError(
+            f"{function}: {argument} must leave the rows below 2**63, got {first} with {count} rows"
+        )
+
+
+def columns(function: str, argument: str, first: int, count: int) -> None:
+    """The columns [first, first + count) are columns of U."""
+    if first + count > stream.COLUMNS:
+        raise ValueError(
+            f"{function}: {argument} must leave the columns below 2**34, "
+            f"got {first} with {count} columns"
+        )
+
+
+def seed(function: str, value: int) -> int:
+    """The two's complement of a seed in [0, 2**64), which is how it fits an operator's int64."""
+    value = integer(function, "seed", value, low=0, high=2**64 - 1)
+    return value - 2**64 if value >= 2**63 else value
+
+
+def distribution(function: str, value: str) -> None:
+    """The name of a distribution of the stream."""
+    if value not in stream.BLOCK:
+        raise ValueError(
+            f"{function}: distribution must be one of {', '.join(map(repr, stream.BLOCK))}, "
+            f"got {value!r}"
+        )
+
+
+def dtype(function: str, argument: str, value: torch.dtype) -> None:
+    """A floating-point dtype the library computes in."""
+    if value not in DTYPES:
+        raise TypeError(
+            f"{function}: {argument} must be float16, bfloat16, float32 or float64, got {value!r}"
+        )
+
+
+def scales(
+    function: str,
+    normalization: str | float | Sequence[float],
+    sizes: Sequence[int],
+    error_size: int,
+) -> list[float]:
+    """Each layer's factor before U @ e: 1/sqrt(l_i n), 1/sqrt(l_max n), or what was given."""
+    if isinstance(normalization, str):
+        if normalization == "layer":
+            return [1 / math.sqrt(size * error_size) for size in sizes]
+        if normalization == "shared":
+            return [1 / math.sqrt(max(sizes) * error_size)] * len(sizes)
+        raise ValueError(
+            f"{function}: normalization must be 'layer', 'shared', a number or a sequence of "
+            f"numbers, got {normalization!r}"
+        )
+    given: list[Any] = (
+        list(normalization) if hasattr(normalization, "__iter__") else [normalization] * len(sizes)
+    )
+    for scale in given:
+        if isinstance(scale, bool) or not isinstance(scale, Real):
+            raise TypeError(
+                f"{function}: normalization must be made of numbers, "
+                f"got {type(scale).__name__} {scale!r}"
+            )
+        if not math.isfinite(scale):
+            raise ValueError(f"{function}: normalization must be finite, got {scale!r}")
+    if len(given) != len(sizes):
+        raise ValueError(
+            f"{function}: normalization must have one scale per size ({len(sizes)}), "
+            f"got {len(given)}"
+        )
+    return [float(scale) for scale in given]

@@ -1,0 +1,76 @@
+"""The command line: `python -m dfa_kernels` or `dfa-kernels`, with the commands info and demo."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dfa_kernels import functional, stream
+from dfa_kernels.version import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="dfa-kernels",
+        description="Feedback signals of Direct Feedback Alignment, from a seed.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    info = commands.add_parser("info", help="versions, and which backends are available or why not")
+    info.set_defaults(run=run_info)
+
+    demo = commands.add_parser(
+        "demo",
+        help="train a network on real data by backpropagation, by DFA, and its last layer alone",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument("--epochs", type=int, default=30, help="passes over the training set")
+    demo.add_argument("--seed", type=int, default=0, help="of the weights, the batches and B")
+    demo.add_argument("--backend", default=None, help="of the projection; None takes the best")
+    demo.add_argument("--device", default="cpu", help="where to train")
+    demo.add_argument(
+        "--figure", type=Path, default=Path("demo-digits.png"), help="learning curves"
+    )
+    demo.set_defaults(run=run_demo)
+
+    options = parser.parse_args(arguments)
+    return options.run(options)
+
+
+def run_info(options: argparse.Namespace) -> int:
+    """Print the versions in use and every backend's state."""
+    print(f"dfa_kernels {__version__}, stream v{stream.VERSION}")
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
+    print(
+        f"threads {torch.get_num_threads()}, "
+        f"CPU capability {torch.backends.cpu.get_cpu_capability()}"
+    )
+    if torch.cuda.is_available():
+        print(f"CUDA {torch.version.cuda}, {torch.cuda.get_device_name()}")
+    print()
+    print(f"{'backend':10}{'device':10}state")
+    for status in functional.backends():
+        state = status.reason or (
+            "available, chosen automatically" if status.automatic else "available"
+        )
+        print(f"{status.name:10}{status.device:10}{state}")
+    return 0
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """Train, compare and draw; see `dfa_kernels.demo`."""
+    try:
+        from dfa_kernels import demo
+    except ModuleNotFoundError as missing:
+        print(f"dfa-kernels demo: {missing}; it comes with `pip install dfa-kernels[demo]`")
+        return 1
+    demo.run(
+        options.epochs, options.seed, options.backend, torch.device(options.device), options.figure
+    )
+    return 0

@@ -1,0 +1,188 @@
+"""The functions `project` and `feedback_matrix`, and `backends`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dfa_kernels import checks, ops, stream
+
+
+def project(
+    error: Tensor,
+    sizes: Sequence[int],
+    *,
+    seed: int = 0,
+    distribution: str = "normal",
+    normalization: str | float | Sequence[float] = "layer",
+    row_offsets: Sequence[int] | None = None,
+    column_offset: int = 0,
+    error_size: int | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> list[Tensor]:
+    """The feedback signal B_i e of every layer, from a seed, without a stored matrix.
+
+    Layer i's signal is `scale_i * error @ U[o_i : o_i + l_i, c : c + n].T`, with U the
+    unit-variance matrix of `seed`, l_i = sizes[i], o_i = row_offsets[i], c = column_offset (Launay,
+    Poli, Krzakala 2019, eqs. 7 and 8). By default that is, in plain PyTorch:
+
+        U = feedback_matrix(max(sizes), n, seed=seed)
+        [error @ U[:l].T / math.sqrt(l * n) for l in sizes]
+
+    Args:
+        error: (..., n), the derivative of the loss by the output. fp16, bf16, fp32 or fp64, any
+            strides; leading dimensions are batch dimensions. Differentiable.
+        sizes: the layers' sizes l_i, at least one, each at least 1.
+        seed: which matrix, 0 <= seed < 2**64.
+        distribution: of U's entries: "normal", "uniform" or "rademacher", each of mean 0 and
+            variance 1.
+        normalization: "layer" for 1/sqrt(l_i n) (eq. 8), "shared" for 1/sqrt(max(sizes) n) (eq. 7
+            alone, the paper's "no norm"), a finite number for all layers, or one for each.
+        row_offsets: each layer's first row of U. None: 0 for all, the paper's one matrix shared by
+            slicing; disjoint ranges give every layer a matrix of its own. Rows end at 2**63.
+        column_offset: U's column for error[..., 0]. Columns end at 2**34.
+        error_size: n of the whole error, for `normalization`, where `error` is a shard of it that
+            begins at column_offset. The sum of the shards' signals is the whole error's. None:
+            error.shape[-1], no shard.
+        dtype: of the signals. None: the error's (under autocast, the autocast dtype).
+        backend: None for the best one available, or a name from `backends()`.
+
+    Returns:
+        One tensor (..., l_i) per size. Layers with equal size, offset and scale get the same tensor
+        object.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was got.
+        RuntimeError: `backend` was asked for and cannot serve the error's device.
+    """
+    if not isinstance(error, Tensor):
+        raise TypeError(f"project: error must be a tensor, got {type(error).__name__}")
+    checks.dtype("project", "error", error.dtype)
+    if error.dim() == 0:
+        raise ValueError("project: error must have at least one dimension, got a scalar tensor")
+    count = error.shape[-1]
+    sizes = checks.integers("project", "sizes", sizes, low=1, high=stream.ROWS)
+    if not sizes:
+        raise ValueError("project: sizes must hold at least one layer size, got none")
+    if row_offsets is None:
+        row_offsets = [0] * len(sizes)
+    else:
+        row_offsets = checks.integers(
+            "project", "row_offsets", row_offsets, low=0, high=stream.ROWS - 1
+        )
+        if len(row_offsets) != len(sizes):
+            raise ValueError(
+                f"project: row_offsets must have one entry per size ({len(sizes)}), "
+                f"got {len(row_offsets)}"
+            )
+        for first, size in zip(row_offsets, sizes, strict=True):
+            checks.rows("project", "row_offsets", first, size)
+    column_offset = checks.integer(
+        "project", "column_offset", column_offset, low=0, high=stream.COLUMNS
+    )
+    checks.columns("project", "column_offset", column_offset, count)
+    if error_size is None:
+        if count == 0:
+            raise ValueError(
+                f"project: error must have a last dimension of at least 1, got {tuple(error.shape)}"
+            )
+        error_size = count
+    else:
+        error_size = checks.integer("project", "error_size", error_size, low=1, high=stream.COLUMNS)
+        if error_size < column_offset + count:
+            raise ValueError(
+                f"project: error_size must be at least column_offset + error.shape[-1] = "
+                f"{column_offset + count}, got {error_size}"
+            )
+    scales = checks.scales("project", normalization, sizes, error_size)
+    seed = checks.seed("project", seed)
+    checks.distribution("project", distribution)
+    if dtype is not None:
+        checks.dtype("project", "dtype", dtype)
+    backend = ops.choose("project", error.device.type, backend)
+
+    # Every distinct layer, and where its signal will be: equal layers are one output.
+    places: dict[tuple[int, int, float], int] = {}
+    layers = [
+        places.setdefault(layer, len(places))
+        for layer in zip(row_offsets, sizes, scales, strict=True)
+    ]
+    batch = error.shape[:-1]
+    signals = ops.project(
+        error if error.dim() == 2 else error.reshape(batch.numel(), count),  # [M, n]
+        [row_offset for row_offset, _, _ in places],
+        [size for _, size, _ in places],
+        [scale for _, _, scale in places],
+        seed,
+        column_offset,
+        distribution,
+        dtype,
+        backend,
+    )
+    if error.dim() != 2:
+        signals = [signal.view(*batch, signal.shape[1]) for signal in signals]
+    return [signals[place] for place in layers]
+
+
+def feedback_matrix(
+    rows: int,
+    columns: int,
+    *,
+    seed: int = 0,
+    distribution: str = "normal",
+    row_offset: int = 0,
+    column_offset: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """U[row_offset : row_offset + rows, column_offset : column_offset + columns]: unit variance,
+    unscaled.
+
+    For inspection, and for those who want the matrix stored; `project` never makes it. The entries
+    are the same bits on every backend and device, whatever block they are asked for in. Normal and
+    rademacher entries are exact in every dtype; a uniform one is sqrt(3) * (2k - 255)/256,
+    multiplied in fp32 (fp64 for fp64), then rounded to `dtype`.
+
+    Args:
+        rows, columns: shape of the block, each at least 0.
+        seed, distribution, row_offset, column_offset, backend: as for `project`.
+        dtype: float16, bfloat16, float32 or float64.
+        device: None for torch's default device.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for `project`.
+    """
+    rows = checks.integer("feedback_matrix", "rows", rows, low=0, high=stream.ROWS)
+    columns = checks.integer("feedback_matrix", "columns", columns, low=0, high=stream.COLUMNS)
+    seed = checks.seed("feedback_matrix", seed)
+    checks.distribution("feedback_matrix", distribution)
+    row_offset = checks.integer(
+        "feedback_matrix", "row_offset", row_offset, low=0, high=stream.ROWS - 1
+    )
+    checks.rows("feedback_matrix", "row_offset", row_offset, rows)
+    column_offset = checks.integer(
+        "feedback_matrix", "column_offset", column_offset, low=0, high=stream.COLUMNS
+    )
+    checks.columns("feedback_matrix", "column_offset", column_offset, columns)
+    checks.dtype("feedback_matrix", "dtype", dtype)
+    device = torch.get_default_device() if device is None else torch.device(device)
+    backend = ops.choose("feedback_matrix", device.type, backend)
+    return ops.feedback_matrix(
+        rows, columns, seed, row_offset, column_offset, distribution, dtype, device, backend
+    )
+
+
+def backends() -> list[ops.BackendStatus]:
+    """Every backend on the CPU and on this machine's accelerator.
+
+    Each says whether it is available, whether an automatic choice takes it, and if not why not.
+    """
+    device_types = ["cpu"]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        device_types.append(accelerator.type)
+    return ops.statuses(device_types)

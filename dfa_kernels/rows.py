@@ -1,0 +1,50 @@
+"""Tensors as rows: batch dimensions in front and flattened, the other dimensions flattened into one
+vector a row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _order(
+    shape: Sequence[int], batch_dims: Sequence[int], function: str
+) -> tuple[list[int], list[int]]:
+    """The batch dimensions and the others, each ascending."""
+    batch = set()
+    for dim in batch_dims:
+        if not -len(shape) <= dim < len(shape):
+            raise ValueError(
+                f"{function}: batch_dims {tuple(batch_dims)} must be dimensions of {tuple(shape)}"
+            )
+        batch.add(dim % len(shape))
+    return sorted(batch), [dim for dim in range(len(shape)) if dim not in batch]
+
+
+def count_rows(shape: Sequence[int], batch_dims: Sequence[int], function: str) -> tuple[int, int]:
+    """Number of rows and size of a row of a tensor of `shape`."""
+    batch, rest = _order(shape, batch_dims, function)
+    return math.prod([shape[dim] for dim in batch]), math.prod([shape[dim] for dim in rest])
+
+
+def to_rows(tensor: Tensor, batch_dims: Sequence[int], function: str) -> Tensor:
+    """[rows, size] of a tensor; a view where its strides allow one."""
+    batch, rest = _order(tensor.shape, batch_dims, function)
+    return tensor.permute(batch + rest).reshape(count_rows(tensor.shape, batch_dims, function))
+
+
+def from_rows(rows: Tensor, shape: torch.Size, batch_dims: Sequence[int], function: str) -> Tensor:
+    """The inverse of `to_rows`, to a tensor of `shape`.
+
+    Where that has k times as many rows, each given row serves k consecutive ones.
+    """
+    batch, rest = _order(shape, batch_dims, function)
+    count, _ = count_rows(shape, batch_dims, function)
+    if rows.shape[0] != count:
+        rows = rows[:, None, :].expand(-1, count // rows.shape[0], -1)
+    dims = batch + rest
+    inverse = [dims.index(dim) for dim in range(len(shape))]
+    return rows.reshape([shape[dim] for dim in dims]).permute(inverse)

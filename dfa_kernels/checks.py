@@ -19,13 +19,12 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def integer(function: str, argument: str, value: int, *, low: int, high: int) -> int:
     """`value` as an int in [low, high]; numpy's integers are welcome, booleans are not."""
-    if isinstance(value, torch.SymInt):
-        return value
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
-        raise TypeError(
-            f"{function}: {argument} must be an int, got {type(value).__name__} {value!r}"
-        )
-    value = operator.index(value)
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+            raise TypeError(
+                f"{function}: {argument} must be an int, got {type(value).__name__} {value!r}"
+            )
+        value = operator.index(value)
     if not low <= value <= high:
         raise ValueError(f"{function}: {argument} must be in [{low}, {high}], got {value}")
     return value

@@ -79,7 +79,9 @@ def _automatic(device_type: str) -> str:
         if reason is None:
             return name
         warnings.warn(
-            f"dfa_kernels: backend {name!r} cannot serve {device_type}: {reason}", stacklevel=2
+            f"dfa_kernels: backend {name!r} cannot serve {device_type}: {reason}",
+            RuntimeWarning,
+            stacklevel=2,
         )
     return "torch"
 

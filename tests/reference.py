@@ -1,0 +1,98 @@
+"""Stream v1 and the projection written a second time, in NumPy's unsigned integers and float64.
+
+Shares nothing with the package but the definition; every backend is held against it.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+KNOWN = json.loads((Path(__file__).parent / "known_answers.json").read_text())
+WIDTH = {"normal": 8, "uniform": 8, "rademacher": 128}
+COEFFICIENTS = (
+    float.fromhex("0x1.40ce28p+0"),
+    float.fromhex("0x1.d4d196p-3"),
+    float.fromhex("0x1.d99812p-8"),
+    float.fromhex("-0x1.3fc906p-10"),
+    float.fromhex("0x1.73c782p-15"),
+)
+
+
+def philox(counter, key):
+    """Four uint64 arrays of 32-bit values and two Python ints -> four such arrays."""
+    x = [np.asarray(word, dtype=np.uint64) for word in counter]
+    k0, k1 = key
+    low = np.uint64(0xFFFFFFFF)
+    shift = np.uint64(32)
+    for _ in range(10):
+        a = np.uint64(0xD2511F53) * x[0]
+        b = np.uint64(0xCD9E8D57) * x[2]
+        x = [
+            (b >> shift) ^ x[1] ^ np.uint64(k0),
+            b & low,
+            (a >> shift) ^ x[3] ^ np.uint64(k1),
+            a & low,
+        ]
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return x
+
+
+def codebook():
+    """[4096] float64, each a bfloat16 number: evaluated in float64, rounded to nearest even."""
+    p = (2 * np.arange(4096) + 1) / 4096 - 1
+    w = -np.log2(1 - p * p)
+    c0, c1, c2, c3, c4 = COEFFICIENTS
+    values = p * (c0 + w * (c1 + w * (c2 + w * (c3 + w * c4))))
+    bits = values.astype(np.float32).view(np.uint32)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return bits.view(np.float32).astype(np.float64)
+
+
+def codebook_digest(values):
+    """SHA-256 of the bf16 patterns of [4096] float64 codebook values, as in known_answers.json."""
+    patterns = (values.astype(np.float32).view(np.uint32) >> 16).astype("<u2")
+    return hashlib.sha256(patterns.tobytes()).hexdigest()
+
+
+CODEBOOK = codebook()
+
+
+def lattice(rows, columns, *, seed=0, distribution="normal", row_offset=0, column_offset=0):
+    """[rows, columns] float64: the normal value, the integer 2k - 255, or +-1."""
+    column = column_offset + np.arange(columns)[None, :]
+    row = [row_offset + r for r in range(rows)]
+    low = np.array([r & 0xFFFFFFFF for r in row], dtype=np.uint64)[:, None]
+    high = np.array([r >> 32 for r in row], dtype=np.uint64)[:, None]
+    zero = np.zeros((rows, columns), dtype=np.uint64)
+    block, place = column // WIDTH[distribution], column % WIDTH[distribution]
+    counter = (block.astype(np.uint64) + zero, zero, low + zero, high + zero)
+    words = np.stack(philox(counter, (seed & 0xFFFFFFFF, seed >> 32)))  # [4, rows, columns]
+    if distribution == "rademacher":
+        word = np.take_along_axis(words, (place // 32 + zero.astype(int))[None], 0)[0].astype(int)
+        bit = (place % 32) // 2 + 16 * (place % 2)
+        return 1.0 - 2 * ((word >> bit) & 1)
+    word = np.take_along_axis(words, (place // 2 + zero.astype(int))[None], 0)[0].astype(int)
+    half = (word >> (16 * (place % 2))) & 0xFFFF
+    return CODEBOOK[half >> 4] if distribution == "normal" else 2.0 * (half >> 8) - 255
+
+
+def matrix(rows, columns, *, dtype=torch.float64, distribution="normal", **where):
+    """U [rows, columns] as the definition rounds it: exact, or one product of sqrt(3)."""
+    values = lattice(rows, columns, distribution=distribution, **where)
+    if distribution == "uniform":
+        wide = np.float64 if dtype == torch.float64 else np.float32
+        values = (values / 256).astype(wide) * np.sqrt(wide(3))
+    return torch.from_numpy(values).to(dtype)
+
+
+def project(error, sizes, scales, *, row_offsets=None, absolute=False, **where):
+    """The signals in float64, by a product with each layer's own block of U (or of |U|)."""
+    row_offsets = row_offsets or [0] * len(sizes)
+    signals = []
+    for size, scale, row_offset in zip(sizes, scales, row_offsets, strict=True):
+        u = matrix(size, error.shape[-1], row_offset=row_offset, **where)
+        signals.append(scale * (error.double() @ (u.abs() if absolute else u).T))
+    return signals

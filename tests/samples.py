@@ -1,0 +1,28 @@
+"""Inputs that every operator test goes through."""
+
+import torch
+
+
+def project_samples(device="cpu"):
+    """Arguments of the operators project.<backend>, without a dtype and with one."""
+    samples = [
+        # error's shape and dtype, row_offsets, sizes, distribution, dtype
+        ((3, 10), torch.float32, [0], [7], "normal", None),
+        ((1, 9), torch.float64, [0, 0, 5], [7, 30, 11], "normal", None),
+        ((4, 129), torch.bfloat16, [2**63 - 40, 3], [40, 8], "uniform", torch.float32),
+        ((2, 1), torch.float16, [2**32 - 2], [5], "rademacher", None),
+        ((0, 10), torch.float32, [0, 0], [4, 2], "normal", torch.bfloat16),
+    ]
+    generator = torch.Generator().manual_seed(0)
+    for shape, error_dtype, row_offsets, sizes, distribution, dtype in samples:
+        error = torch.randn(shape, generator=generator).to(device, error_dtype)
+        scales = [0.5 / (1 + i) for i in range(len(sizes))]
+        yield error, row_offsets, sizes, scales, -3, 5, distribution, dtype
+
+
+def feedback_matrix_samples(device="cpu"):
+    """Arguments of the operators feedback_matrix.<backend>."""
+    device = torch.device(device)
+    yield 5, 9, 0, 0, 0, "normal", torch.float32, device
+    yield 3, 130, -1, 2**63 - 3, 2**34 - 130, "rademacher", torch.bfloat16, device
+    yield 0, 4, 7, 1, 1, "uniform", torch.float64, device

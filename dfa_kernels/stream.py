@@ -45,10 +45,6 @@ CODEBOOK_COEFFICIENTS = tuple(
     )
 )
 
-# Peak of the int64 temporaries of `entries` beyond its result: the level indices of whole blocks
-# and one copy of them.
-TEMPORARY_BYTES = 32
-
 _MASK32 = 0xFFFFFFFF
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -81,7 +77,7 @@ def codebook_values(arithmetic: torch.dtype = torch.float32) -> Tensor:
     p = (2k + 1)/4096 - 1,  w = -log2(1 - p*p),  value = p * (C0 + w*(C1 + w*(C2 + w*(C3 + w*C4))))
 
     The coefficients keep every exact value at least 2^-16.77 (relative) away from a bfloat16
-    rounding tie, so fp32 evaluation (error near 2^-21) always rounds to the same 4096 numbers
+    rounding tie, so fp32 evaluation (error near 2^-22) always rounds to the same 4096 numbers
     (`benchmarks/codebook_guard_band.py`).
     """
     k = torch.arange(CODEBOOK_LEVELS, dtype=arithmetic, device="cpu")
@@ -145,8 +141,8 @@ def entries(
 ) -> Tensor:
     """U[row_offset : row_offset + rows, column_offset : column_offset + columns], all at once.
 
-    `seed` may be given as an unsigned or a two's-complement 64-bit integer. Callers ask for a slab
-    at a time: the temporaries are int64 and take up to `TEMPORARY_BYTES` an entry.
+    `seed` may be given as an unsigned or a two's-complement 64-bit integer. The temporaries are
+    int64, about 30 bytes an entry, so callers ask for a slab at a time.
     """
     seed &= 2**64 - 1
     width = BLOCK[distribution]

@@ -42,7 +42,7 @@ $(VENV)/torch:
 
 # The package itself is installed in place; $(VENV)/<extra> marks that its extra is installed.
 $(VENV)/demo $(VENV)/test $(VENV)/dev: $(VENV)/torch $(sources)
-	$(bin)/pip install --quiet "setuptools>=77"
+	$(bin)/pip install --quiet "setuptools>=77" ninja
 	$(bin)/pip install --quiet --no-build-isolation --editable ".[$(@F)]"
 	@touch $@
 

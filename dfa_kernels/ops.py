@@ -4,6 +4,7 @@
     project.<backend>           the same from one backend, without the autograd layer's 10 us a call
     project_adjoint             the transpose of project
     feedback_matrix.<backend>   a block of U
+    cpu_isa                     the instruction set of backend "cpp"
 
 Arguments are trusted here; `functional` checks them. `seed` is the two's complement of the seed.
 """
@@ -23,9 +24,9 @@ from torch import Tensor
 
 from dfa_kernels.backends import slabs
 
-BACKENDS = ("torch",)
+BACKENDS = ("torch", "cpp")
 # Backends to try in turn on a device type, before "torch", which serves every device.
-_PREFERRED: dict[str, tuple[str, ...]] = {}
+_PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpp",)}
 
 _RANGES = "int[] row_offsets, SymInt[] sizes, float[] scales"
 _STREAM = "int seed, SymInt column_offset, str distribution"
@@ -43,6 +44,7 @@ _library.define(f"project_adjoint{_SCHEMAS['project_adjoint']}, str backend) -> 
 for _name in BACKENDS:
     _library.define(f"project.{_name}{_SCHEMAS['project']}) -> Tensor[]")
     _library.define(f"feedback_matrix.{_name}{_SCHEMAS['feedback_matrix']}) -> Tensor")
+_library.define("cpu_isa(str? force) -> str")
 
 
 # --- which backend serves what ---
@@ -61,21 +63,32 @@ class BackendStatus(NamedTuple):
 
 @functools.cache
 def _backend(name: str) -> types.ModuleType:
-    """A backend's module, imported at its first use, with its kernels registered."""
+    """A backend's module, imported at its first use, with its kernels registered.
+
+    Kernels written in Python are registered here; those of an extension by its being loaded.
+    """
     module = importlib.import_module(f"dfa_kernels.backends.{name}")
     for operator in ("project", "feedback_matrix"):
-        _library.impl(f"{operator}.{name}", getattr(module, operator), "CompositeExplicitAutograd")
+        if hasattr(module, operator):
+            kernel = getattr(module, operator)
+            _library.impl(f"{operator}.{name}", kernel, "CompositeExplicitAutograd")
     return module
 
 
-def _unavailable(name: str, device_type: str) -> str | None:
+def unavailable(name: str, device_type: str) -> str | None:
+    """Why a backend cannot serve a device type, or None."""
     return _backend(name).unavailable(device_type)
+
+
+def _candidates(device_type: str) -> list[tuple[str, str | None]]:
+    """The backends an automatic choice tries, in turn, each with why it cannot serve, or None."""
+    names = (*_PREFERRED.get(device_type, ()), "torch")
+    return [(name, unavailable(name, device_type)) for name in names]
 
 
 @functools.cache
 def _automatic(device_type: str) -> str:
-    for name in _PREFERRED.get(device_type, ()):
-        reason = _unavailable(name, device_type)
+    for name, reason in _candidates(device_type):
         if reason is None:
             return name
         warnings.warn(
@@ -83,7 +96,7 @@ def _automatic(device_type: str) -> str:
             RuntimeWarning,
             stacklevel=2,
         )
-    return "torch"
+    raise AssertionError("ops: the torch backend serves every device")
 
 
 @torch.compiler.assume_constant_result
@@ -104,7 +117,7 @@ def choose(function: str, device_type: str, backend: str | None) -> str:
         raise ValueError(
             f"{function}: {source} must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"
         )
-    reason = _unavailable(backend, device_type)
+    reason = unavailable(backend, device_type)
     if reason is not None:
         raise RuntimeError(f"{function}: {source} {backend!r} cannot serve {device_type}: {reason}")
     return backend
@@ -114,11 +127,9 @@ def statuses(device_types: Sequence[str]) -> list[BackendStatus]:
     """Every backend on every given device type."""
     found = []
     for device_type in device_types:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            automatic = choose("backends", device_type, None)
+        automatic = next(name for name, why in _candidates(device_type) if why is None)
         for name in BACKENDS:
-            reason = _unavailable(name, device_type)
+            reason = unavailable(name, device_type)
             found.append(
                 BackendStatus(name, device_type, reason is None, name == automatic, reason)
             )

@@ -6,6 +6,8 @@ import torch
 
 import dfa_kernels
 
+# Unit roundoff: the largest relative error of one rounding.
+EPSILON = {dtype: torch.finfo(dtype).eps / 2 for dtype in dfa_kernels.checks.DTYPES}
 AVAILABLE = [status for status in dfa_kernels.backends() if status.available]
 
 
@@ -21,20 +23,34 @@ def backend(request):
     return request.param
 
 
-def assert_projected(signals, error, sizes, scales, **stream):
+@pytest.fixture(autouse=True)
+def poison():
+    """Fresh memory is NaN: an element that a kernel leaves unwritten fails its comparison."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def assert_projected(signals, error, sizes, scales, *, dtype=None, **where):
     """Signals equal the float64 ones within the a priori bound of a sum of n products.
 
-    |signal - exact| <= scale * (n + 2) * u * (|e| @ |U|^T) with u the unit roundoff of the sums
-    (fp32, or fp64 for fp64 errors), plus one rounding to the signal's dtype.
+    |signal - exact| <= (n + 3) u |scale| (|e| @ |U|^T), with u the unit roundoff of the sums (fp64
+    for fp64 errors, else fp32), plus one rounding to the signal's dtype and its underflow.
     """
-    exact = reference.project(error.cpu(), sizes, scales, **stream)
+    dtype = dtype or error.dtype
+    error = error.cpu()
+    exact = reference.project(error, sizes, scales, **where)
+    magnitudes = reference.project(error.abs(), sizes, map(abs, scales), absolute=True, **where)
     sums = torch.float64 if error.dtype == torch.float64 else torch.float32
-    magnitudes = reference.project(error.cpu().abs(), sizes, scales, absolute=True, **stream)
+    underflow = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert len(signals) == len(sizes)
     for signal, expected, magnitude in zip(signals, exact, magnitudes, strict=True):
         assert signal.shape == expected.shape
-        bound = (error.shape[-1] + 2) * torch.finfo(sums).eps * magnitude
-        if signal.dtype != sums:
-            info = torch.finfo(signal.dtype)
-            bound = bound * 1.01 + info.eps / 2 * expected.abs() + info.smallest_normal * info.eps
+        assert signal.dtype == dtype
+        assert signal.is_contiguous()
+        bound = (error.shape[-1] + 3) * EPSILON[sums] * magnitude
+        bound += EPSILON[dtype] * expected.abs() + underflow
         difference = (signal.cpu().double() - expected).abs()
         assert (difference <= bound).all(), f"off by {(difference / bound).max():.3g} bounds"

@@ -60,8 +60,8 @@ def codebook_digest(values):
 CODEBOOK = codebook()
 
 
-def lattice(rows, columns, *, seed=0, distribution="normal", row_offset=0, column_offset=0):
-    """[rows, columns] float64: the normal value, the integer 2k - 255, or +-1."""
+def indices(rows, columns, *, seed=0, distribution="normal", row_offset=0, column_offset=0):
+    """[rows, columns] int64: k of normal and uniform entries, the bit of rademacher ones."""
     column = column_offset + np.arange(columns)[None, :]
     row = [row_offset + r for r in range(rows)]
     low = np.array([r & 0xFFFFFFFF for r in row], dtype=np.uint64)[:, None]
@@ -70,13 +70,20 @@ def lattice(rows, columns, *, seed=0, distribution="normal", row_offset=0, colum
     block, place = column // WIDTH[distribution], column % WIDTH[distribution]
     counter = (block.astype(np.uint64) + zero, zero, low + zero, high + zero)
     words = np.stack(philox(counter, (seed & 0xFFFFFFFF, seed >> 32)))  # [4, rows, columns]
+    of_place = place // (32 if distribution == "rademacher" else 2) + zero.astype(int)
+    word = np.take_along_axis(words, of_place[None], 0)[0].astype(int)
     if distribution == "rademacher":
-        word = np.take_along_axis(words, (place // 32 + zero.astype(int))[None], 0)[0].astype(int)
-        bit = (place % 32) // 2 + 16 * (place % 2)
-        return 1.0 - 2 * ((word >> bit) & 1)
-    word = np.take_along_axis(words, (place // 2 + zero.astype(int))[None], 0)[0].astype(int)
+        return (word >> (place % 32) // 2 + 16 * (place % 2)) & 1
     half = (word >> (16 * (place % 2))) & 0xFFFF
-    return CODEBOOK[half >> 4] if distribution == "normal" else 2.0 * (half >> 8) - 255
+    return half >> (4 if distribution == "normal" else 8)
+
+
+def lattice(rows, columns, *, distribution="normal", **where):
+    """[rows, columns] float64: the normal value, (2k - 255)/256, or +-1."""
+    k = indices(rows, columns, distribution=distribution, **where)
+    if distribution == "normal":
+        return CODEBOOK[k]
+    return (2.0 * k - 255) / 256 if distribution == "uniform" else 1.0 - 2 * k
 
 
 def matrix(rows, columns, *, dtype=torch.float64, distribution="normal", **where):
@@ -84,7 +91,7 @@ def matrix(rows, columns, *, dtype=torch.float64, distribution="normal", **where
     values = lattice(rows, columns, distribution=distribution, **where)
     if distribution == "uniform":
         wide = np.float64 if dtype == torch.float64 else np.float32
-        values = (values / 256).astype(wide) * np.sqrt(wide(3))
+        values = values.astype(wide) * np.sqrt(wide(3))
     return torch.from_numpy(values).to(dtype)
 
 

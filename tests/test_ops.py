@@ -18,6 +18,12 @@ OPCHECKS = (
 )
 
 
+@pytest.fixture
+def fresh_compiler():
+    """Compiled functions of other tests do not count towards this one's recompile limit."""
+    torch.compiler.reset()
+
+
 def kernel(name, backend):
     return getattr(getattr(torch.ops.dfa_kernels, name), backend)
 
@@ -62,7 +68,7 @@ def test_opcheck_feedback_matrix(target):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_compiled_equals_eager(target, compiler, requires_grad):
+def test_compiled_equals_eager(fresh_compiler, target, compiler, requires_grad):
     def step(error):
         signals = project(2 * error, [30, 7, 30], seed=2**64 - 1, backend=target.name)
         return [signal + 1 for signal in signals]
@@ -80,7 +86,7 @@ def test_compiled_equals_eager(target, compiler, requires_grad):
             torch.testing.assert_close(*gradients)
 
 
-def test_compiled_feedback_matrix_equals_eager(target):
+def test_compiled_feedback_matrix_equals_eager(fresh_compiler, target):
     def matrix(like):
         return feedback_matrix(like.shape[0], 20, seed=3, device=like.device, backend=target.name)
 
@@ -90,7 +96,7 @@ def test_compiled_feedback_matrix_equals_eager(target):
         assert torch.equal(compiled(like), matrix(like))
 
 
-def test_compiled_batches_share_one_graph(target):
+def test_compiled_batches_share_one_graph(fresh_compiler, target):
     """Neither the batch size nor its change makes a second symbolic graph."""
     compiled = torch.compile(
         lambda error: project(error, [30], backend=target.name), fullgraph=True, backend="aot_eager"

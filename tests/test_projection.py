@@ -32,7 +32,6 @@ def random_error(*shape, dtype=torch.float32, seed=0, device="cpu"):
 def test_definition(target, distribution, dtype, n):
     error = random_error(5, n, dtype=dtype, device=target.device)
     signals = project(error, SIZES, seed=11, distribution=distribution, backend=target.name)
-    assert all(signal.dtype == dtype for signal in signals)
     scales = layer_scales(SIZES, n)
     assert_projected(signals, error, SIZES, scales, seed=11, distribution=distribution)
 
@@ -120,13 +119,7 @@ def test_column_offset_selects_columns(target):
 def test_normalization(backend, normalization, scales):
     error = random_error(3, 10)
     signals = project(error, [4, 9], normalization=normalization, backend=backend)
-    magnitude = [abs(scale) for scale in scales]
-    if scales == magnitude:
-        assert_projected(signals, error, [4, 9], scales)
-    else:
-        unscaled = project(error, [4, 9], normalization=1.0, backend=backend)
-        for signal, one, scale in zip(signals, unscaled, scales, strict=True):
-            torch.testing.assert_close(signal, scale * one)
+    assert_projected(signals, error, [4, 9], scales)
 
 
 def test_signals_have_the_variance_the_normalization_promises(backend):
@@ -161,8 +154,7 @@ def test_sliced_layers_agree_with_the_materialised_matrix(backend):
 def test_output_dtype(target, dtype):
     error = random_error(3, 10, device=target.device)
     (signal,) = project(error, [6], dtype=dtype, backend=target.name)
-    assert signal.dtype == dtype
-    assert_projected([signal], error, [6], layer_scales([6], 10))
+    assert_projected([signal], error, [6], layer_scales([6], 10), dtype=dtype)
 
 
 def test_non_contiguous_error(target):

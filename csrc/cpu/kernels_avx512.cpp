@@ -1,0 +1,47 @@
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+namespace dfa {
+
+extern const Kernels kAvx512Table;
+MultiplyKernel multiply_avx512_bf16();  // null where the CPU lacks AVX512_BF16
+
+const Kernels* kernels_avx512() {
+  static const Kernels table = [] {
+    Kernels k = kAvx512Table;
+    k.multiply_bf16 = multiply_avx512_bf16();
+    return k;
+  }();
+  const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return runs ? &table : nullptr;
+}
+
+}  // namespace dfa
+
+// Everything below, templates instantiated at the end of the file included, is compiled for the
+// set.
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
+
+#include "simd_avx512.h"
+#include "table.h"
+
+namespace dfa {
+// Constant-initialised: loading the library runs no code of a set the CPU may lack.
+constexpr Kernels kAvx512Table = make_kernels<Avx512>("avx512");
+}  // namespace dfa
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#else
+const dfa::Kernels* dfa::kernels_avx512() { return nullptr; }
+#endif

@@ -1,0 +1,93 @@
+// The product of a tile with packed error rows, and the scaling of its result into the layers.
+#pragma once
+
+#include "convert.h"
+
+namespace dfa {
+namespace {
+
+// Vector types of one product: what is accumulated, and how one tile element meets one error
+// element.
+template <class S>
+struct Float32Ops {
+  using Acc = float;
+  using Error = float;
+  using Tile = float;
+  using V = typename S::F;
+  static constexpr int kLanes = S::kLanes;
+  static constexpr int kMaxBlock = S::kBlockF32;
+  static V zero() { return S::zero(); }
+  static V tile(const Tile* p) { return S::load(p); }
+  static V error(Error e) { return S::set1(e); }
+  static V fma(V e, V u, V acc) { return S::fma(e, u, acc); }
+};
+
+template <class S>
+struct Float64Ops {
+  using Acc = double;
+  using Error = double;
+  using Tile = float;
+  using V = typename S::D;
+  static constexpr int kLanes = S::kLanes / 2;
+  static constexpr int kMaxBlock = S::kBlockF64;
+  static V zero() { return S::zero_d(); }
+  static V tile(const Tile* p) { return S::load_widen(p); }
+  static V error(Error e) { return S::set1(e); }
+  static V fma(V e, V u, V acc) { return S::fma(e, u, acc); }
+};
+
+template <class S, class Ops, int Block>
+void multiply_block(const MultiplySpec& spec) {
+  constexpr int kPanel = 2 * S::kLanes;
+  constexpr int kVectors = kPanel / Ops::kLanes;
+  const auto* error = static_cast<const typename Ops::Error*>(spec.error);
+  const auto* tile = static_cast<const typename Ops::Tile*>(spec.tile);
+  auto* out = static_cast<typename Ops::Acc*>(spec.acc);
+  typename Ops::V acc[Block][kVectors];
+#pragma GCC unroll 16
+  for (int m = 0; m < Block; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) acc[m][v] = Ops::zero();
+  }
+  for (int64_t k = 0; k < spec.depth; ++k, error += Block, tile += kPanel) {
+    decltype(Ops::tile(tile)) u[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) u[v] = Ops::tile(tile + v * Ops::kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < Block; ++m) {
+      const auto e = Ops::error(error[m]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[m][v] = Ops::fma(e, u[v], acc[m][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < Block; ++m) {
+    typename Ops::Acc* row = out + m * spec.acc_stride;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      if (spec.accumulate) acc[m][v] = S::plus(acc[m][v], S::load(row + v * Ops::kLanes));
+      S::store(row + v * Ops::kLanes, acc[m][v]);
+    }
+  }
+}
+
+template <class S, class Ops, int Block = Ops::kMaxBlock>
+void multiply(const MultiplySpec& spec) {
+  if constexpr (Block > 1) {
+    if (spec.block < Block) return multiply<S, Ops, Block - 1>(spec);
+  }
+  multiply_block<S, Ops, Block>(spec);
+}
+
+template <class Acc, class Out>
+void scale(const ScaleSpec& spec) {
+  const Acc factor = static_cast<Acc>(spec.scale);
+  for (int64_t m = 0; m < spec.rows; ++m) {
+    const Acc* acc = static_cast<const Acc*>(spec.acc) + m * spec.acc_stride;
+    Out* out = static_cast<Out*>(spec.out) + m * spec.out_stride;
+    for (int64_t i = 0; i < spec.columns; ++i) out[i] = round_to<Out>(factor * acc[i]);
+  }
+}
+
+}  // namespace
+}  // namespace dfa

@@ -1,0 +1,118 @@
+// Lanes in AVX2 + FMA: 8 x 32 bits.
+#pragma once
+
+namespace dfa {
+namespace {
+
+struct Avx2 {
+  static constexpr int kLanes = 8;
+  static constexpr int kVectors = 1;
+  static constexpr int kBlockF32 = 6;
+  static constexpr int kBlockF64 = 2;
+
+  using W = __m256i;
+  using I = __m256i;
+  using F = __m256;
+  using D = __m256d;
+
+  static W set(uint64_t x) { return _mm256_set1_epi64x(static_cast<long long>(x)); }
+  static W load(const uint64_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static W add(W a, W b) { return _mm256_add_epi64(a, b); }
+  static W mul(W a, W b) { return _mm256_mul_epu32(a, b); }
+  static W high(W a) { return _mm256_srli_epi64(a, 32); }
+  static W xor2(W a, W b) { return _mm256_xor_si256(a, b); }
+  static W xor3(W a, W b, W c) { return xor2(xor2(a, b), c); }
+  static I merge(W even, W odd) {
+    return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+  }
+
+  static I bits(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
+  static I load_bits(const uint32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static void store_bits(uint32_t* p, I a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a);
+  }
+  static I load_halfwords(const uint32_t* p) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  template <int N>
+  static I right(I a) {
+    return _mm256_srli_epi32(a, N);
+  }
+  template <int N>
+  static I left(I a) {
+    return _mm256_slli_epi32(a, N);
+  }
+  static I left(I a, int n) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(n)); }
+  static I left_each(I a, I n) { return _mm256_sllv_epi32(a, n); }
+  static I mask_or(I a, uint32_t mask, uint32_t ones) {
+    return _mm256_or_si256(_mm256_and_si256(a, bits(mask)), bits(ones));
+  }
+  static I mask(I a, uint32_t m) { return _mm256_and_si256(a, bits(m)); }
+  static F as_float(I a) { return _mm256_castsi256_ps(a); }
+  static I as_bits(F a) { return _mm256_castps_si256(a); }
+  static I plus(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I upper_halves(I high, I low) {  // the upper half of `low` below that of `high`
+    return _mm256_blend_epi16(right<16>(low), high, 0xAA);
+  }
+  static void store_bf16(void* p, F a) {  // finite values
+    const I x = _mm256_castps_si256(a);
+    const I odd = mask(right<16>(x), 1);
+    const I rounded = right<16>(_mm256_add_epi32(_mm256_add_epi32(x, bits(0x7fff)), odd));
+    const I packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
+    _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+
+  // The quantile of 1 + k / 4096 before its rounding. log2(m) = polynomial in m - 1 on [1, 2) with
+  // absolute error 2^-16.3, where 2^-15 is enough.
+  static F quantile(F one_plus) {
+    const F p = fma(one_plus, set1(2.0f), set1(0x1p-12f - 3.0f));
+    const F q = _mm256_fnmadd_ps(p, p, set1(1.0f));
+    const I q_bits = _mm256_castps_si256(q);
+    const F exponent = _mm256_cvtepi32_ps(_mm256_sub_epi32(bits(127), right<23>(q_bits)));
+    const F m = _mm256_sub_ps(as_float(mask_or(q_bits, 0x7fffffu, 0x3f800000u)), set1(1.0f));
+    F log = set1(0x1.6f9b20p-5f);
+    log = fma(log, m, set1(-0x1.899e50p-3f));
+    log = fma(log, m, set1(0x1.a78efap-2f));
+    log = fma(log, m, set1(-0x1.6a7e1ap-1f));
+    log = fma(log, m, set1(0x1.711240p+0f));
+    log = fma(log, m, set1(0x1.a470f2p-17f));
+    const F w = _mm256_sub_ps(exponent, log);
+    F g = fma(w, set1(Codebook::kC4), set1(Codebook::kC3));
+    g = fma(g, w, set1(Codebook::kC2));
+    g = fma(g, w, set1(Codebook::kC1));
+    g = fma(g, w, set1(Codebook::kC0));
+    return _mm256_mul_ps(g, p);
+  }
+  static F zero() { return _mm256_setzero_ps(); }
+  static F set1(float x) { return _mm256_set1_ps(x); }
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, F a) { _mm256_storeu_ps(p, a); }
+  static F times(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+
+  static F plus(F a, F b) { return _mm256_add_ps(a, b); }
+  static D plus(D a, D b) { return _mm256_add_pd(a, b); }
+
+  static D zero_d() { return _mm256_setzero_pd(); }
+  static D set1(double x) { return _mm256_set1_pd(x); }
+  static D load(const double* p) { return _mm256_loadu_pd(p); }
+  static D load_widen(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+  static void store(double* p, D a) { _mm256_storeu_pd(p, a); }
+  static D fma(D a, D b, D c) { return _mm256_fmadd_pd(a, b, c); }
+
+  static void store_blocks(uint32_t* p, I w0, I w1, I w2, I w3) {
+    const I a = _mm256_unpacklo_epi32(w0, w1), b = _mm256_unpackhi_epi32(w0, w1);
+    const I c = _mm256_unpacklo_epi32(w2, w3), d = _mm256_unpackhi_epi32(w2, w3);
+    store_bits(p, _mm256_unpacklo_epi64(a, c));
+    store_bits(p + 8, _mm256_unpackhi_epi64(a, c));
+    store_bits(p + 16, _mm256_unpacklo_epi64(b, d));
+    store_bits(p + 24, _mm256_unpackhi_epi64(b, d));
+  }
+};
+
+}  // namespace
+}  // namespace dfa

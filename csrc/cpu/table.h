@@ -1,0 +1,39 @@
+// Builds the table of one instruction set from its lanes. Included once per set, after the set's
+// target pragma; everything here and in the headers it uses has internal linkage, so that no
+// function compiled for one set can stand in for another's at link time.
+#pragma once
+
+#include "fill.h"
+#include "multiply.h"
+#include "tile.h"
+
+namespace dfa {
+namespace {
+
+template <class S>
+constexpr Kernels make_kernels(const char* name) {
+  Kernels k{};
+  k.name = name;
+  k.panel = 2 * S::kLanes;
+  k.max_block_f32 = Float32Ops<S>::kMaxBlock;
+  k.max_block_f64 = Float64Ops<S>::kMaxBlock;
+  k.tile_f32 = make_tile<S, float>;
+  k.tile_bf16 = make_tile<S, uint32_t>;
+  k.multiply_f32 = multiply<S, Float32Ops<S>>;
+  k.multiply_f64 = multiply<S, Float64Ops<S>>;
+  k.multiply_bf16 = nullptr;
+  const ScaleKernel scale_f32[] = {scale<float, float>, scale<float, BFloat16>, scale<float, Half>,
+                                   scale<float, double>};
+  const ScaleKernel scale_f64[] = {scale<double, float>, scale<double, BFloat16>,
+                                   scale<double, Half>, scale<double, double>};
+  const FillKernel fills[] = {fill<S, float>, fill<S, BFloat16>, fill<S, Half>, fill<S, double>};
+  for (int i = 0; i < 4; ++i) {
+    k.scale_f32[i] = scale_f32[i];
+    k.scale_f64[i] = scale_f64[i];
+    k.fill[i] = fills[i];
+  }
+  return k;
+}
+
+}  // namespace
+}  // namespace dfa

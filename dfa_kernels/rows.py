@@ -48,3 +48,23 @@ def from_rows(rows: Tensor, shape: torch.Size, batch_dims: Sequence[int], functi
     dims = batch + rest
     inverse = [dims.index(dim) for dim in range(len(shape))]
     return rows.reshape([shape[dim] for dim in dims]).permute(inverse)
+
+
+def beside_rows(
+    tensor: Tensor, shape: Sequence[int], batch_dims: Sequence[int], function: str
+) -> Tensor:
+    """A view of `tensor` that multiplies one of `shape`, the same for all its rows.
+
+    `tensor` broadcasts to the dimensions of `shape` that are not batch dimensions.
+    """
+    batch, rest = _order(shape, batch_dims, function)
+    sizes = [1] * (len(rest) - tensor.dim()) + list(tensor.shape)
+    wanted = [shape[dim] for dim in rest]
+    if len(sizes) != len(rest) or any(
+        size not in (1, full) for size, full in zip(sizes, wanted, strict=True)
+    ):
+        raise ValueError(f"{function} must broadcast to {wanted}, got {list(tensor.shape)}")
+    tensor = tensor.reshape(sizes)
+    for dim in batch:
+        tensor = tensor.unsqueeze(dim)
+    return tensor

@@ -199,6 +199,16 @@ class DFA(nn.Module):
     def no_training(self, value: bool) -> None:
         self.mode = "shallow" if value else "dfa"
 
+    @property
+    def feedback_points_handling(self) -> FeedbackPointsHandling:
+        """As given."""
+        return self._group.handling
+
+    @property
+    def batch_dims(self) -> tuple[int, ...]:
+        """As given."""
+        return self._group.batch_dims
+
     def watch(self, model: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
         """Begin and end every forward pass of `model` with no activation left from an aborted one.
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import assert_equal, backward, batch, gradients, perceptron
+from torch import nn
 
 from dfa_kernels import DFA, DFALayer
 from dfa_kernels.nn import FeedbackPointsHandling
@@ -31,7 +32,7 @@ def test_an_aborted_pass_leaves_nothing_in_a_watched_model(handling):
 
 def test_an_exception_frees_a_watched_models_activations_at_once():
     model = perceptron(watch=True)
-    model.output = torch.nn.Linear(3, 5)
+    model.output = nn.Linear(3, 5)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         model(batch()[0])
     assert model.dfa._group.waiting == []
@@ -172,3 +173,14 @@ def test_gradient_of_a_frozen_layer_is_not_made():
     assert found[2] is found[3] is None
     expected = backward(perceptron(), x, y)
     assert_equal(found[:2] + found[4:], expected[:2] + expected[4:])
+
+
+def test_training_with_a_layer_outside_any_module():
+    """The functional wiring: no module holds the layers and the output together."""
+    torch.manual_seed(0)
+    body, head = nn.Linear(8, 16), nn.Linear(16, 5)
+    point = DFALayer()
+    dfa = DFA([point])
+    x, y = batch()
+    F.cross_entropy(dfa(head(point(torch.tanh(body(x))))), y).backward()
+    assert body.weight.grad.abs().sum() > 0

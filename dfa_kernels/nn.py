@@ -36,7 +36,7 @@ from dfa_kernels.layer import (
     Waiting,
     recomputing,
 )
-from dfa_kernels.rows import beside_rows, count_rows, to_rows
+from dfa_kernels.rows import beside_rows, count_rows, row_ratio, to_rows
 
 __all__ = [
     "DFA",
@@ -317,8 +317,8 @@ class DFA(nn.Module):
                     f"DFA: dfa_layers[{index}] is on {activation.device}, the output on "
                     f"{output.device}; give rp_device to say where to project"
                 )
-            repeats = rows // error_rows if error_rows else 1
-            if repeats * error_rows != rows or repeats == 0:
+            repeats = row_ratio(activation.shape, dims, output.shape, self._group.batch_dims, "DFA")
+            if repeats is None:
                 raise ValueError(
                     f"DFA: dfa_layers[{index}] must have a multiple of the output's {error_rows} "
                     f"rows, got {rows}; batch_dims says which dimensions are rows"

@@ -164,7 +164,7 @@ def test_rows_without_a_gradient_do_not_count():
     found = alignment(model, loss_of(model, x, y))
     expected = alignment(model, loss_of(model, x[:3], y[:3]))
     for name in found:
-        assert tuple(found[name]) == pytest.approx(tuple(expected[name]))
+        assert tuple(found[name]) == pytest.approx(tuple(expected[name]), rel=1e-4)
 
 
 def test_a_skipped_layer_is_left_out():

@@ -1,4 +1,4 @@
-"""`torch.compile` of models and of whole training steps gives what eager gives, from the first step.
+"""`torch.compile` of models and of training steps gives what eager gives, from the first step on.
 
 Most tests stop before code generation (backend "aot_eager"); one goes through it.
 """
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from networks import Calls, assert_equal, backward, batch, perceptron
 from torch import nn
 
-from dfa_kernels import attach
+from dfa_kernels import DFA, DFALayer, attach
 
 # torch's own, from inside its compiler.
 pytestmark = [
@@ -107,3 +107,20 @@ def test_compiled_backward_keeps_one_projection(compiler):
     with Calls() as calls:
         loss.backward()
     assert calls.projections == 1
+
+
+def test_compiled_patches_share_their_images_error(compiler):
+    """Nine rows an image, one error; the batch size changes."""
+    torch.manual_seed(0)
+    body, head, point = nn.Linear(8, 16), nn.Linear(16, 5), DFALayer(batch_dims=(0, 1))
+    model = nn.ModuleList([body, head, point, DFA([point])])
+
+    def call(x):
+        return model[3](head(point(torch.tanh(body(x))).mean(1)))
+
+    compiled = compiler(call, fullgraph=True)
+    for size in (6, 4, 7):
+        x = torch.randn(size, 9, 8)
+        y = torch.randint(0, 5, (size,))
+        expected = backward(model, x, y, call=call)
+        assert_equal(backward(model, x, y, call=compiled), expected, rtol=1e-5, atol=1e-7)

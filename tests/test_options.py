@@ -1,6 +1,7 @@
 """What `DFA` takes beyond layers and a seed: normalization, stored matrices, error transforms,
 masks, the lean mode, a device to project on."""
 
+import inspect
 import math
 
 import pytest
@@ -352,6 +353,27 @@ def test_inputs_that_are_no_tensors():
         DFALayer()((torch.zeros(2),))
     with pytest.raises(TypeError, match="DFA: output must be a tensor, got tuple"):
         build()((torch.zeros(2),))
+
+
+def test_signatures_begin_as_tinydfas():
+    """Positional arguments, names and defaults; what it has not is by keyword only."""
+    parameters = list(inspect.signature(DFA).parameters.values())
+    ours = [(p.name, p.default) for p in parameters if p.kind is not p.KEYWORD_ONLY]
+    assert ours == [
+        ("dfa_layers", inspect.Parameter.empty),
+        ("normalization", True),
+        ("rp_device", None),
+        ("no_training", False),
+        ("feedback_points_handling", FeedbackPointsHandling.LAST),
+        ("batch_dims", (0,)),
+    ]
+    ours = [(p.name, p.default) for p in inspect.signature(DFALayer).parameters.values()]
+    assert ours == [("name", None), ("batch_dims", None), ("passthrough", False)]
+    assert [handling.value for handling in FeedbackPointsHandling] == [
+        "LAST",
+        "MINIBATCH",
+        "REDUCE",
+    ]
 
 
 def test_handling_is_readable_where_tinydfa_has_it():

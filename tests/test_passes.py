@@ -184,3 +184,10 @@ def test_training_with_a_layer_outside_any_module():
     x, y = batch()
     F.cross_entropy(dfa(head(point(torch.tanh(body(x))))), y).backward()
     assert body.weight.grad.abs().sum() > 0
+
+
+def test_an_empty_batch_trains_nothing():
+    x, y = batch(size=0)
+    model = perceptron()
+    F.cross_entropy(model(x), y, reduction="sum").backward()
+    assert_equal(gradients(model), [0 * gradient for gradient in backward(perceptron(), *batch())])

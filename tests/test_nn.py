@@ -156,6 +156,7 @@ def test_no_training_is_tinydfas_name_for_shallow():
     x, y = batch()
     model = perceptron(no_training=True)
     assert model.dfa.mode == "shallow"
+    assert model.dfa.no_training
     assert backward(model, x, y)[0] is None
     model.dfa.no_training = False
     assert model.dfa.mode == "dfa"

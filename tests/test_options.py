@@ -276,6 +276,15 @@ def test_stored_matrix_lives_on_the_projections_device():
     assert dfa.matrices[0].device.type == "meta"
 
 
+def test_matrix_and_masks_move_to_where_they_are_needed():
+    point = DFALayer()
+    dfa = DFA([point], matrix=torch.zeros(4, 3), mask=[torch.ones(4)])
+    with torch.device("meta"):
+        point(torch.zeros(2, 4, requires_grad=True))
+        dfa(torch.zeros(2, 3))
+    assert dfa.matrices[0].device.type == dfa.masks[0].device.type == "meta"
+
+
 def test_layers_on_other_devices_need_a_device_to_project_on():
     point = DFALayer()
     dfa = DFA([point])
@@ -380,3 +389,9 @@ def test_handling_is_readable_where_tinydfa_has_it():
     dfa = build(feedback_points_handling=FeedbackPointsHandling.REDUCE, batch_dims=(0, 1))
     assert dfa.feedback_points_handling is FeedbackPointsHandling.REDUCE
     assert dfa.batch_dims == (0, 1)
+
+
+def test_printed_modules_say_what_they_are():
+    assert repr(DFALayer("a", batch_dims=(0, 1))) == "DFALayer(name='a', batch_dims=(0, 1))"
+    assert repr(build(seed=3)) == "DFA(2 layers, seed=3, distribution='normal')"
+    assert repr(build(matrix=torch.zeros(4, 5))) == "DFA(2 layers, stored matrix)"

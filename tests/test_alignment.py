@@ -26,8 +26,10 @@ class Noisy(nn.Module):
         )
         self.head = nn.Linear(16, 5)
         self.dfa = DFA([self.body[4]])
+        self.register_buffer("passes", torch.zeros(()))
 
     def forward(self, x):
+        self.passes = self.passes + 1  # another tensor, where BatchNorm writes into its own
         return self.dfa(self.head(self.body(x)))
 
 
@@ -106,6 +108,21 @@ def test_no_trace_is_left_by_a_loss_that_fails():
     assert_equal(model.buffers(), before)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.dfa._group.record is None
+
+
+def test_a_pass_under_way_keeps_what_waits_and_gets_nothing_from_an_aborted_measurement():
+    x, y = batch()
+    model = perceptron()
+    expected = backward(model, x, y, skip=(1, 2))
+    model.zero_grad()
+    h = torch.tanh(model.linears[0](x))
+    h = model.points[0](h)
+    with pytest.raises(KeyboardInterrupt):
+        alignment(model, lambda: model(x, fail_before=2))
+    for linear in model.linears[1:]:
+        h = torch.tanh(linear(h))
+    F.cross_entropy(model.dfa(model.output(h)), y).backward()
+    assert_equal(gradients(model), expected)
 
 
 def test_training_every_k_steps_measured_is_training():

@@ -98,7 +98,7 @@ def test_curves_with_independent_stored_matrices_are_the_seeded_ones():
     assert_equal(stored, backward(perceptron(seed=5, shared=False), x, y), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("normalization", [True, False, lambda sizes, n: [0.0, 0.5, -2.0]])
+@pytest.mark.parametrize("normalization", [True, False, 0.0, lambda sizes, n: [0.0, 0.5, -2.0]])
 def test_stored_matrix_takes_every_normalization(normalization):
     x, y = batch()
     stored = perceptron(matrix=feedback_matrix(**U), normalization=normalization)

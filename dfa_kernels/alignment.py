@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dfa_kernels.nn import DFA
+from dfa_kernels.attach import find_dfas
 from dfa_kernels.rows import to_rows
 
 
@@ -25,22 +26,25 @@ def alignment(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Alignme
     backpropagation pass.
 
     cos(beta_i) is taken between B_i e and the gradient that backpropagation gives the same
-    activation, after the non-linearity, row by row. Parameters' gradients, buffers and random
-    number generators stay as they are.
+    activation, after the non-linearity, row by row; a row where either is zero has no angle and
+    does not count. Parameters, their gradients, buffers and random number generators stay as they
+    are, whatever the mode, also between a forward pass and its backward pass.
 
     Args:
-        model: holds one `DFA`; any module around it, or the `DFA` itself where it alone has random
-            layers and buffers.
+        model: holds one `DFA`, or has one attached; any module around it, or the `DFA` itself where
+            it alone has random layers and buffers. Not wrapped in DistributedDataParallel, which
+            awaits a backward pass of the whole: pass its `.module`, and use that in `loss`.
         loss: runs the model forward on a batch and returns the scalar loss, as in
             `lambda: F.cross_entropy(model(x), y)`.
 
     Returns:
-        By layer, in order: its name in `DFALayer(name=...)`, else its index in the `DFA`.
+        By layer, in order: its name in `DFALayer(name=...)`, else its index in the `DFA`. A layer
+        without a single angle has nan. Layers that the pass skips are left out.
 
     Raises:
         ValueError: the model holds no `DFA` or several, or the loss did not reach it.
     """
-    found = [module for module in model.modules() if isinstance(module, DFA)]
+    found = find_dfas(model)
     if len(found) != 1:
         raise ValueError(f"alignment: model must hold one DFA, got {len(found)}")
     dfa = found[0]
@@ -56,31 +60,42 @@ def alignment(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Alignme
     cosines: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         signals = dfa.signals(record.places, error)
-        for place, signal, gradient in zip(record.places, signals, gradients, strict=True):
+        for index, place, signal, gradient in zip(
+            record.layers, record.places, signals, gradients, strict=True
+        ):
             ours, theirs = (
                 to_rows(tensor, place.batch_dims, "alignment").double()
                 for tensor in (signal, gradient)
             )
-            name = dfa.dfa_layers[place.layer].name or str(place.layer)
-            cosines.setdefault(name, []).append(torch.cosine_similarity(ours, theirs))
-    joined = {name: torch.cat(values) for name, values in cosines.items()}
-    return {
-        name: Alignment(value.mean().item(), value.std(correction=0).item())
-        for name, value in joined.items()
-    }
+            lengths = ours.norm(dim=1) * theirs.norm(dim=1)
+            cosine = ((ours * theirs).sum(1) / lengths)[lengths > 0]
+            name = dfa.dfa_layers[index].name or str(index)
+            cosines.setdefault(name, []).append(cosine)
+    return {name: _summary(torch.cat(values)) for name, values in cosines.items()}
+
+
+def _summary(cosines: Tensor) -> Alignment:
+    if not len(cosines):
+        return Alignment(math.nan, math.nan)
+    return Alignment(cosines.mean().item(), cosines.std(correction=0).item())
 
 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Buffers and random number generators come out as they went in."""
-    devices = {
-        tensor.device
-        for tensor in (*model.parameters(), *model.buffers())
-        if tensor.device.type == "cuda"
-    }
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng(devices):
-        yield
-    with torch.no_grad():
-        for buffer, saved in buffers:
-            buffer.copy_(saved)
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    tensors = (*model.parameters(), *model.buffers())
+    devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        for module, name, buffer, saved in buffers:
+            # By `.data`: a pending backward pass may hold the buffer, and its values come back.
+            buffer.data.copy_(saved)
+            module._buffers[name] = buffer

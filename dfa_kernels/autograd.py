@@ -1,5 +1,5 @@
-"""The one autograd Function of the trainer: it sends the projected error to the hidden
-activations."""
+"""The trainer's autograd Functions: one sends the projected error to the hidden activations, one
+scales a signal at the last moment."""
 
 from __future__ import annotations
 
@@ -32,3 +32,28 @@ class Feedback(torch.autograd.Function):
     def backward(ctx, error: Tensor) -> tuple[Tensor | None, ...]:
         """The error for the output, the signals for the activations."""
         return (None, error, *ctx.signals(error))
+
+
+class Factor:
+    """What `Scaled` multiplies a gradient by; set after its forward, before its backward."""
+
+    value: Tensor | float = 1.0
+
+
+class Scaled(torch.autograd.Function):
+    """Identity whose backward multiplies the gradient by `factor.value`.
+
+    Made right after the activation, it runs right before the activation's own backward, so that a
+    scaled copy of a shared signal lives only while its layer is being trained.
+    """
+
+    @staticmethod
+    def forward(ctx, activation: Tensor, factor: Factor) -> Tensor:
+        """`activation`, as a view."""
+        ctx.factor = factor
+        return activation.view_as(activation)
+
+    @staticmethod
+    def backward(ctx, signal: Tensor) -> tuple[Tensor, None]:
+        """The scaled signal, in memory of its own."""
+        return signal * ctx.factor.value, None

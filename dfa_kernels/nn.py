@@ -9,146 +9,58 @@ marked ones.
     x = self.dfa(self.fc3(x))
 
 A `DFALayer` passes its activation on detached and not requiring a gradient, so that no product is
-computed to carry one back through the next layer. The activation itself waits in the layer until
-the forward pass reaches the `DFA`, which ties all of them to the output in one autograd Function.
+computed to carry one back through the next layer. The activation itself waits until the forward
+pass reaches the `DFA`, which ties all of them to the output in one autograd Function.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import enum
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from dfa_kernels import checks, functional
+from dfa_kernels import checks, feedback, state
 from dfa_kernels.autograd import Feedback
-from dfa_kernels.rows import count_rows, from_rows, to_rows
+from dfa_kernels.feedback import Block, Place, Seeded, Stored, check_masks, check_matrices
+from dfa_kernels.layer import (
+    DFALayer,
+    FeedbackPointsHandling,
+    Group,
+    Record,
+    Waiting,
+    recomputing,
+)
+from dfa_kernels.rows import beside_rows, count_rows, row_ratio, to_rows
+
+__all__ = [
+    "DFA",
+    "INDEPENDENT_ROWS",
+    "MODES",
+    "DFALayer",
+    "FeedbackPointsHandling",
+    "tinydfa_scales",
+]
 
 MODES = ("dfa", "backprop", "shallow")
 # With independent matrices, layer i's rows of U begin at i times this.
 INDEPENDENT_ROWS = 2**40
 
+# scales(sizes of the layers, size of the error) -> one scale per layer
+Scales = Callable[[list[int], int], Sequence[float]]
 
-class FeedbackPointsHandling(enum.Enum):
-    """Which activations are trained when a `DFALayer` is called more than once in a forward pass.
 
-    LAST: the last one. REDUCE: all of them. MINIBATCH is LAST: tinydfa needs it where several
-    forward passes precede their backward passes, which works here in every mode.
+def tinydfa_scales(sizes: list[int], error_size: int) -> list[float]:
+    """tinydfa's normalization: with `distribution="uniform"`, entries in (-1, 1) over sqrt(l_max).
+
+    The library's uniform entries have unit variance, hence a further 1/sqrt(3).
     """
-
-    LAST = "LAST"
-    MINIBATCH = "MINIBATCH"
-    REDUCE = "REDUCE"
-
-
-class Place(NamedTuple):
-    """A signal's rows of U and scale, and the layer's activation it goes to."""
-
-    layer: int
-    row_offset: int
-    size: int
-    scale: float
-    shape: torch.Size
-    batch_dims: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-
-@dataclasses.dataclass
-class Record:
-    """A forward pass under `DFA.recording`: the output, and the activations that would be
-    trained."""
-
-    output: Tensor | None = None
-    activations: Sequence[Tensor] = ()
-    places: Sequence[Place] = ()
-
-
-@dataclasses.dataclass
-class _Group:
-    """What a `DFA` and its layers share."""
-
-    mode: str
-    handling: FeedbackPointsHandling
-    batch_dims: tuple[int, ...]
-    record: Record | None = None
-
-
-class DFALayer(nn.Module):
-    """Marks a hidden activation, after its non-linearity, for the `DFA` that this layer is given
-    to.
-
-    Args:
-        name: for messages and tables.
-        batch_dims: the activation's batch dimensions; the others, flattened, are the layer. None:
-            those of the `DFA`. (0,) for [batch, features] and [batch, channels, height, width]; (0,
-            1) for [batch, tokens, features].
-        passthrough: True lets backpropagation through.
-
-    Attributes:
-        size: l_i, known from the first forward pass on.
-    """
-
-    def __init__(
-        self,
-        name: str | None = None,
-        batch_dims: Sequence[int] | None = None,
-        passthrough: bool = False,
-    ):
-        super().__init__()
-        self.name = name
-        self.batch_dims = None if batch_dims is None else tuple(batch_dims)
-        self.passthrough = passthrough
-        self.size: int | None = None
-        self._group: _Group | None = None
-        self._waiting: list[Tensor] = []
-
-    def forward(self, activation: Tensor) -> Tensor:
-        """`activation` detached, or as it is where backpropagation is wanted."""
-        if not isinstance(activation, Tensor):
-            raise TypeError(
-                f"DFALayer: activation must be a tensor, got {type(activation).__name__}"
-            )
-        group = self._group
-        if group is None:
-            raise RuntimeError(
-                "DFALayer: no DFA trains this layer; give it to one, as in DFA([layer, ...])"
-            )
-        _, self.size = count_rows(activation.shape, self.row_dims, "DFALayer")
-        if self.passthrough or (group.mode == "backprop" and group.record is None):
-            return activation
-        if torch.is_grad_enabled() and activation.requires_grad:
-            if group.handling is not FeedbackPointsHandling.REDUCE:
-                self._waiting = []
-            self._waiting.append(activation)
-        return activation.detach() if group.record is None else activation
-
-    @property
-    def row_dims(self) -> tuple[int, ...]:
-        """The batch dimensions in force: this layer's, else those of its `DFA`."""
-        if self.batch_dims is not None:
-            return self.batch_dims
-        return self._group.batch_dims if self._group is not None else (0,)
-
-    def take(self) -> list[Tensor]:
-        """The activations that wait for the output; they wait no longer."""
-        waiting, self._waiting = self._waiting, []
-        return waiting
-
-    def __getstate__(self) -> dict:
-        # What waits belongs to a forward pass, not to a copy.
-        return {**self.__dict__, "_waiting": []}
-
-    def extra_repr(self) -> str:
-        """The arguments that were given."""
-        facts = {"name": self.name, "batch_dims": self.batch_dims, "passthrough": self.passthrough}
-        return ", ".join(f"{key}={value!r}" for key, value in facts.items() if value)
+    return [1 / math.sqrt(3 * max(sizes))] * len(sizes)
 
 
 class DFA(nn.Module):
@@ -162,7 +74,10 @@ class DFA(nn.Module):
     Args:
         dfa_layers: the network's `DFALayer`s.
         normalization: True or "layer": 1/sqrt(l_i n) (eq. 8). False or "shared": 1/sqrt(l_max n)
-            for all (eq. 7, the paper's "no norm"). A number: that scale for all.
+            for all (eq. 7, the paper's "no norm"). A number: that scale for all. A function of
+            (sizes of the layers, size of the error): one scale per layer; a layer that was never
+            called counts as size 1. tinydfa's own law is `distribution="uniform",
+            normalization=tinydfa_scales`.
         rp_device: where to project; signals go to their activations' devices. None: where all of
             them and the error are.
         no_training: True starts in mode "shallow".
@@ -173,16 +88,33 @@ class DFA(nn.Module):
         seed, distribution, backend: as for `dfa_kernels.project`.
         shared: True: one matrix, sliced for every layer (eq. 8). False: rows of its own for every
             layer.
+        matrix: stored matrices instead of a seed, of unit variance, normalized like a seed's: one
+            [at least l_max, n], sliced for every layer, or a sequence with one [at least l_i, n]
+            for each. They move once to where the projection runs, keep their dtype (that of the
+            products), and are not in the state_dict: saving them is up to you.
+        error_transform: function of the error [M, n] before projection, of its shape; torch.sign,
+            a ternary rounding, or for cross-entropy `lambda e: -(e < 0).to(e.dtype)`, the target.
+            The last layer gets the error itself.
+        mask: fixed tensors to multiply signals by: a mapping from layers' names or indices, or a
+            sequence with a tensor or None for each. Each broadcasts to the activation's dimensions
+            that are not batch dimensions, and moves once to the activation's device.
+        lean: True keeps one [M, l_max] signal and scales it for each layer when autograd gets
+            there, where False makes all signals at once. Needs one shared matrix. Without effect
+            under torch.compile, which plans memory itself.
 
     Raises:
         TypeError, ValueError, RuntimeError: naming the argument and what was got, when built or in
             the forward pass.
+
+    A forward pass that is aborted between a layer and the `DFA` (by an exception, by Ctrl-C in a
+    notebook) leaves activations behind. The next pass replaces those of the layers it calls; ones
+    that it skips, and under REDUCE all, would be trained by it. `watch(model)` rules that out.
     """
 
     def __init__(
         self,
         dfa_layers: Iterable[DFALayer],
-        normalization: bool | str | float = True,
+        normalization: bool | str | float | Scales = True,
         rp_device: torch.device | str | None = None,
         no_training: bool = False,
         feedback_points_handling: FeedbackPointsHandling = FeedbackPointsHandling.LAST,
@@ -191,14 +123,21 @@ class DFA(nn.Module):
         seed: int = 0,
         distribution: str = "normal",
         shared: bool = True,
+        matrix: Tensor | Sequence[Tensor] | None = None,
+        error_transform: Callable[[Tensor], Tensor] | None = None,
+        mask: Mapping[str | int, Tensor] | Sequence[Tensor | None] | None = None,
+        lean: bool = False,
         backend: str | None = None,
     ):
         super().__init__()
         if isinstance(normalization, bool):
             normalization = "layer" if normalization else "shared"
-        checks.scales("DFA", normalization, [1], 1)
+        if not callable(normalization):
+            checks.scales("DFA", normalization, [1], 1)
         checks.seed("DFA", seed)
         checks.distribution("DFA", distribution)
+        if error_transform is not None and not callable(error_transform):
+            raise TypeError(f"DFA: error_transform must be a function, got {error_transform!r}")
         if not isinstance(feedback_points_handling, FeedbackPointsHandling):
             raise TypeError(
                 "DFA: feedback_points_handling must be a FeedbackPointsHandling, "
@@ -209,19 +148,30 @@ class DFA(nn.Module):
         self.rp_device = None if rp_device is None else torch.device(rp_device)
         self.seed = seed
         self.distribution = distribution
-        self.shared = shared
         self.backend = backend
-        self._group = _Group(
-            "shallow" if no_training else "dfa", feedback_points_handling, tuple(batch_dims)
-        )
+        self.error_transform = error_transform
         for index, layer in enumerate(self.dfa_layers):
             if not isinstance(layer, DFALayer):
                 raise TypeError(
                     f"DFA: dfa_layers[{index}] must be a DFALayer, got {type(layer).__name__}"
                 )
-            if layer._group is not None:
+            if layer._group is not None or layer in self.dfa_layers[:index]:
                 raise ValueError(f"DFA: dfa_layers[{index}] already belongs to a DFA")
-            layer._group = self._group
+        count = len(self.dfa_layers)
+        self.matrices = check_matrices(matrix, count, self.rp_device)
+        if isinstance(matrix, Tensor):
+            shared = True
+        elif matrix is not None:
+            shared = False
+        if lean and not shared:
+            raise ValueError("DFA: lean needs one matrix for all layers, got independent ones")
+        self.row_offsets = [0 if shared else index * INDEPENDENT_ROWS for index in range(count)]
+        self.masks = check_masks(mask, [layer.name for layer in self.dfa_layers])
+        self._group = Group(
+            "shallow" if no_training else "dfa", feedback_points_handling, tuple(batch_dims), lean
+        )
+        for index, layer in enumerate(self.dfa_layers):
+            layer._group, layer._index = self._group, index
 
     @property
     def mode(self) -> str:
@@ -240,80 +190,165 @@ class DFA(nn.Module):
             )
         self._group.mode = mode
 
+    @property
+    def no_training(self) -> bool:
+        """tinydfa's name for mode "shallow"; False sets mode "dfa"."""
+        return self.mode == "shallow"
+
+    @no_training.setter
+    def no_training(self, value: bool) -> None:
+        self.mode = "shallow" if value else "dfa"
+
+    @property
+    def feedback_points_handling(self) -> FeedbackPointsHandling:
+        """As given."""
+        return self._group.handling
+
+    @property
+    def batch_dims(self) -> tuple[int, ...]:
+        """As given."""
+        return self._group.batch_dims
+
+    def watch(self, model: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
+        """Begin and end every forward pass of `model` with no activation left from an aborted one.
+
+        `model` holds this module and its layers and does not call itself; `self.dfa.watch(self)` at
+        the end of a model's `__init__` does it. Returns the two hooks' handles.
+        """
+        return (
+            model.register_forward_pre_hook(self._group.forget),
+            model.register_forward_hook(self._group.forget, always_call=True),
+        )
+
     def forward(self, output: Tensor) -> Tensor:
-        """`output`, tied to the activations that wait in the layers."""
+        """`output`, tied to the activations that wait."""
         if not isinstance(output, Tensor):
             raise TypeError(f"DFA: output must be a tensor, got {type(output).__name__}")
-        waiting = [
-            (index, activation)
-            for index, layer in enumerate(self.dfa_layers)
-            for activation in layer.take()
-        ]
-        if not waiting or not torch.is_grad_enabled():
-            return output
-        activations = [activation for _, activation in waiting]
-        _, error_size = count_rows(output.shape, self._group.batch_dims, "DFA")
-        sizes = [layer.size or 1 for layer in self.dfa_layers]
-        scales = checks.scales("DFA", self.normalization, sizes, error_size)
-        places = [self._place(index, a, output, scales[index]) for index, a in waiting]
+        waiting = self._group.take()
         record = self._group.record
+        if not torch.is_grad_enabled() or (record is None and self.mode != "dfa"):
+            return output
+        if recomputing("DFA") or not waiting:
+            return output
+        places = self._places(waiting, output)
+        activations = [item.activation for item in waiting]
         if record is not None:
             record.output, record.activations, record.places = output, activations, places
+            record.layers = [item.layer for item in waiting]
             return output
-        if self.mode == "shallow":
-            return output
-        return Feedback.apply(functools.partial(self.signals, places), output, *activations)
+        if any(item.factor is not None for item in waiting):
+            signals = functools.partial(
+                self.lean_signals, places, self._lean_block(waiting, places)
+            )
+        else:
+            signals = functools.partial(self.signals, places)
+        return Feedback.apply(signals, output, *activations)
 
     def signals(self, places: Sequence[Place], error: Tensor) -> list[Tensor]:
         """B_i e for every place, by one projection, each of its activation's shape and dtype."""
-        signals = functional.project(
-            to_rows(error, self._group.batch_dims, "DFA").to(self.rp_device),
-            [place.size for place in places],
-            seed=self.seed,
-            distribution=self.distribution,
-            normalization=[place.scale for place in places],
-            row_offsets=[place.row_offset for place in places],
-            backend=self.backend,
-        )
-        return [
-            from_rows(signal, place.shape, place.batch_dims, "DFA").to(place.device, place.dtype)
-            for signal, place in zip(signals, places, strict=True)
-        ]
+        return feedback.deliver(self._source(), self._rows(error), places, self.masks)
+
+    def lean_signals(self, places: Sequence[Place], block: Block, error: Tensor) -> list[Tensor]:
+        """The same before each layer's own scale and mask, as views of one signal."""
+        return feedback.deliver_views(self._source(), self._rows(error), places, block)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[Record]:
         """Forward passes within are those of backpropagation; the last stays in the record."""
+        waiting = self._group.take()
         self._group.record = Record()
         try:
             yield self._group.record
         finally:
-            self._group.record = None
-            for layer in self.dfa_layers:
-                layer.take()
+            self._group.record, self._group.waiting = None, waiting
 
-    def _place(self, index: int, activation: Tensor, output: Tensor, scale: float) -> Place:
-        """Where the signal for an activation of this layer comes from and goes to."""
-        layer = self.dfa_layers[index]
-        if self.rp_device is None and activation.device != output.device:
-            raise ValueError(
-                f"DFA: dfa_layers[{index}] is on {activation.device}, the output on "
-                f"{output.device}; give rp_device to say where to project"
+    def get_extra_state(self) -> Tensor:
+        """What makes the same signals again, in a few bytes; see `state`."""
+        return state.pack(self)
+
+    def set_extra_state(self, packed: Tensor) -> None:
+        """Take the seed, distribution, normalization and row offsets of a state; see `state`."""
+        state.unpack(self, packed)
+
+    def extra_repr(self) -> str:
+        """What tells this module's signals from another's."""
+        source = f"seed={self.seed}, distribution={self.distribution!r}"
+        return f"{len(self.dfa_layers)} layers, {source if not self.matrices else 'stored matrix'}"
+
+    def _source(self) -> Seeded | Stored:
+        if self.matrices:
+            return Stored(self.matrices)
+        return Seeded(self.seed, self.distribution, self.backend)
+
+    def _rows(self, error: Tensor) -> Tensor:
+        """The error as it is projected: [M, n], transformed, where the projection runs."""
+        rows = to_rows(error, self._group.batch_dims, "DFA")
+        if self.error_transform is not None:
+            transformed = self.error_transform(rows)
+            if not isinstance(transformed, Tensor) or transformed.shape != rows.shape:
+                got = tuple(getattr(transformed, "shape", ())) or type(transformed).__name__
+                raise ValueError(
+                    f"DFA: error_transform must keep the error's shape {tuple(rows.shape)}, "
+                    f"got {got}"
+                )
+            rows = transformed
+        return rows.to(self.rp_device)
+
+    def _scales(self, sizes: list[int], error_size: int) -> list[float]:
+        normalization: Any = self.normalization
+        if callable(normalization):
+            normalization = normalization(sizes, error_size)
+        return checks.scales("DFA", normalization, sizes, error_size)
+
+    def _places(self, waiting: Sequence[Waiting], output: Tensor) -> list[Place]:
+        """Where the signal of every waiting activation comes from and goes to."""
+        error_rows, error_size = count_rows(output.shape, self._group.batch_dims, "DFA")
+        device = self.rp_device or output.device
+        if any(matrix.device != device for matrix in self.matrices):
+            self.matrices = tuple(matrix.to(device) for matrix in self.matrices)
+        sizes = [layer.size or 1 for layer in self.dfa_layers]
+        scales = self._scales(sizes, error_size)
+        places = []
+        for index, activation, _ in waiting:
+            dims = self.dfa_layers[index].row_dims
+            rows, size = count_rows(activation.shape, dims, "DFA")
+            if self.rp_device is None and activation.device != output.device:
+                raise ValueError(
+                    f"DFA: dfa_layers[{index}] is on {activation.device}, the output on "
+                    f"{output.device}; give rp_device to say where to project"
+                )
+            repeats = row_ratio(activation.shape, dims, output.shape, self._group.batch_dims, "DFA")
+            if repeats is None:
+                raise ValueError(
+                    f"DFA: dfa_layers[{index}] must have a multiple of the output's {error_rows} "
+                    f"rows, got {rows}; batch_dims says which dimensions are rows"
+                )
+            scale = scales[index]
+            if size != sizes[index]:  # the layer was called again, with another size
+                own = [*sizes[:index], size, *sizes[index + 1 :]]
+                scale = self._scales(own, error_size)[index]
+            block = Block(
+                matrix=index if len(self.matrices) > 1 else 0,
+                first=self.row_offsets[index],
+                size=size,
+                scale=scale / math.sqrt(repeats),
             )
-        error_rows, _ = count_rows(output.shape, self._group.batch_dims, "DFA")
-        rows, size = count_rows(activation.shape, layer.row_dims, "DFA")
-        repeats = rows // error_rows if error_rows else 1
-        if repeats * error_rows != rows or repeats == 0:
-            raise ValueError(
-                f"DFA: dfa_layers[{index}] must have a multiple of the output's {error_rows} rows, "
-                f"got {rows}; batch_dims says which dimensions are rows"
+            shape, dtype, device = activation.shape, activation.dtype, activation.device
+            mask = index if index in self.masks else None
+            if mask is not None:
+                beside_rows(self.masks[mask], shape, dims, f"DFA: mask[{index}]")
+                if self.masks[mask].device != device:
+                    self.masks[mask] = self.masks[mask].to(device)
+            places.append(Place(block, shape, dims, dtype, device, mask))
+        return places
+
+    def _lean_block(self, waiting: Sequence[Waiting], places: Sequence[Place]) -> Block:
+        """The one signal that serves all places; every place's factor makes its own from it."""
+        scale = max(abs(place.block.scale) for place in places) or 1.0
+        for item, place in zip(waiting, places, strict=True):
+            assert item.factor is not None
+            ratio = place.block.scale / scale
+            item.factor.value = (
+                ratio if place.mask is None else feedback.mask_for(place, self.masks) * ratio
             )
-        return Place(
-            layer=index,
-            row_offset=0 if self.shared else index * INDEPENDENT_ROWS,
-            size=size,
-            scale=scale / math.sqrt(repeats),
-            shape=activation.shape,
-            batch_dims=layer.row_dims,
-            dtype=activation.dtype,
-            device=activation.device,
-        )
+        return Block(0, places[0].block.first, max(place.block.size for place in places), scale)

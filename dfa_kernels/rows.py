@@ -30,6 +30,30 @@ def count_rows(shape: Sequence[int], batch_dims: Sequence[int], function: str) -
     return math.prod([shape[dim] for dim in batch]), math.prod([shape[dim] for dim in rest])
 
 
+def row_ratio(
+    shape: Sequence[int],
+    batch_dims: Sequence[int],
+    error_shape: Sequence[int],
+    error_dims: Sequence[int],
+    function: str,
+) -> int | None:
+    """How many times the error's rows a tensor of `shape` has, or None where it is no such number.
+
+    Dimensions that both have cancel first: torch.compile then knows the ratio although it may not
+    know the batch size.
+    """
+    ours = [shape[dim] for dim in _order(shape, batch_dims, function)[0]]
+    theirs = [error_shape[dim] for dim in _order(error_shape, error_dims, function)[0]]
+    for size in list(theirs):
+        if size in ours:
+            ours.remove(size)
+            theirs.remove(size)
+    rows, error_rows = math.prod(ours), math.prod(theirs)
+    if rows == error_rows:
+        return 1
+    return rows // error_rows if rows and error_rows and rows % error_rows == 0 else None
+
+
 def to_rows(tensor: Tensor, batch_dims: Sequence[int], function: str) -> Tensor:
     """[rows, size] of a tensor; a view where its strides allow one."""
     batch, rest = _order(tensor.shape, batch_dims, function)
@@ -48,3 +72,23 @@ def from_rows(rows: Tensor, shape: torch.Size, batch_dims: Sequence[int], functi
     dims = batch + rest
     inverse = [dims.index(dim) for dim in range(len(shape))]
     return rows.reshape([shape[dim] for dim in dims]).permute(inverse)
+
+
+def beside_rows(
+    tensor: Tensor, shape: Sequence[int], batch_dims: Sequence[int], function: str
+) -> Tensor:
+    """A view of `tensor` that multiplies one of `shape`, the same for all its rows.
+
+    `tensor` broadcasts to the dimensions of `shape` that are not batch dimensions.
+    """
+    batch, rest = _order(shape, batch_dims, function)
+    sizes = [1] * (len(rest) - tensor.dim()) + list(tensor.shape)
+    wanted = [shape[dim] for dim in rest]
+    if len(sizes) != len(rest) or any(
+        size not in (1, full) for size, full in zip(sizes, wanted, strict=True)
+    ):
+        raise ValueError(f"{function} must broadcast to {wanted}, got {list(tensor.shape)}")
+    tensor = tensor.reshape(sizes)
+    for dim in batch:
+        tensor = tensor.unsqueeze(dim)
+    return tensor

@@ -1,0 +1,105 @@
+"""Time of a training step (forward, backward, optimizer) by DFA against backpropagation.
+
+    python benchmarks/bench_training_step.py [--device cpu] [--dtype float32] [--seconds 6]
+
+The ways of one case take turns, step by step, so that whatever else the machine does meets all of
+them; the medians and their ratios to backpropagation come from the same run. "matrix=" has a stored
+matrix, so that what it takes beyond that is the cost of generating entries. "limit" is what is left
+of backpropagation's matrix products when no gradient is carried back between layers, over all of
+them: the ratio that a free projection and free elementwise work would reach.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dfa_kernels import DFA, DFALayer, backends, feedback_matrix
+
+CASES = {  # inputs, hidden layers, batch, n
+    "8 x 1024, n = 10": (784, [1024] * 8, 512, 10),
+    "1 x 4096, n = 1000": (784, [4096], 512, 1000),
+}
+ACCELERATOR_CASES = {"24 x 4096, n = 1000": (4096, [4096] * 24, 4096, 1000)}
+
+
+class Step:
+    """One way of training one network; `run()` is a step, timed."""
+
+    def __init__(self, case, mode, device, dtype, **arguments):
+        inputs, widths, batch, classes = case
+        torch.manual_seed(0)
+        points = [DFALayer() for _ in widths]
+        self.dfa = DFA(points, **arguments)
+        self.dfa.mode = mode
+        layers: list[nn.Module] = []
+        for before, width, point in zip([inputs, *widths], widths, points, strict=False):
+            layers += [nn.Linear(before, width), nn.Tanh(), point]
+        self.model = nn.Sequential(*layers, nn.Linear(widths[-1], classes), self.dfa)
+        self.model.to(device, dtype)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.01)
+        self.x = torch.randn(batch, inputs, device=device, dtype=dtype)
+        self.y = torch.randint(0, classes, (batch,), device=device)
+        self.seconds: list[float] = []
+
+    def run(self):
+        """One step; returns its seconds."""
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.model(self.x), self.y).backward()
+        self.optimizer.step()
+        if self.x.is_cuda:
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - start)
+
+
+def limit(case):
+    """Multiplications of a DFA step without its projection over those of a backprop step."""
+    inputs, widths, _, classes = case
+    sizes = [a * b for a, b in zip([inputs, *widths], [*widths, classes], strict=True)]
+    return 2 * sum(sizes) / (3 * sum(sizes) - sizes[0])
+
+
+def measure(case, device, dtype, seconds):
+    """Median seconds of a step by way of training."""
+    _, widths, _, classes = case
+    stored = feedback_matrix(max(widths), classes, dtype=dtype, device=device)
+    ways = {
+        "backprop": Step(case, "backprop", device, dtype),
+        "shallow": Step(case, "shallow", device, dtype),
+        "DFA, matrix=": Step(case, "dfa", device, dtype, matrix=stored),
+        "DFA, lean": Step(case, "dfa", device, dtype, lean=True),
+        "DFA": Step(case, "dfa", device, dtype),
+    }
+    for way in ways.values():
+        for _ in range(2):
+            way.run()
+        way.seconds.clear()
+    end = time.perf_counter() + seconds * len(ways)
+    while time.perf_counter() < end or len(ways["DFA"].seconds) < 5:
+        for way in ways.values():
+            way.run()
+    return {name: statistics.median(way.seconds) for name, way in ways.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--seconds", type=float, default=6.0, help="for each way of training")
+    arguments = parser.parse_args()
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    backend = next(b.name for b in backends() if b.automatic and b.device == device.type)
+    print(f"{device}, {dtype}, {torch.get_num_threads()} threads, backend {backend}")
+    for name, case in (CASES if device.type == "cpu" else CASES | ACCELERATOR_CASES).items():
+        times = measure(case, device, dtype, arguments.seconds)
+        print(f"\n{name}, batch {case[2]}; limit {limit(case):.3f}")
+        for way, median in times.items():
+            print(f"  {way:14s} {1e3 * median:8.2f} ms  {median / times['backprop']:6.3f}")
+
+
+if __name__ == "__main__":
+    main()

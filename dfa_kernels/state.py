@@ -1,0 +1,92 @@
+"""What a `DFA` puts into its model's state_dict: enough to make the same signals again, no matrix.
+
+A uint8 tensor of JSON, so that whatever copies, moves or stores a state_dict's tensors does so with
+it too:
+
+    stream          stream.VERSION
+    seed, distribution, row_offsets
+    normalization   "layer", "shared", a number, or {"function": its qualified name}
+    layers          [name or null, size or null] of each
+    stored          whether the signals come from stored matrices, which are not in the state
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dfa_kernels import checks, stream
+
+if TYPE_CHECKING:
+    from dfa_kernels.nn import DFA
+
+
+def pack(dfa: DFA) -> Tensor:
+    """The state of `dfa`."""
+    facts = {
+        "stream": stream.VERSION,
+        "seed": dfa.seed,
+        "distribution": dfa.distribution,
+        "row_offsets": dfa.row_offsets,
+        "normalization": _normalization(dfa),
+        "layers": [[layer.name, layer.size] for layer in dfa.dfa_layers],
+        "stored": bool(dfa.matrices),
+    }
+    return torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8, device="cpu")
+
+
+def unpack(dfa: DFA, packed: Tensor) -> None:
+    """Give `dfa` the state of another, after checking that it can take it.
+
+    Raises:
+        TypeError: `packed` is not a state.
+        ValueError: it is of another version of the stream, for other layers, of a normalization
+            function that `dfa` does not have, or one of the two has stored matrices.
+    """
+    if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
+        raise TypeError(
+            f"DFA: state must be a uint8 tensor, got {getattr(packed, 'dtype', type(packed))}"
+        )
+    facts: dict[str, Any] = json.loads(bytes(packed.tolist()))
+    if facts["stream"] != stream.VERSION:
+        raise ValueError(
+            f"DFA: state must be of version {stream.VERSION} of the stream, got {facts['stream']}"
+        )
+    ours = [(layer.name, layer.size) for layer in dfa.dfa_layers]
+    theirs = [(name, size) for name, size in facts["layers"]]
+    fits = len(ours) == len(theirs) and all(
+        name == other and (size == other_size or None in (size, other_size))
+        for (name, size), (other, other_size) in zip(ours, theirs, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"DFA: state must be for the layers (name, size) {ours}, got {theirs}")
+    if facts["stored"] != bool(dfa.matrices):
+        raise ValueError(
+            "DFA: state must be of the same source of signals, "
+            f"{'a stored matrix' if dfa.matrices else 'a seed'}, got the other one"
+        )
+    checks.seed("DFA", facts["seed"])
+    checks.distribution("DFA", facts["distribution"])
+    normalization = facts["normalization"]
+    if isinstance(normalization, dict) and normalization != _normalization(dfa):
+        raise ValueError(
+            f"DFA: state must have the normalization {dfa.normalization!r}, got the function "
+            f"{normalization['function']}"
+        )
+    if not isinstance(normalization, dict):
+        dfa.normalization = normalization
+    dfa.seed, dfa.distribution = facts["seed"], facts["distribution"]
+    dfa.row_offsets = facts["row_offsets"]
+    for layer, (_, size) in zip(dfa.dfa_layers, theirs, strict=True):
+        layer._loaded_size = size
+
+
+def _normalization(dfa: DFA) -> Any:
+    if not callable(dfa.normalization):
+        return dfa.normalization
+    function = dfa.normalization
+    kind = function if hasattr(function, "__qualname__") else type(function)
+    return {"function": f"{kind.__module__}.{kind.__qualname__}"}

@@ -1,0 +1,198 @@
+"""The trainer computes eq. 3, no more and no less."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import (
+    BATCH,
+    CLASSES,
+    Calls,
+    Convolutions,
+    Perceptron,
+    Tokens,
+    assert_equal,
+    backward,
+    batch,
+    by_hand,
+    gradients,
+    perceptron,
+)
+from torch import nn
+
+from dfa_kernels import DFA, DFALayer, feedback_matrix
+
+SOURCES = [
+    {"seed": 1},
+    {"seed": 2**64 - 1, "distribution": "rademacher"},
+    {"seed": 2, "distribution": "uniform", "normalization": "shared"},
+    {"seed": 3, "shared": False},
+]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("network", [Perceptron, Convolutions, Tokens])
+def test_gradients_are_eq_3_by_hand(network, source):
+    torch.manual_seed(0)
+    model = network(keep=True, **source).double()
+    x = torch.randn(getattr(network, "inputs", (BATCH, 8)), dtype=torch.float64)
+    batch_dims = 2 if network is Tokens else 1
+    y = torch.randint(0, CLASSES, x.shape[:batch_dims])
+
+    def rows(tensor):
+        return tensor.flatten(0, batch_dims - 1).flatten(1)
+
+    expected = by_hand(model, x, y, rows=rows, **source)
+    model.zero_grad()
+    F.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
+    assert_equal(gradients(model), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_last_layer_is_trained_as_by_backprop():
+    x, y = batch()
+    ours, theirs = perceptron(), perceptron()
+    theirs.dfa.mode = "backprop"
+    assert_equal(backward(ours, x, y)[-2:], backward(theirs, x, y)[-2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_dtype_trains_as_double_does_to_its_precision(dtype):
+    x, y = batch(dtype)
+    expected = backward(perceptron(dtype=torch.float64), x.double(), y)
+    found = backward(perceptron(dtype=dtype), x, y)
+    assert all(gradient.dtype == dtype for gradient in found)
+    tolerance = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 1e-5}.get(dtype, 1e-12)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.double() - other).norm() <= tolerance * other.norm()
+
+
+def test_rows_of_the_error_serve_several_rows_of_an_activation():
+    """One error an image, many patches: each patch gets the image's signal over sqrt(patches)."""
+    torch.manual_seed(0)
+    patches, width = 9, 16
+    linear, point, head = nn.Linear(4, width), DFALayer(batch_dims=(0, 1)), nn.Linear(width, 5)
+    dfa = DFA([point], seed=4)
+    x, y = torch.randn(BATCH, patches, 4), torch.randint(0, 5, (BATCH,))
+    h = torch.tanh(linear(x))
+    h.retain_grad()
+    output = head(point(h).mean(1))
+    output.retain_grad()
+    F.cross_entropy(dfa(output), y).backward()
+    matrix = feedback_matrix(width, 5, seed=4)
+    signal = output.grad @ matrix.T / (width * 5) ** 0.5 / patches**0.5
+    torch.testing.assert_close(h.grad, signal[:, None].expand(-1, patches, -1))
+
+
+def test_batch_dims_may_be_anywhere():
+    """[features, batch] activations get the transpose of what [batch, features] get."""
+    torch.manual_seed(0)
+    h = torch.randn(16, BATCH, requires_grad=True)
+    error = torch.randn(BATCH, CLASSES)
+    point = DFALayer(batch_dims=(1,))
+    dfa = DFA([point])
+    point(h)
+    dfa(torch.zeros(BATCH, CLASSES, requires_grad=True)).backward(error)
+    signal = error @ feedback_matrix(16, CLASSES).T / (16 * CLASSES) ** 0.5
+    torch.testing.assert_close(h.grad, signal.T)
+
+
+def test_backward_runs_one_weight_product_per_layer_and_one_projection():
+    x, y = batch()
+    counts = {}
+    for mode in ("dfa", "backprop", "shallow"):
+        model = perceptron()
+        model.dfa.mode = mode
+        loss = F.cross_entropy(model(x), y)
+        with Calls() as calls:
+            loss.backward()
+        counts[mode] = (calls.products, calls.projections)
+    layers = 4
+    assert counts == {"dfa": (layers, 1), "backprop": (2 * layers - 1, 0), "shallow": (1, 0)}
+
+
+def test_layers_of_equal_size_share_one_signal():
+    x, y = batch()
+    model = perceptron(widths=(16, 16, 16), keep=True)
+    loss = F.cross_entropy(model(x), y)
+    seen = []
+    for hidden in model.hidden:
+        hidden.register_hook(lambda signal: seen.append(signal.data_ptr()))
+    loss.backward()
+    assert len(seen) == 3
+    assert len(set(seen)) == 1
+
+
+@pytest.mark.parametrize("shapes", [((16,), (16,)), ((16,), (2, 8))])
+def test_parameters_never_share_memory_through_a_shared_signal(shapes):
+    """A parameter that is an activation's summand may keep the signal itself as its gradient."""
+    points = [DFALayer(), DFALayer()]
+    dfa = DFA(points)
+    leaves = [nn.Parameter(torch.zeros(BATCH, *shape)) for shape in shapes]
+    for point, leaf in zip(points, leaves, strict=True):
+        point(leaf + torch.zeros(1))
+    dfa(torch.zeros(BATCH, CLASSES, requires_grad=True)).sum().backward()
+    before = leaves[1].grad.clone()
+    leaves[0].grad.mul_(2)
+    assert torch.equal(leaves[1].grad, before)
+
+
+def test_modes():
+    x, y = batch()
+    plain = perceptron()
+    plain.dfa.mode = "backprop"
+    twin = nn.Sequential(
+        *(m for linear in plain.linears for m in (linear, nn.Tanh())), plain.output
+    )
+    assert_equal(backward(plain, x, y), backward(twin, x, y))
+    plain.dfa.mode = "shallow"
+    found = backward(plain, x, y)
+    assert found[:-2] == [None] * 6
+    plain.dfa.mode = "dfa"
+    assert_equal(backward(plain, x, y), backward(perceptron(), x, y))
+    with pytest.raises(ValueError, match=r"DFA: mode must be one of .* got 'bp'"):
+        plain.dfa.mode = "bp"
+
+
+def test_no_training_is_tinydfas_name_for_shallow():
+    x, y = batch()
+    model = perceptron(no_training=True)
+    assert model.dfa.mode == "shallow"
+    assert model.dfa.no_training
+    assert backward(model, x, y)[0] is None
+    model.dfa.no_training = False
+    assert model.dfa.mode == "dfa"
+    assert backward(model, x, y)[0] is not None
+
+
+def test_passthrough_joins_a_layer_to_the_next_by_backprop():
+    x, y = batch()
+    torch.manual_seed(0)
+    linears = [nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(12, CLASSES)]
+    inner, outer = DFALayer(passthrough=True), DFALayer()
+    dfa = DFA([inner, outer], seed=1)
+    loss = F.cross_entropy(
+        dfa(linears[2](outer(linears[1](inner(torch.tanh(linears[0](x))).tanh())))), y
+    )
+    found = torch.autograd.grad(loss, [linears[0].weight])
+    alone = DFALayer()
+    dfa = DFA([alone], seed=1)
+    loss = F.cross_entropy(dfa(linears[2](alone(linears[1](torch.tanh(linears[0](x)).tanh())))), y)
+    assert_equal(found, torch.autograd.grad(loss, [linears[0].weight]))
+
+
+def test_hidden_activations_are_passed_on_without_requiring_a_gradient():
+    model = perceptron()
+    seen = []
+    for point in model.points:
+        point.register_forward_hook(lambda module, args, output: seen.append(output))
+    model(batch()[0])
+    assert [h.requires_grad for h in seen] == [False] * 3
+
+
+def test_second_derivatives_flow_through_the_signals():
+    """The projection is linear in the error and has an adjoint."""
+    x, y = batch(torch.float64)
+    model = perceptron(dtype=torch.float64)
+    loss = F.cross_entropy(model(x), y)
+    (first,) = torch.autograd.grad(loss, [model.linears[0].weight], create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), [model.output.weight])
+    assert second.abs().sum() > 0

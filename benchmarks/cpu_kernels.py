@@ -13,9 +13,6 @@ others.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,13 +22,13 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import provenance
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-import dfa_kernels
 from dfa_kernels import feedback_matrix, project, stream
 
 N = 1000  # length of the error
@@ -54,6 +51,7 @@ class Case:
     multiplications: int = 0
     entries: int = 0
     distribution: str = "normal"
+    arithmetic: str = "fp32"
 
 
 @dataclass
@@ -89,7 +87,8 @@ def roofs(threads: int, rounds: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     out = torch.empty(2**26)
     square, product = torch.randn(2048, 2048), torch.empty(2048, 2048)
-    many, one = torch.randn(2048, N), torch.randn(1, N)
+    low, low_product = square.bfloat16(), product.bfloat16()
+    many, one = torch.randn(512, N), torch.randn(1, N)
 
     def rate(work: float, call: Call) -> float:
         return work / min(seconds(call) for _ in range(rounds))
@@ -97,12 +96,18 @@ def roofs(threads: int, rounds: int) -> dict[str, float]:
     rates = {
         "write": rate(out.nbytes, lambda: out.fill_(1)),
         "torch.mm": rate(2048**3, lambda: torch.mm(square, square, out=product)),
-        "own product": rate(len(many) * N * 20_000, partial(project, many, [20_000])),
+        "torch.mm bf16": rate(2048**3, lambda: torch.mm(low, low, out=low_product)),
     }
+    own = {"own product": many, "own product bf16": many.bfloat16()}
+    for name, error in own.items():
+        call = partial(project, error, [LAYER // 2], backend="cpp")
+        rates[name] = rate(len(many) * N * (LAYER // 2), call)
     for distribution in stream.BLOCK:
         call = partial(project, one, [LAYER], distribution=distribution, backend="cpp")
         rates[distribution] = rate(N * LAYER, call)
-    return rates | {"multiply": max(rates["torch.mm"], rates["own product"])}
+    rates["multiply fp32"] = max(rates["torch.mm"], rates["own product"])
+    rates["multiply bf16"] = max(rates["torch.mm bf16"], rates["own product bf16"])
+    return rates
 
 
 def stored(rows: int) -> Tensor:
@@ -159,9 +164,9 @@ def projection_cases() -> list[Case]:
     theirs = partial(torch.mm, low, low_matrix.T)
     work["bytes_written"] //= 2
     against = "torch.mm on a stored bf16 matrix"
-    cases.append(
-        Case(f"{cases[1].name}, bf16", against, ours, theirs, None, entries=N * LAYER, **work)
-    )
+    case = Case(f"{cases[1].name}, bf16", against, ours, theirs, None, entries=N * LAYER, **work)
+    case.arithmetic = "bf16"
+    cases.append(case)
     sizes = [LAYER, LAYER - 1000, LAYER - 2000]
     matrices = [feedback_matrix(size, N) for size in sizes]
     ours = partial(project, error, sizes, backend="cpp")
@@ -212,7 +217,7 @@ def measure(case: Case, rates: dict[str, float], rounds: int) -> Result:
     pairs = [(repeated(case.ours), repeated(case.theirs)) for _ in range(rounds)]
     limits = {
         "write bandwidth": case.bytes_written / rates["write"],
-        "multiplication": case.multiplications / rates["multiply"],
+        "multiplication": case.multiplications / rates[f"multiply {case.arithmetic}"],
         "generation": case.entries / rates[case.distribution],
     }
     limit = max(limits, key=limits.__getitem__)
@@ -238,7 +243,7 @@ def status(key):
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 error = torch.randn(4, 1000)
-project(error, [1000], backend="cpp")
+project(error[:, :8], [8], backend="cpp")
 before, start = status("VmRSS"), time.perf_counter()
 (signal,) = project(error, [3_211_264], backend="cpp")
 print(status("VmHWM") - before - signal.nbytes, time.perf_counter() - start)
@@ -250,11 +255,6 @@ print(status("VmHWM") - before - signal.nbytes, time.perf_counter() - start)
     return {"extra_mib": int(extra) / 2**20, "seconds": float(elapsed)}
 
 
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-
-
 def report(
     results: list[Result], memory: dict[str, float], rates: dict[int, dict[str, float]]
 ) -> None:
@@ -263,7 +263,8 @@ def report(
         console.print(
             f"{threads} threads: write {rate['write'] / 1e9:.1f} GB/s, "
             f"torch.mm {2 * rate['torch.mm'] / 1e9:.0f} GFLOP/s, "
-            f"own product {2 * rate['own product'] / 1e9:.0f} GFLOP/s, "
+            f"own product {2 * rate['own product'] / 1e9:.0f} (bf16 "
+            f"{2 * rate['own product bf16'] / 1e9:.0f}) GFLOP/s, "
             f"entries made and used once {rate['normal'] / 1e9:.2f}e9 normal/s, "
             f"{rate['rademacher'] / 1e9:.2f}e9 rademacher/s"
         )
@@ -299,26 +300,14 @@ def main() -> None:
     memory = peak_memory()
     report(results, memory, rates)
     if arguments.json:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True
-        )
         measured = {
-            "device": f"{processor()}, {torch.ops.dfa_kernels.cpu_isa(None)}, 2 cores",
-            "date": datetime.date.today().isoformat(),
-            "commit": commit.stdout.strip(),
-            "versions": {
-                "dfa_kernels": dfa_kernels.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
             "roofs": rates,
             "cases": [
                 asdict(result) | {"fraction_of_limit": result.fraction} for result in results
             ],
             "peak_memory": memory,
         }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(measured, indent=2) + "\n")
+        provenance.write(arguments.json, measured)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time of a training step (forward, backward, optimizer) by DFA against backpropagation.
 
-    python benchmarks/bench_training_step.py [--device cpu] [--dtype float32] [--seconds 6]
+    python benchmarks/training_step.py [--device cpu] [--json FILE]
 
 The ways of one case take turns, step by step, so that whatever else the machine does meets all of
 them; the medians and their ratios to backpropagation come from the same run. "matrix=" has a stored
@@ -12,7 +12,9 @@ them: the ratio that a free projection and free elementwise work would reach.
 import argparse
 import statistics
 import time
+from pathlib import Path
 
+import provenance
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -90,15 +92,31 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seconds", type=float, default=6.0, help="for each way of training")
+    parser.add_argument("--json", type=Path, help="write what was measured to this file")
     arguments = parser.parse_args()
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     backend = next(b.name for b in backends() if b.automatic and b.device == device.type)
     print(f"{device}, {dtype}, {torch.get_num_threads()} threads, backend {backend}")
+    measured = []
     for name, case in (CASES if device.type == "cpu" else CASES | ACCELERATOR_CASES).items():
         times = measure(case, device, dtype, arguments.seconds)
         print(f"\n{name}, batch {case[2]}; limit {limit(case):.3f}")
         for way, median in times.items():
             print(f"  {way:14s} {1e3 * median:8.2f} ms  {median / times['backprop']:6.3f}")
+        ratios = {way: median / times["backprop"] for way, median in times.items()}
+        measured.append(
+            {
+                "case": name,
+                "batch": case[2],
+                "limit": limit(case),
+                "seconds": times,
+                "ratio": ratios,
+            }
+        )
+    if arguments.json:
+        settings = {"backend": backend, "dtype": arguments.dtype}
+        settings |= {"threads": torch.get_num_threads(), "device_type": device.type}
+        provenance.write(arguments.json, settings | {"cases": measured})
 
 
 if __name__ == "__main__":

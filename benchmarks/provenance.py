@@ -1,0 +1,42 @@
+"""Where a figure comes from: what every committed result says beside what it measured."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import dfa_kernels
+
+
+def processor() -> str:
+    """The CPU's name, how many of its cores are here, and the instruction set in use."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "CPU")
+    available = {s.name for s in dfa_kernels.backends() if s.device == "cpu" and s.available}
+    isa = torch.ops.dfa_kernels.cpu_isa(None) if "cpp" in available else "no compiled kernels"
+    return f"{name}, {len(os.sched_getaffinity(0))} cores, {isa}"
+
+
+def write(path: Path, measured: dict) -> None:
+    """`measured` as JSON, with the device, the date, the commit and the versions."""
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    provenance = {
+        "device": device,
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "versions": {
+            "dfa_kernels": dfa_kernels.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(provenance | measured, indent=2) + "\n")

@@ -22,13 +22,13 @@ class Alignment(NamedTuple):
 
 
 def alignment(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Alignment]:
-    """The alignment cosine of every DFA layer (Launay, Poli, Krzakala 2019, eq. 6), by one
-    backpropagation pass.
+    """The alignment cosine of every DFA layer, by one backpropagation pass.
 
-    cos(beta_i) is taken between B_i e and the gradient that backpropagation gives the same
-    activation, after the non-linearity, row by row; a row where either is zero has no angle and
-    does not count. Parameters, their gradients, buffers and random number generators stay as they
-    are, whatever the mode, also between a forward pass and its backward pass.
+    This is eq. 6 of Launay, Poli, Krzakala 2019: cos(beta_i) is taken between B_i e and the
+    gradient that backpropagation gives the same activation, after the non-linearity, row by row; a
+    row where either is zero has no angle and does not count. Parameters, their gradients, buffers
+    and random number generators stay as they are, whatever the mode, also between a forward pass
+    and its backward pass.
 
     Args:
         model: holds one `DFA`, or has one attached; any module around it, or the `DFA` itself where

@@ -1,5 +1,4 @@
-"""The trainer's autograd Functions: one sends the projected error to the hidden activations, one
-scales a signal at the last moment."""
+"""The trainer's autograd Functions: `Feedback` ties activations to the output, `Scaled` scales."""
 
 from __future__ import annotations
 
@@ -13,8 +12,7 @@ Signals = Callable[[Tensor], Sequence[Tensor | None]]
 
 
 class Feedback(torch.autograd.Function):
-    """Identity on the network's output whose backward gives every hidden activation its feedback
-    signal.
+    """Identity on the network's output that gives hidden activations their feedback signals.
 
     forward(signals, output, *activations) returns the output. backward(error) returns the error for
     the output, which trains the last layer as backpropagation does, and signals(error) for the

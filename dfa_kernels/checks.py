@@ -1,5 +1,4 @@
-"""Checks of public arguments. Each raises an error that names the function, the argument and what
-was got."""
+"""Checks of public arguments; errors name the function, the argument and what was got."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""From an error to the gradients of hidden activations: where each signal comes from (a seed or a
-stored matrix) and where it goes."""
+"""From an error to the gradients of hidden activations.
+
+Where each signal comes from, a seed or a stored matrix, and where it goes.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,10 @@ from dfa_kernels.rows import beside_rows, from_rows
 
 
 class Block(NamedTuple):
-    """`size` rows of a feedback matrix from row `first`, times `scale`. `matrix` says which matrix,
-    where several are stored."""
+    """`size` rows of a feedback matrix from row `first` on, times `scale`.
+
+    `matrix` says which matrix, where several are stored.
+    """
 
     matrix: int
     first: int
@@ -24,8 +28,10 @@ class Block(NamedTuple):
 
 
 class Place(NamedTuple):
-    """The block that makes an activation's signal, and the activation it goes to. `mask` is its
-    layer, if that has one. Equal places get the same tensor."""
+    """The block that makes an activation's signal, and the activation it goes to.
+
+    `mask` is the layer's index, if it has a mask. Equal places get the same tensor.
+    """
 
     block: Block
     shape: torch.Size

@@ -139,8 +139,9 @@ def feedback_matrix(
     device: torch.device | str | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """U[row_offset : row_offset + rows, column_offset : column_offset + columns]: unit variance,
-    unscaled.
+    """A block of U, unit variance, unscaled: [rows, columns].
+
+    U[row_offset : row_offset + rows, column_offset : column_offset + columns].
 
     For inspection, and for those who want the matrix stored; `project` never makes it. The entries
     are the same bits on every backend and device, whatever block they are asked for in. Normal and

@@ -38,8 +38,10 @@ class Waiting(NamedTuple):
 
 @dataclasses.dataclass
 class Record:
-    """A forward pass under `DFA.recording`: the output, and the activations that would be
-    trained, each with its layer's index and its place."""
+    """A forward pass under `DFA.recording`: the output, and the activations it would train.
+
+    Each activation has its layer's index and its place.
+    """
 
     output: Tensor | None = None
     activations: Sequence[Tensor] = ()
@@ -83,14 +85,13 @@ class Group:
 
 
 class DFALayer(nn.Module):
-    """Marks a hidden activation, after its non-linearity, for the `DFA` that this layer is given
-    to.
+    """Marks a hidden activation, after its non-linearity, for the `DFA` it is given to.
 
     Args:
         name: for messages and tables.
         batch_dims: the activation's batch dimensions; the others, flattened, are the layer. None:
-            those of the `DFA`. (0,) for [batch, features] and [batch, channels, height, width]; (0,
-            1) for [batch, tokens, features].
+            those of the `DFA`. (0,) for [batch, features] and [batch, channels, height, width];
+            (0, 1) for [batch, tokens, features].
         passthrough: True lets backpropagation through; no signal is sent.
 
     Attributes:

@@ -1,5 +1,4 @@
-"""The trainer's glue: `DFALayer` marks a hidden activation, `DFA` marks the output and trains the
-marked ones.
+"""The trainer's glue: `DFALayer` marks an activation, `DFA` trains what is marked.
 
     self.dfa1, self.dfa2 = DFALayer(), DFALayer()
     self.dfa = DFA([self.dfa1, self.dfa2])

@@ -51,8 +51,10 @@ _library.define("cpu_isa(str? force) -> str")
 
 
 class BackendStatus(NamedTuple):
-    """One backend on one device type: can it serve, is it what an automatic choice takes, and if it
-    cannot, why."""
+    """One backend on one device type: whether it can serve, and why not.
+
+    `automatic` says whether it is what an automatic choice takes.
+    """
 
     name: str
     device: str
@@ -101,8 +103,7 @@ def _automatic(device_type: str) -> str:
 
 @torch.compiler.assume_constant_result
 def choose(function: str, device_type: str, backend: str | None) -> str:
-    """The backend that serves `device_type`: the one asked for, else DFA_KERNELS_BACKEND, else the
-    preferred one.
+    """The backend that serves: the one asked for, else DFA_KERNELS_BACKEND, else the preferred.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for one that was asked
     for and cannot serve.

@@ -1,5 +1,4 @@
-"""Tensors as rows: batch dimensions in front and flattened, the other dimensions flattened into one
-vector a row."""
+"""Tensors as rows: batch dimensions flattened in front, the others flattened into a row."""
 
 from __future__ import annotations
 

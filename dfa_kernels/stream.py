@@ -50,8 +50,7 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def philox(counter: Words, key: tuple[int, int]) -> Words:
-    """Philox4x32-10 of four counter words (int64 tensors of values below 2^32, shapes that
-    broadcast).
+    """Philox4x32-10 of four counter words: int64 tensors below 2^32, of shapes that broadcast.
 
     Returns four int64 tensors of values below 2^32. The int64 product wraps modulo 2^64, and its
     upper half is read through an arithmetic shift and a mask, so the sign bit never matters.
@@ -71,8 +70,7 @@ def philox(counter: Words, key: tuple[int, int]) -> Words:
 
 
 def codebook_values(arithmetic: torch.dtype = torch.float32) -> Tensor:
-    """The codebook's formula before its rounding to bfloat16: 4096 normal quantiles, evaluated in
-    `arithmetic`.
+    """The codebook's formula, 4096 normal quantiles, before their rounding to bfloat16.
 
     p = (2k + 1)/4096 - 1,  w = -log2(1 - p*p),  value = p * (C0 + w*(C1 + w*(C2 + w*(C3 + w*C4))))
 

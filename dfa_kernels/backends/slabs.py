@@ -31,8 +31,7 @@ Generate = Callable[[int, int, int, int, torch.dtype], Tensor]
 
 
 class Layer(NamedTuple):
-    """Rows [first, last) of U, the scale of the layer's signal, and the layer's place in the list
-    of outputs."""
+    """Rows [first, last) of U, their signal's scale, and its place in the list of outputs."""
 
     first: int
     last: int
@@ -138,8 +137,9 @@ def project_adjoint(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The transpose of `project`: the sum over layers of scales[i] * signals[i] @ U[rows of layer
-    i, columns].
+    """The transpose of `project`: signals back to an error.
+
+    The sum over layers of scales[i] * signals[i] @ U[rows of layer i, columns].
 
     signals[i] [M, sizes[i]] -> [M, columns] of `dtype`.
     """

@@ -52,8 +52,7 @@ def project(
     distribution: str,
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """scales[i] * error @ U[rows of layer i, columns of the error].T: error [M, n] -> one [M,
-    sizes[i]] per layer."""
+    """scales[i] * error @ U[rows of layer i, columns].T: [M, n] -> one [M, sizes[i]] per layer."""
 
     def generate(
         rows: int, columns: int, row_offset: int, column_offset: int, dtype: torch.dtype

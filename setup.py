@@ -31,11 +31,11 @@ def why_not() -> str | None:
     """Why the extension cannot be built here, or None."""
     try:
         import torch
-    except ImportError:
+    except (ImportError, OSError):
         return "torch is not in the build environment (pip install --no-build-isolation . has it)"
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
         return f"torch {torch.__version__} is older than 2.10"
-    compiler = os.environ.get("CXX", "c++").split()[0]
+    compiler = (os.environ.get("CXX") or "c++").split()[0]
     if shutil.which(compiler) is None:
         return f"there is no C++ compiler {compiler!r}"
     return None

@@ -24,6 +24,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t kMaxColumns = int64_t{1} << 34;
 constexpr uint64_t kMaxRows = uint64_t{1} << 63;
+constexpr int64_t kMaxInteger = std::numeric_limits<int64_t>::max();
 
 // STD_TORCH_CHECK would put this file's path into the user's message.
 template <class... Parts>
@@ -34,7 +35,40 @@ void check(bool holds, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
-const char* name(ScalarType type) { return torch::headeronly::toString(type); }
+// As Python writes it.
+std::string name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Bool:
+      return "torch.bool";
+    case ScalarType::Byte:
+      return "torch.uint8";
+    case ScalarType::Char:
+      return "torch.int8";
+    case ScalarType::Short:
+      return "torch.int16";
+    case ScalarType::Int:
+      return "torch.int32";
+    case ScalarType::Long:
+      return "torch.int64";
+    case ScalarType::ComplexFloat:
+      return "torch.complex64";
+    case ScalarType::ComplexDouble:
+      return "torch.complex128";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
+
+// The texts of this and the checks below are those of dfa_kernels/checks.py.
+void check_integer(int64_t value, int64_t low, int64_t high, const char* op, const char* argument) {
+  check(low <= value && value <= high, op, ": ", argument, " must be in [", low, ", ", high,
+        "], got ", value);
+}
+
+void check_element(int64_t value, int64_t low, const char* op, const char* argument, size_t index) {
+  check(low <= value, op, ": ", argument, "[", index, "] must be in [", low, ", ", kMaxInteger,
+        "], got ", value);
+}
 
 dfa::Type type_of(ScalarType type, const char* op, const char* argument) {
   switch (type) {
@@ -55,26 +89,24 @@ dfa::Type type_of(ScalarType type, const char* op, const char* argument) {
 
 dfa::Stream stream_of(int64_t seed, int64_t column_offset, int64_t columns,
                       const std::string& distribution, const char* op) {
-  check(column_offset >= 0, op, ": column_offset must be >= 0, got ", column_offset);
-  check(columns <= kMaxColumns && column_offset <= kMaxColumns - columns, op,
-        ": column_offset must leave all columns below 2^34, got ", column_offset, " with ", columns,
-        " columns");
+  check_integer(column_offset, 0, kMaxColumns, op, "column_offset");
+  check(columns <= kMaxColumns - column_offset, op,
+        ": column_offset must leave the columns below 2**34, got ", column_offset, " with ",
+        columns, " columns");
   dfa::Stream stream{static_cast<uint64_t>(seed), dfa::Distribution::kNormal, column_offset};
   if (distribution == "normal") return stream;
   stream.distribution = dfa::Distribution::kUniform;
   if (distribution == "uniform") return stream;
   stream.distribution = dfa::Distribution::kRademacher;
   check(distribution == "rademacher", op,
-        ": distribution must be normal, uniform or rademacher, got ", distribution);
+        ": distribution must be one of 'normal', 'uniform', 'rademacher', got '", distribution,
+        "'");
   return stream;
 }
 
-void check_rows(int64_t row_offset, int64_t rows, const char* op, const char* offset_name,
-                const char* rows_name) {
-  check(rows >= 0, op, ": ", rows_name, " must be >= 0, got ", rows);
-  check(row_offset >= 0, op, ": ", offset_name, " must be >= 0, got ", row_offset);
+void check_rows(int64_t row_offset, int64_t rows, const char* op, const char* argument) {
   check(static_cast<uint64_t>(row_offset) + static_cast<uint64_t>(rows) <= kMaxRows, op, ": ",
-        offset_name, " must leave all rows below 2^63, got ", row_offset, " with ", rows, " rows");
+        argument, " must leave the rows below 2**63, got ", row_offset, " with ", rows, " rows");
 }
 
 // A size the allocator can be asked for; beyond it, arithmetic on sizes would overflow first.
@@ -109,7 +141,9 @@ std::vector<Tensor> project(const Tensor& error, const std::vector<int64_t>& row
   const int64_t rows = error.size(0), columns = error.size(1);
   const dfa::Stream stream = stream_of(seed, column_offset, columns, distribution, op);
   for (size_t i = 0; i < sizes.size(); ++i) {
-    check_rows(row_offsets[i], sizes[i], op, "row_offsets", "sizes");
+    check_element(sizes[i], 1, op, "sizes", i);
+    check_element(row_offsets[i], 0, op, "row_offsets", i);
+    check_rows(row_offsets[i], sizes[i], op, "row_offsets");
   }
 
   const Tensor contiguous = error.is_contiguous() ? error : torch::stable::contiguous(error);
@@ -124,6 +158,7 @@ std::vector<Tensor> project(const Tensor& error, const std::vector<int64_t>& row
     ranges.push_back({static_cast<uint64_t>(row_offsets[i]), sizes[i], scales[i] * unit,
                       outputs.back().mutable_data_ptr()});
   }
+  if (rows == 0) return outputs;
   dfa::project_cpu(stream, {contiguous.const_data_ptr(), rows, columns, error_type},
                    std::move(ranges), out_type);
   return outputs;
@@ -134,8 +169,10 @@ Tensor feedback_matrix(int64_t rows, int64_t columns, int64_t seed, int64_t row_
                        torch::stable::Device device) {
   const char* const op = "feedback_matrix";
   check(device.type() == DeviceType::CPU, op, ": device must be cpu for backend cpp");
-  check(columns >= 0, op, ": columns must be >= 0, got ", columns);
-  check_rows(row_offset, rows, op, "row_offset", "rows");
+  check_integer(rows, 0, kMaxInteger, op, "rows");
+  check_integer(columns, 0, kMaxColumns, op, "columns");
+  check_integer(row_offset, 0, kMaxInteger, op, "row_offset");
+  check_rows(row_offset, rows, op, "row_offset");
   const dfa::Type type = type_of(dtype, op, "dtype");
   const dfa::Stream stream = stream_of(seed, column_offset, columns, distribution, op);
   Tensor out = allocate(rows, columns, dtype, op);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -33,14 +33,15 @@ def integers(
     function: str, argument: str, values: Sequence[int], *, low: int, high: int
 ) -> list[int]:
     """A sequence of ints, each in [low, high], as a list."""
-    if isinstance(values, (str, bytes, Tensor)) or not hasattr(values, "__iter__"):
+    listed = _listed(values)
+    if listed is None:
         raise TypeError(
             f"{function}: {argument} must be a sequence of ints, "
             f"got {type(values).__name__} {values!r}"
         )
     return [
         integer(function, f"{argument}[{i}]", value, low=low, high=high)
-        for i, value in enumerate(values)
+        for i, value in enumerate(listed)
     ]
 
 
@@ -69,7 +70,7 @@ def seed(function: str, value: int) -> int:
 
 def distribution(function: str, value: str) -> None:
     """The name of a distribution of the stream."""
-    if value not in stream.BLOCK:
+    if not isinstance(value, str) or value not in stream.BLOCK:
         raise ValueError(
             f"{function}: distribution must be one of {', '.join(map(repr, stream.BLOCK))}, "
             f"got {value!r}"
@@ -100,20 +101,42 @@ def scales(
             f"{function}: normalization must be 'layer', 'shared', a number or a sequence of "
             f"numbers, got {normalization!r}"
         )
-    given: list[Any] = (
-        list(normalization) if hasattr(normalization, "__iter__") else [normalization] * len(sizes)
-    )
-    for scale in given:
-        if isinstance(scale, bool) or not isinstance(scale, Real):
-            raise TypeError(
-                f"{function}: normalization must be made of numbers, "
-                f"got {type(scale).__name__} {scale!r}"
-            )
-        if not math.isfinite(scale):
-            raise ValueError(f"{function}: normalization must be finite, got {scale!r}")
+    if isinstance(normalization, (int, float, Real)):
+        return [_finite(function, normalization)] * len(sizes)
+    given = _listed(normalization)
+    if given is None:
+        raise _not_a_number(function, normalization)
     if len(given) != len(sizes):
         raise ValueError(
             f"{function}: normalization must have one scale per size ({len(sizes)}), "
             f"got {len(given)}"
         )
-    return [float(scale) for scale in given]
+    return [_finite(function, scale) for scale in given]
+
+
+def _finite(function: str, scale: Any) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, Real)):
+        raise _not_a_number(function, scale)
+    try:
+        value = float(scale)
+    except OverflowError:
+        value = math.inf
+    if not -math.inf < value < math.inf:  # math.isfinite is not for torch.compile's symbols
+        raise ValueError(f"{function}: normalization must be finite, got {scale!r}")
+    return value
+
+
+def _not_a_number(function: str, got: Any) -> TypeError:
+    return TypeError(
+        f"{function}: normalization must be made of numbers, got {type(got).__name__} {got!r}"
+    )
+
+
+def _listed(values: Any) -> list[Any] | None:
+    """A sequence as a list; None for what only looks like one."""
+    if isinstance(values, (str, bytes, Mapping, Tensor)):
+        return None
+    try:
+        return list(values)
+    except TypeError:
+        return None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from dfa_kernels import functional, stream
+from dfa_kernels import functional, ops, stream
 from dfa_kernels.version import __version__
 
 
@@ -30,9 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="train a network on real data by backpropagation, by DFA, and its last layer alone",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--epochs", type=int, default=30, help="passes over the training set")
+    demo.add_argument("--epochs", type=_positive, default=30, help="passes over the training set")
     demo.add_argument("--seed", type=int, default=0, help="of the weights, the batches and B")
-    demo.add_argument("--backend", default=None, help="of the projection; None takes the best")
+    demo.add_argument(
+        "--backend", choices=ops.BACKENDS, help="of the projection; by default the best"
+    )
     demo.add_argument("--device", default="cpu", help="where to train")
     demo.add_argument(
         "--figure", type=Path, default=Path("demo-digits.png"), help="learning curves"
@@ -41,6 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     options = parser.parse_args(arguments)
     return options.run(options)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
 
 
 def run_info(options: argparse.Namespace) -> int:
@@ -53,13 +63,17 @@ def run_info(options: argparse.Namespace) -> int:
     )
     if torch.cuda.is_available():
         print(f"CUDA {torch.version.cuda}, {torch.cuda.get_device_name()}")
+    statuses = functional.backends()
+    if any(status.name == "cpp" and status.available for status in statuses):
+        print(f"instruction set of cpp: {torch.ops.dfa_kernels.cpu_isa(None)}")
+    asked = os.environ.get("DFA_KERNELS_BACKEND")
+    if asked:
+        print(f"DFA_KERNELS_BACKEND={asked} takes the place of the automatic choice")
     print()
     print(f"{'backend':10}{'device':10}state")
-    for status in functional.backends():
-        state = status.reason or (
-            "available, chosen automatically" if status.automatic else "available"
-        )
-        print(f"{status.name:10}{status.device:10}{state}")
+    for status in statuses:
+        state = "available, chosen automatically" if status.automatic else "available"
+        print(f"{status.name:10}{status.device:10}{status.reason or state}")
     return 0
 
 

@@ -64,7 +64,9 @@ def project(
     if error.dim() == 0:
         raise ValueError("project: error must have at least one dimension, got a scalar tensor")
     count = error.shape[-1]
-    sizes = checks.integers("project", "sizes", sizes, low=1, high=stream.ROWS)
+    if error.layout != torch.strided:
+        raise TypeError(f"project: error must be a strided tensor, got {error.layout}")
+    sizes = checks.integers("project", "sizes", sizes, low=1, high=stream.ROWS - 1)
     if not sizes:
         raise ValueError("project: sizes must hold at least one layer size, got none")
     if row_offsets is None:
@@ -157,7 +159,7 @@ def feedback_matrix(
     Raises:
         TypeError, ValueError, RuntimeError: as for `project`.
     """
-    rows = checks.integer("feedback_matrix", "rows", rows, low=0, high=stream.ROWS)
+    rows = checks.integer("feedback_matrix", "rows", rows, low=0, high=stream.ROWS - 1)
     columns = checks.integer("feedback_matrix", "columns", columns, low=0, high=stream.COLUMNS)
     seed = checks.seed("feedback_matrix", seed)
     checks.distribution("feedback_matrix", distribution)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dfa_kernels.backends import slabs
 
@@ -88,17 +89,21 @@ def _candidates(device_type: str) -> list[tuple[str, str | None]]:
     return [(name, unavailable(name, device_type)) for name in names]
 
 
-@functools.cache
+_chosen: dict[str, str] = {}
+
+
 def _automatic(device_type: str) -> str:
-    for name, reason in _candidates(device_type):
-        if reason is None:
-            return name
-        warnings.warn(
-            f"dfa_kernels: backend {name!r} cannot serve {device_type}: {reason}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    raise AssertionError("ops: the torch backend serves every device")
+    """The first backend that can serve; what it falls through, it says once."""
+    if device_type not in _chosen:
+        skipped = []
+        for name, reason in _candidates(device_type):
+            if reason is None:
+                _chosen[device_type] = name
+                break
+            skipped.append(f"dfa_kernels: backend {name!r} cannot serve {device_type}: {reason}")
+        for message in skipped:
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+    return _chosen[device_type]
 
 
 @torch.compiler.assume_constant_result
@@ -153,6 +158,11 @@ def project(
 ) -> list[Tensor]:
     """scales[i] * error @ U[rows of layer i, columns].T: error [M, n] -> one [M, sizes[i]] each."""
     arguments = (error, row_offsets, sizes, scales, seed, column_offset, distribution, dtype)
+    if forward_ad._current_level >= 0:
+        primal, tangent = forward_ad.unpack_dual(error)
+        if tangent is not None:  # the projection is linear
+            pair = (project(part, *arguments[1:], backend) for part in (primal, tangent))
+            return [forward_ad.make_dual(*parts) for parts in zip(*pair, strict=True)]
     if error.requires_grad and torch.is_grad_enabled():
         return torch.ops.dfa_kernels.project.default(*arguments, backend)
     return getattr(torch.ops.dfa_kernels.project, backend)(*arguments)

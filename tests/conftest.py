@@ -1,5 +1,8 @@
 """What the tests share: backends to run on, sample inputs, and the bound that sums are held to."""
 
+import os
+import shutil
+
 import pytest
 import reference
 import torch
@@ -9,6 +12,16 @@ import dfa_kernels
 # Unit roundoff: the largest relative error of one rounding.
 EPSILON = {dtype: torch.finfo(dtype).eps / 2 for dtype in dfa_kernels.checks.DTYPES}
 AVAILABLE = [status for status in dfa_kernels.backends() if status.available]
+
+
+COMPILER = shutil.which("c++")
+
+
+def needs(what, is_here):
+    """Skip what this machine cannot test; where nothing may be skipped, fail."""
+    if not is_here:
+        assert "DFA_KERNELS_SKIP_NOTHING" not in os.environ, f"{what} must be here"
+        pytest.skip(f"needs {what}", allow_module_level=True)
 
 
 @pytest.fixture(params=AVAILABLE, ids=lambda status: f"{status.name}-{status.device}")

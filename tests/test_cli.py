@@ -1,12 +1,13 @@
 """The command line, run as a user runs it and as a function."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from dfa_kernels import cli, demo
+from dfa_kernels import cli, demo, ops
 from dfa_kernels.version import __version__
 
 
@@ -17,6 +18,22 @@ def test_info_names_versions_and_backends(capsys):
     assert torch.__version__ in text
     states = {line.split()[0]: line for line in text.splitlines() if line.split()[1:2] == ["cpu"]}
     assert "available" in states["torch"]
+
+
+def test_info_says_why_not_and_who_asked(capsys, monkeypatch):
+    monkeypatch.setattr(ops._backend("cpp"), "unavailable", lambda device_type: "not today")
+    monkeypatch.setenv("DFA_KERNELS_BACKEND", "torch")
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^cpp +cpu +not today$", text, re.MULTILINE)
+    assert "DFA_KERNELS_BACKEND=torch takes the place" in text
+
+
+@pytest.mark.parametrize("option", [["--epochs", "0"], ["--backend", "abacus"]])
+def test_demo_refuses_bad_options(option, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["demo", *option])
+    assert option[1] in capsys.readouterr().err
 
 
 def test_the_module_runs():

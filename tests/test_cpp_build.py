@@ -10,20 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference
+from conftest import needs
 
 ROOT = Path(__file__).parent.parent
 BINARY = ROOT / "dfa_kernels" / "_C.abi3.so"
 
-needs_extension = pytest.mark.skipif(
-    "CI" not in os.environ and not BINARY.exists(), reason="the extension is not built here"
-)
+
+@pytest.fixture
+def extension():
+    """The binary in this checkout."""
+    needs("the compiled extension", BINARY.exists())
 
 
 @pytest.mark.parametrize("compiler", ["c++", "nvcc"])
 def test_the_headers_make_the_stream_under_every_compiler(compiler, tmp_path):
     """Host code is run; nvcc compiles the device code too."""
-    if compiler == "nvcc" and shutil.which("nvcc") is None and "CI" not in os.environ:
-        pytest.skip("nvcc is not installed")
+    needs(compiler, shutil.which(compiler) is not None)
     source, binary = str(Path(__file__).parent / "stream_headers.cpp"), tmp_path / "headers"
     cuda = ["-x", "cu", "-gencode=arch=compute_80,code=sm_80"] if compiler == "nvcc" else []
     cuda += ["-gencode=arch=compute_90a,code=sm_90a"] if compiler == "nvcc" else []
@@ -42,16 +44,14 @@ def test_the_headers_make_the_stream_under_every_compiler(compiler, tmp_path):
         assert fields[:, :, place].tolist() == expected
 
 
-@needs_extension
-def test_the_binary_needs_only_torchs_stable_symbols():
+def test_the_binary_needs_only_torchs_stable_symbols(extension):
     command = ["nm", "-DC", "--undefined-only", BINARY]
     symbols = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "aoti_torch" in symbols
     assert [s for s in symbols.splitlines() if "at::" in s or "c10::" in s] == []
 
 
-@needs_extension
-def test_the_binary_needs_only_pythons_stable_symbols():
+def test_the_binary_needs_only_pythons_stable_symbols(extension):
     command = ["abi3audit", "--strict", "--assume-minimum-abi3", "3.10", BINARY]
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     subprocess.run(command, check=True, env=env)
@@ -100,8 +100,7 @@ def test_without_torch_the_wheel_is_pure_python(checkout):
     assert "left out the compiled kernels: torch is not in the build environment" in printed
 
 
-@needs_extension
-def test_a_failed_build_leaves_a_working_package(checkout):
+def test_a_failed_build_leaves_a_working_package(extension, checkout):
     (checkout / "csrc" / "cpu" / "broken.cpp").write_text("#error broken on purpose\n")
     wheel, printed = build_wheel(checkout)
     assert "left out the compiled kernels" in printed

@@ -27,6 +27,22 @@ PROJECT = [
         r"error must have at least one dimension, got a scalar",
     ),
     ({"error": torch.ones(2, 0)}, ValueError, r"error must have a last dimension .* got \(2, 0\)"),
+    (
+        {"error": torch.eye(3).to_sparse()},
+        TypeError,
+        r"error must be a strided tensor, got torch.sparse_coo",
+    ),
+    ({"sizes": 2**63}, TypeError, r"sizes must be a sequence of ints, got int"),
+    ({"sizes": [2**63]}, ValueError, r"sizes\[0\] must be in .* got 9223372036854775808"),
+    ({"sizes": {4: 1}}, TypeError, r"sizes must be a sequence of ints, got dict"),
+    ({"distribution": ["normal"]}, ValueError, r"distribution must be one of .* got \['normal'\]"),
+    ({"normalization": 10**400}, ValueError, r"normalization must be finite, got 1000"),
+    (
+        {"normalization": torch.tensor(2.0)},
+        TypeError,
+        r"normalization must be made of numbers, got Tensor",
+    ),
+    ({"normalization": {1.0: 2}}, TypeError, r"normalization must be made of numbers, got dict"),
     ({"sizes": []}, ValueError, r"sizes must hold at least one layer size, got none"),
     ({"sizes": 5}, TypeError, r"sizes must be a sequence of ints, got int 5"),
     ({"sizes": "55"}, TypeError, r"sizes must be a sequence of ints, got str '55'"),
@@ -90,6 +106,7 @@ PROJECT = [
 
 MATRIX = [
     ({"rows": -1}, ValueError, r"rows must be in \[0, .* got -1"),
+    ({"rows": 2**63}, ValueError, r"rows must be in \[0, .* got 9223372036854775808"),
     ({"rows": 3.0}, TypeError, r"rows must be an int, got float 3.0"),
     ({"columns": 2**34 + 1}, ValueError, r"columns must be in \[0, 17179869184\], got 17179869185"),
     ({"seed": 2**64}, ValueError, r"seed must be in \[0, .* got 18446744073709551616"),

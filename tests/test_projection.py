@@ -7,6 +7,7 @@ import pytest
 import reference
 import torch
 from conftest import assert_projected
+from torch.autograd import forward_ad
 
 import dfa_kernels
 from dfa_kernels import feedback_matrix, project
@@ -208,6 +209,30 @@ def test_gradient_of_the_error(target):
 
     assert torch.autograd.gradcheck(signals, error)
     assert torch.autograd.gradgradcheck(signals, error)
+
+
+def test_forward_mode_gradient(target):
+    error, tangent = random_error(2, 3, 5), random_error(2, 3, 5, seed=1)
+
+    def signals(error):
+        return project(error.to(target.device), [4, 6], seed=3, backend=target.name)
+
+    expected = signals(tangent)
+    with forward_ad.dual_level():
+        dual = signals(forward_ad.make_dual(error, tangent))
+        for signal, wanted in zip(dual, expected, strict=True):
+            assert torch.equal(forward_ad.unpack_dual(signal).tangent, wanted)
+    _, tangents = torch.func.jvp(signals, (error,), (tangent,))
+    for made, wanted in zip(tangents, expected, strict=True):
+        assert torch.equal(made, wanted)
+
+
+def test_nothing_to_make_takes_no_time(target):
+    """What has no elements makes no entries: these would take years."""
+    empty = torch.empty(0, 10, device=target.device)
+    assert project(empty, [2**45], backend=target.name)[0].shape == (0, 2**45)
+    matrix = feedback_matrix(2**45, 0, device=target.device, backend=target.name)
+    assert matrix.shape == (2**45, 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,5 +1,6 @@
 """The stream against Triton's own Philox, `tl.randint4x`, under Triton's interpreter."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,10 @@ def test_words_are_those_of_triton(tmp_path: Path):
     saved = tmp_path / "words.pt"
     program.write_text(PROGRAM.replace("PATH", repr(str(saved))))
     subprocess.run(
-        [sys.executable, program], check=True, env={"TRITON_INTERPRET": "1"}, timeout=300
+        [sys.executable, program],
+        check=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        timeout=300,
     )
     count = torch.arange(16)
     for (function, seed), words in torch.load(saved).items():

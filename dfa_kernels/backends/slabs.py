@@ -1,9 +1,9 @@
 """The projection and its adjoint by slabs: a bounded piece of U is made, multiplied, and forgotten.
 
-Any backend that can generate entries gets both operations from here. Beyond the outputs and, for
-16-bit errors, one fp32 copy of the error, the extra memory stays within `WORKSPACE_BYTES`: it grows
-with neither the layer sizes nor the length of the error. Every entry in the union of the layers'
-row ranges is made exactly once.
+Any backend that can generate entries gets both operations from here. Every entry in the union of
+the layers' row ranges is made exactly once. Beyond the outputs the extra memory stays within
+`WORKSPACE_BYTES`, whatever the layers, plus what the error itself may need: an fp32 copy if it is
+16-bit, and one sum for each of its rows where they are millions.
 """
 
 from __future__ import annotations
@@ -64,11 +64,16 @@ def cut(total: int, step: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + step, total)) for start in range(0, total, step))
 
 
-def slab_shape(columns: int, device: torch.device, error_rows: int = 1) -> tuple[int, int]:
-    """Rows and columns of one slab of U for an error of shape [error_rows, columns]."""
+def slab_shape(
+    columns: int, device: torch.device, error_rows: int = 1, padding: int = 0
+) -> tuple[int, int]:
+    """Rows and columns of one slab of U for an error of shape [error_rows, columns].
+
+    `padding` is how many columns beyond those asked for a row of a slab takes to make.
+    """
     entries = _SLAB_ENTRIES_CPU if device.type == "cpu" else _SLAB_ENTRIES_ACCELERATOR
-    rows = min(max(entries // max(columns, 1), _SLAB_ROWS), _TILE_ELEMENTS // max(error_rows, 1))
-    rows = max(rows, 1)
+    rows = max(entries // (max(columns, 1) + padding), _SLAB_ROWS)
+    rows = max(min(rows, _TILE_ELEMENTS // max(error_rows, 1)), 1)
     return rows, max(entries // rows, 1)
 
 
@@ -114,6 +119,8 @@ def project(
     """
     count, columns = error.shape
     signals = [error.new_empty(count, size, dtype=dtype) for size in sizes]
+    if count == 0:
+        return signals
     error = error.to(arithmetic(error.dtype))
     slab_rows, slab_columns = slab_shape(columns, error.device, count)
     for slab in union_slabs(row_offsets, sizes, scales, slab_rows):
@@ -146,6 +153,8 @@ def project_adjoint(
     count, device = signals[0].shape[0], signals[0].device
     sizes = [signal.shape[1] for signal in signals]
     total = torch.zeros(count, columns, dtype=arithmetic(dtype), device=device)
+    if total.numel() == 0:
+        return total.to(dtype)
     slab_rows, slab_columns = slab_shape(columns, device, count)
     for slab in union_slabs(row_offsets, sizes, scales, slab_rows):
         rows = slab.last - slab.first

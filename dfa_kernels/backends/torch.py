@@ -26,7 +26,10 @@ def feedback_matrix(
 ) -> Tensor:
     """The block of U with its first entry at (row_offset, column_offset), made a slab at a time."""
     matrix = torch.empty(rows, columns, dtype=dtype, device=device)
-    slab_rows, slab_columns = slabs.slab_shape(columns, matrix.device)
+    if matrix.numel() == 0:
+        return matrix
+    padding = 2 * stream.BLOCK[distribution]  # whole blocks are made, at both ends
+    slab_rows, slab_columns = slabs.slab_shape(columns, matrix.device, padding=padding)
     for top, bottom in slabs.cut(rows, slab_rows):
         for left, right in slabs.cut(columns, slab_columns):
             matrix[top:bottom, left:right] = stream.entries(
@@ -57,15 +60,8 @@ def project(
     def generate(
         rows: int, columns: int, row_offset: int, column_offset: int, dtype: torch.dtype
     ) -> Tensor:
-        return stream.entries(
-            rows,
-            columns,
-            seed=seed,
-            row_offset=row_offset,
-            column_offset=column_offset,
-            distribution=distribution,
-            dtype=dtype,
-            device=error.device,
+        return feedback_matrix(
+            rows, columns, seed, row_offset, column_offset, distribution, dtype, error.device
         )
 
     return slabs.project(

@@ -1,10 +1,11 @@
-"""The stream against Triton's own Philox, `tl.randint4x`, under Triton's interpreter."""
+"""The stream against Triton's own Philox, `tl.philox` and `tl.randint4x`."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from dfa_kernels import stream
@@ -34,11 +35,11 @@ def words4x(out, seed, size: tl.constexpr):
 
 saved = {}
 for seed in (0, 1, 0x0123456789abcdef, 2**63 - 1):
-    saved["philox", seed] = torch.full((4, 16), -1)
+    saved["philox", seed] = torch.full((4, 16), -1, device=DEVICE)
     words[(1,)](saved["philox", seed], seed, 5, 16)
-    saved["randint4x", seed] = torch.full((4, 16), -1)
+    saved["randint4x", seed] = torch.full((4, 16), -1, device=DEVICE)
     words4x[(1,)](saved["randint4x", seed], seed, 16)
-torch.save(saved, PATH)
+torch.save({key: words.cpu() for key, words in saved.items()}, PATH)
 """
 
 
@@ -49,14 +50,19 @@ def philox_words(seed, block, row):
     )
 
 
-def test_words_are_those_of_triton(tmp_path: Path):
+@pytest.mark.parametrize("device", ["interpreter", "cuda"])
+def test_words_are_those_of_triton(device, tmp_path: Path):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    interpret = device == "interpreter"
     program = tmp_path / "program.py"  # Triton reads kernels' source from their file
     saved = tmp_path / "words.pt"
-    program.write_text(PROGRAM.replace("PATH", repr(str(saved))))
+    device = "cpu" if interpret else device
+    program.write_text(PROGRAM.replace("PATH", repr(str(saved))).replace("DEVICE", repr(device)))
     subprocess.run(
         [sys.executable, program],
         check=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env={**os.environ, "TRITON_INTERPRET": str(int(interpret))},
         timeout=300,
     )
     count = torch.arange(16)

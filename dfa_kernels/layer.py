@@ -91,7 +91,7 @@ class DFALayer(nn.Module):
         name: for messages and tables.
         batch_dims: the activation's batch dimensions; the others, flattened, are the layer. None:
             those of the `DFA`. (0,) for [batch, features] and [batch, channels, height, width];
-            (0, 1) for [batch, tokens, features].
+            (0, 1) for [batch, tokens, features], (1, 0) for [tokens, batch, features].
         passthrough: True lets backpropagation through; no signal is sent.
 
     Attributes:

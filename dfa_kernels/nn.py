@@ -82,8 +82,10 @@ class DFA(nn.Module):
         no_training: True starts in mode "shallow".
         feedback_points_handling: see `FeedbackPointsHandling`.
         batch_dims: the output's batch dimensions, and the default of the layers; the output's
-            others, flattened, are the error. A layer may have k times the error's rows: each row of
-            the error then serves k consecutive rows of the activation, scaled by 1/sqrt(k).
+            others, flattened, are the error. Their order is that of the rows, which a layer's must
+            follow: (1, 0) for [time, batch, features] beside an output of [batch, time, n] or
+            [batch, n]. A layer may have k consecutive rows for each of the error, as [batch, k,
+            features] beside [batch, n]: each row of the error then serves k, scaled by 1/sqrt(k).
         seed, distribution, backend: as for `dfa_kernels.project`.
         shared: True: one matrix, sliced for every layer (eq. 8). False: rows of its own for every
             layer.
@@ -301,7 +303,7 @@ class DFA(nn.Module):
 
     def _places(self, waiting: Sequence[Waiting], output: Tensor) -> list[Place]:
         """Where the signal of every waiting activation comes from and goes to."""
-        error_rows, error_size = count_rows(output.shape, self._group.batch_dims, "DFA")
+        _, error_size = count_rows(output.shape, self._group.batch_dims, "DFA")
         device = self.rp_device or output.device
         if any(matrix.device != device for matrix in self.matrices):
             self.matrices = tuple(matrix.to(device) for matrix in self.matrices)
@@ -310,18 +312,14 @@ class DFA(nn.Module):
         places = []
         for index, activation, _ in waiting:
             dims = self.dfa_layers[index].row_dims
-            rows, size = count_rows(activation.shape, dims, "DFA")
+            _, size = count_rows(activation.shape, dims, "DFA")
             if self.rp_device is None and activation.device != output.device:
                 raise ValueError(
                     f"DFA: dfa_layers[{index}] is on {activation.device}, the output on "
                     f"{output.device}; give rp_device to say where to project"
                 )
-            repeats = row_ratio(activation.shape, dims, output.shape, self._group.batch_dims, "DFA")
-            if repeats is None:
-                raise ValueError(
-                    f"DFA: dfa_layers[{index}] must have a multiple of the output's {error_rows} "
-                    f"rows, got {rows}; batch_dims says which dimensions are rows"
-                )
+            where = f"DFA: dfa_layers[{index}]"
+            repeats = row_ratio(activation.shape, dims, output.shape, self.batch_dims, where)
             scale = scales[index]
             if size != sizes[index]:  # the layer was called again, with another size
                 own = [*sizes[:index], size, *sizes[index + 1 :]]

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from networks import (
     BATCH,
     CLASSES,
+    INPUTS,
     Calls,
     Convolutions,
     Perceptron,
@@ -93,6 +94,81 @@ def test_batch_dims_may_be_anywhere():
     dfa(torch.zeros(BATCH, CLASSES, requires_grad=True)).backward(error)
     signal = error @ feedback_matrix(16, CLASSES).T / (16 * CLASSES) ** 0.5
     torch.testing.assert_close(h.grad, signal.T)
+
+
+TIME = 4
+
+
+def sequences(hidden_dims, output_dims, hidden_shape, output_shape, mask=None):
+    """The gradient of an activation of zeros, the error, and the signal of each of its rows."""
+    torch.manual_seed(0)
+    point = DFALayer(batch_dims=hidden_dims)
+    dfa = DFA([point], batch_dims=output_dims, normalization=1.0, mask=mask)
+    h = torch.zeros(hidden_shape, requires_grad=True)
+    error = torch.randn(output_shape)
+    point(h)
+    dfa(torch.zeros(output_shape, requires_grad=True)).backward(error)
+    return h.grad, error @ feedback_matrix(16, CLASSES).T
+
+
+@pytest.mark.parametrize("mask", [None, [torch.arange(16.0)]])
+def test_sequence_first_rows_go_to_their_own_samples(mask):
+    """The order of batch_dims is that of the rows; masks follow."""
+    factor = 1 if mask is None else mask[0]
+    first, last = (TIME, BATCH, 16), (BATCH, TIME, CLASSES)
+    found, signal = sequences((1, 0), (0, 1), first, last, mask)
+    torch.testing.assert_close(found, signal.transpose(0, 1) * factor)
+    found, signal = sequences((1, 0), (0,), first, (BATCH, CLASSES), mask)
+    expected = (signal * factor / TIME**0.5).expand(TIME, -1, -1)
+    torch.testing.assert_close(found, expected)
+    found, signal = sequences(None, (1, 0), first, (TIME, BATCH, CLASSES), mask)
+    torch.testing.assert_close(found, signal * factor)
+
+
+def test_a_sequence_first_lstm_is_the_batch_first_one():
+    x, y = torch.randn(BATCH, TIME, INPUTS), torch.randint(0, CLASSES, (BATCH,))
+    found = []
+    for batch_first, dims in ((True, (0, 1)), (False, (1, 0))):
+        torch.manual_seed(0)
+        body, head = nn.LSTM(INPUTS, 16, batch_first=batch_first), nn.Linear(16, CLASSES)
+        point = DFALayer(batch_dims=dims)
+        dfa = DFA([point])
+        h, _ = body(x if batch_first else x.transpose(0, 1))
+        F.cross_entropy(dfa(head(point(h).mean(1 if batch_first else 0))), y).backward()
+        found.append(gradients(body))
+    assert_equal(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "output"),
+    [
+        ((TIME, BATCH), (BATCH,)),
+        ((TIME, BATCH), (BATCH, TIME)),
+        ((TIME, BATCH), (2 * BATCH,)),
+        ((BATCH,), (TIME,)),
+    ],
+)
+def test_rows_in_another_order_are_refused(hidden, output):
+    dims = tuple(range(len(hidden))), tuple(range(len(output)))
+    with pytest.raises(ValueError, match=r"dfa_layers\[0\] must have .* batch_dims gives the dim"):
+        sequences(*dims, (*hidden, 16), (*output, CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "output", "repeats"),
+    [
+        ((BATCH * TIME,), (BATCH,), TIME),
+        ((BATCH * TIME,), (BATCH, TIME), 1),
+        ((BATCH, TIME), (BATCH * TIME,), 1),
+        ((BATCH, 2, TIME), (BATCH, 2), TIME),
+        ((BATCH, 2, TIME), (BATCH, 2 * TIME), 1),
+    ],
+)
+def test_rows_may_be_flattened(hidden, output, repeats):
+    dims = tuple(range(len(hidden))), tuple(range(len(output)))
+    found, signal = sequences(*dims, (*hidden, 16), (*output, CLASSES))
+    expected = signal.reshape(-1, 1, 16).expand(-1, repeats, -1) / repeats**0.5
+    torch.testing.assert_close(found.reshape(expected.shape), expected)
 
 
 def test_backward_runs_one_weight_product_per_layer_and_one_projection():

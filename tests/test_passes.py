@@ -59,7 +59,9 @@ def test_a_pass_that_fails_at_the_output_leaves_nothing():
     x, y = batch()
     model = perceptron()
     model.points[1](torch.zeros(4, 12, requires_grad=True))
-    with pytest.raises(ValueError, match=r"dfa_layers\[1\] must have a multiple .* 6 rows, got 4"):
+    with pytest.raises(
+        ValueError, match=r"dfa_layers\[1\] must have the output's rows \[6\], .* got \[4\]"
+    ):
         model.dfa(torch.zeros(6, 5))
     assert_equal(backward(model, x, y), backward(perceptron(), x, y))
 

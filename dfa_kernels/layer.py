@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -78,6 +79,16 @@ class Group:
     def forget(self, *_: Any) -> None:
         """Nothing waits any longer. Takes a forward hook's arguments."""
         self.waiting = []
+
+    def warn_of_waiting(self, *_: Any) -> None:
+        """Warn of layers that nothing will train, at the end of a forward pass. A forward hook."""
+        if self.waiting:
+            indices = sorted({item.layer for item in self.waiting})
+            warnings.warn(
+                f"DFA: dfa_layers {indices} were called after the DFA, or it was not called; "
+                "nothing trains what is before them",
+                stacklevel=2,
+            )
 
     def __getstate__(self) -> dict:
         # What waits belongs to a forward pass, not to a copy.

@@ -110,6 +110,11 @@ class DFA(nn.Module):
     A forward pass that is aborted between a layer and the `DFA` (by an exception, by Ctrl-C in a
     notebook) leaves activations behind. The next pass replaces those of the layers it calls; ones
     that it skips, and under REDUCE all, would be trained by it. `watch(model)` rules that out.
+
+    Layers wait for the next call of this module: a model runs one forward pass at a time (no
+    threads, no nn.DataParallel; DistributedDataParallel is fine) with one call of it, at the end. A
+    second call in the same pass, as for a second head, trains the last layer before it only. A
+    forward pass inside a backward pass is taken for activation checkpointing's and trains no layer.
     """
 
     def __init__(
@@ -210,14 +215,16 @@ class DFA(nn.Module):
         """As given."""
         return self._group.batch_dims
 
-    def watch(self, model: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
+    def watch(self, model: nn.Module) -> tuple[RemovableHandle, ...]:
         """Begin and end every forward pass of `model` with no activation left from an aborted one.
 
+        A pass that ends well although its last activations never reached this module warns.
         `model` holds this module and its layers and does not call itself; `self.dfa.watch(self)` at
-        the end of a model's `__init__` does it. Returns the two hooks' handles.
+        the end of a model's `__init__` does it. Returns the hooks' handles.
         """
         return (
             model.register_forward_pre_hook(self._group.forget),
+            model.register_forward_hook(self._group.warn_of_waiting),
             model.register_forward_hook(self._group.forget, always_call=True),
         )
 

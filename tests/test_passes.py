@@ -38,6 +38,17 @@ def test_an_exception_frees_a_watched_models_activations_at_once():
     assert model.dfa._group.waiting == []
 
 
+def test_a_watched_pass_that_misses_the_output_is_warned_of():
+    x, y = batch()
+    model = perceptron(watch=True)
+    model.dfa.forward = lambda output: output
+    with pytest.warns(UserWarning, match=r"DFA: dfa_layers \[0, 1, 2\] .* it was not called"):
+        model(x)
+    assert model.dfa._group.waiting == []
+    del model.dfa.forward
+    assert_equal(backward(model, x, y), backward(perceptron(), x, y))
+
+
 def test_an_aborted_pass_is_replaced_by_the_next_without_watching():
     x, y = batch()
     model = perceptron()

@@ -241,7 +241,7 @@ def test_a_loss_made_inside_needs_an_output(kind):
     x, y = batch()
     model = Losses(kind)
     handle = attach(model, ["body"])
-    with pytest.raises(ValueError, match="attach: 'Losses' returns its loss, .* give output="):
+    with pytest.raises(ValueError, match=r"attach: 'Losses' returns its loss, .* give output="):
         model(x, y)
     model(x)  # no loss
     with torch.no_grad():

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from dfa_kernels.autograd import Factor, Scaled
 from dfa_kernels.feedback import Place
-from dfa_kernels.rows import count_rows
 
 
 class FeedbackPointsHandling(enum.Enum):
@@ -106,7 +105,7 @@ class DFALayer(nn.Module):
         passthrough: True lets backpropagation through; no signal is sent.
 
     Attributes:
-        size: l_i, known from the first forward pass on.
+        size: l_i in the last forward pass that trained it, here or before a state was loaded.
     """
 
     def __init__(
@@ -120,7 +119,6 @@ class DFALayer(nn.Module):
         self.batch_dims = None if batch_dims is None else tuple(batch_dims)
         self.passthrough = passthrough
         self.size: int | None = None
-        self._loaded_size: int | None = None
         self._group: Group | None = None
         self._index = 0
 
@@ -135,14 +133,6 @@ class DFALayer(nn.Module):
             raise RuntimeError(
                 "DFALayer: no DFA trains this layer; give it to one, as in DFA([layer, ...])"
             )
-        _, self.size = count_rows(activation.shape, self.row_dims, "DFALayer")
-        if self._loaded_size is not None:
-            loaded, self._loaded_size = self._loaded_size, None
-            if loaded != self.size:
-                raise ValueError(
-                    f"DFALayer: activation must have the size {loaded} of the loaded state, "
-                    f"got {self.size}"
-                )
         recorded = group.record is not None
         if self.passthrough or (group.mode == "backprop" and not recorded):
             return activation

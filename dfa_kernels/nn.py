@@ -75,7 +75,7 @@ class DFA(nn.Module):
         normalization: True or "layer": 1/sqrt(l_i n) (eq. 8). False or "shared": 1/sqrt(l_max n)
             for all (eq. 7, the paper's "no norm"). A number: that scale for all. A function of
             (sizes of the layers, size of the error): one scale per layer; a layer that was never
-            called counts as size 1. tinydfa's own law is `distribution="uniform",
+            trained counts as size 1. tinydfa's own law is `distribution="uniform",
             normalization=tinydfa_scales`.
         rp_device: where to project; signals go to their activations' devices. None: where all of
             them and the error are.
@@ -314,12 +314,16 @@ class DFA(nn.Module):
         device = self.rp_device or output.device
         if any(matrix.device != device for matrix in self.matrices):
             self.matrices = tuple(matrix.to(device) for matrix in self.matrices)
-        sizes = [layer.size or 1 for layer in self.dfa_layers]
+        widths = [self._width(item) for item in waiting]
+        own = {item.layer: width for item, width in zip(waiting, widths, strict=True)}
+        if self._group.record is None:
+            for index, width in own.items():
+                self.dfa_layers[index].size = width
+        sizes = [own.get(i, layer.size or 1) for i, layer in enumerate(self.dfa_layers)]
         scales = self._scales(sizes, error_size)
         places = []
-        for index, activation, _ in waiting:
+        for (index, activation, _), size in zip(waiting, widths, strict=True):
             dims = self.dfa_layers[index].row_dims
-            _, size = count_rows(activation.shape, dims, "DFA")
             if self.rp_device is None and activation.device != output.device:
                 raise ValueError(
                     f"DFA: dfa_layers[{index}] is on {activation.device}, the output on "
@@ -329,8 +333,8 @@ class DFA(nn.Module):
             repeats = row_ratio(activation.shape, dims, output.shape, self.batch_dims, where)
             scale = scales[index]
             if size != sizes[index]:  # the layer was called again, with another size
-                own = [*sizes[:index], size, *sizes[index + 1 :]]
-                scale = self._scales(own, error_size)[index]
+                others = [*sizes[:index], size, *sizes[index + 1 :]]
+                scale = self._scales(others, error_size)[index]
             block = Block(
                 matrix=index if len(self.matrices) > 1 else 0,
                 first=self.row_offsets[index],
@@ -345,6 +349,10 @@ class DFA(nn.Module):
                     self.masks[mask] = self.masks[mask].to(device)
             places.append(Place(block, shape, dims, dtype, device, mask))
         return places
+
+    def _width(self, item: Waiting) -> int:
+        dims = self.dfa_layers[item.layer].row_dims
+        return count_rows(item.activation.shape, dims, f"DFA: dfa_layers[{item.layer}]")[1]
 
     def _lean_block(self, waiting: Sequence[Waiting], places: Sequence[Place]) -> Block:
         """The one signal that serves all places; every place's factor makes its own from it."""

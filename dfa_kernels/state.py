@@ -1,12 +1,13 @@
 """What a `DFA` puts into its model's state_dict: enough to make the same signals again, no matrix.
 
 A uint8 tensor of JSON, so that whatever copies, moves or stores a state_dict's tensors does so with
-it too:
+it too, and of a length that training does not change:
 
     stream          stream.VERSION
     seed, distribution, row_offsets
     normalization   "layer", "shared", a number, or {"function": its qualified name}
-    layers          [name or null, size or null] of each
+    layers          [name or null, size or null] of each; sizes are what "shared" and functions
+                    normalize by where a forward pass skips a layer
     stored          whether the signals come from stored matrices, which are not in the state
 """
 
@@ -35,7 +36,10 @@ def pack(dfa: DFA) -> Tensor:
         "layers": [[layer.name, layer.size] for layer in dfa.dfa_layers],
         "stored": bool(dfa.matrices),
     }
-    return torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8, device="cpu")
+    # Room for the longest values; JSON ignores the spaces.
+    room = 256 + sum(64 + len(json.dumps(layer.name)) for layer in dfa.dfa_layers)
+    text = json.dumps(facts).ljust(room).encode()
+    return torch.tensor(list(text), dtype=torch.uint8, device="cpu")
 
 
 def unpack(dfa: DFA, packed: Tensor) -> None:
@@ -55,14 +59,10 @@ def unpack(dfa: DFA, packed: Tensor) -> None:
         raise ValueError(
             f"DFA: state must be of version {stream.VERSION} of the stream, got {facts['stream']}"
         )
-    ours = [(layer.name, layer.size) for layer in dfa.dfa_layers]
-    theirs = [(name, size) for name, size in facts["layers"]]
-    fits = len(ours) == len(theirs) and all(
-        name == other and (size == other_size or None in (size, other_size))
-        for (name, size), (other, other_size) in zip(ours, theirs, strict=True)
-    )
-    if not fits:
-        raise ValueError(f"DFA: state must be for the layers (name, size) {ours}, got {theirs}")
+    ours = [layer.name for layer in dfa.dfa_layers]
+    theirs = [name for name, _ in facts["layers"]]
+    if ours != theirs:
+        raise ValueError(f"DFA: state must be for the layers {ours}, got {theirs}")
     if facts["stored"] != bool(dfa.matrices):
         raise ValueError(
             "DFA: state must be of the same source of signals, "
@@ -80,8 +80,8 @@ def unpack(dfa: DFA, packed: Tensor) -> None:
         dfa.normalization = normalization
     dfa.seed, dfa.distribution = facts["seed"], facts["distribution"]
     dfa.row_offsets = facts["row_offsets"]
-    for layer, (_, size) in zip(dfa.dfa_layers, theirs, strict=True):
-        layer._loaded_size = size
+    for layer, (_, size) in zip(dfa.dfa_layers, facts["layers"], strict=True):
+        layer.size = size
 
 
 def _normalization(dfa: DFA) -> Any:

@@ -349,12 +349,20 @@ def test_bad_layers():
         ({"mask": [torch.ones(5)]}, r"mask\[0\] must broadcast to \[6\], got \[5\]"),
         ({"mask": [torch.ones(3, 6)]}, r"mask\[0\] must broadcast to \[6\], got \[3, 6\]"),
         ({"normalization": lambda s, n: [1.0, 2.0]}, r"one scale per size \(1\), got 2"),
-        ({"batch_dims": (2,)}, r"batch_dims \(2,\) must be dimensions of \(3, 6\)"),
+        ({"batch_dims": (2,)}, r"DFA: batch_dims \(2,\) must be dimensions of \(3, 5\)"),
     ],
 )
 def test_bad_arguments_found_in_a_pass(arguments, message):
     with pytest.raises(ValueError, match=message):
         signals(torch.randn(3, 5), [6], **arguments)
+
+
+def test_a_layers_own_batch_dims_out_of_range():
+    point = DFALayer(batch_dims=(0, 2))
+    dfa = DFA([point])
+    point(torch.zeros(3, 6, requires_grad=True))
+    with pytest.raises(ValueError, match=r"dfa_layers\[0\]: batch_dims \(0, 2\) must be dim"):
+        dfa(torch.zeros(3, 5))
 
 
 def test_inputs_that_are_no_tensors():

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dfa_kernels import checks
 from dfa_kernels.autograd import Factor, Scaled
 from dfa_kernels.feedback import Place
 
@@ -116,7 +117,7 @@ class DFALayer(nn.Module):
     ):
         super().__init__()
         self.name = name
-        self.batch_dims = None if batch_dims is None else tuple(batch_dims)
+        self.batch_dims = None if batch_dims is None else check_dims("DFALayer", batch_dims)
         self.passthrough = passthrough
         self.size: int | None = None
         self._group: Group | None = None
@@ -156,6 +157,11 @@ class DFALayer(nn.Module):
         """The arguments that were given."""
         facts = {"name": self.name, "batch_dims": self.batch_dims, "passthrough": self.passthrough}
         return ", ".join(f"{key}={value!r}" for key, value in facts.items() if value)
+
+
+def check_dims(function: str, dims: Sequence[int]) -> tuple[int, ...]:
+    """The argument `batch_dims` as a tuple; whether a tensor has them is seen in a pass."""
+    return tuple(checks.integers(function, "batch_dims", dims, low=-64, high=63))
 
 
 def recomputing(function: str) -> bool:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,15 +25,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dfa_kernels import checks, feedback, state
+from dfa_kernels import checks, feedback, ops, state
 from dfa_kernels.autograd import Feedback
-from dfa_kernels.feedback import Block, Place, Seeded, Stored, check_masks, check_matrices
+from dfa_kernels.feedback import (
+    Block,
+    Place,
+    Scales,
+    Seeded,
+    Stored,
+    check_masks,
+    check_matrices,
+    check_normalization,
+)
 from dfa_kernels.layer import (
     DFALayer,
     FeedbackPointsHandling,
     Group,
     Record,
     Waiting,
+    check_dims,
     recomputing,
 )
 from dfa_kernels.rows import beside_rows, count_rows, row_ratio, to_rows
@@ -49,9 +60,6 @@ __all__ = [
 MODES = ("dfa", "backprop", "shallow")
 # With independent matrices, layer i's rows of U begin at i times this.
 INDEPENDENT_ROWS = 2**40
-
-# scales(sizes of the layers, size of the error) -> one scale per layer
-Scales = Callable[[list[int], int], Sequence[float]]
 
 
 def tinydfa_scales(sizes: list[int], error_size: int) -> list[float]:
@@ -136,23 +144,19 @@ class DFA(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
-        if isinstance(normalization, bool):
-            normalization = "layer" if normalization else "shared"
-        if not callable(normalization):
-            checks.scales("DFA", normalization, [1], 1)
         checks.seed("DFA", seed)
         checks.distribution("DFA", distribution)
+        if backend not in (None, *ops.BACKENDS):
+            known = ", ".join(map(repr, ops.BACKENDS))
+            raise ValueError(f"DFA: backend must be one of {known} or None, got {backend!r}")
         if error_transform is not None and not callable(error_transform):
             raise TypeError(f"DFA: error_transform must be a function, got {error_transform!r}")
-        if not isinstance(feedback_points_handling, FeedbackPointsHandling):
-            raise TypeError(
-                "DFA: feedback_points_handling must be a FeedbackPointsHandling, "
-                f"got {feedback_points_handling!r}"
-            )
+        if isinstance(dfa_layers, DFALayer):
+            raise TypeError("DFA: dfa_layers must be a sequence of DFALayers, got one DFALayer")
         self.dfa_layers = tuple(dfa_layers)
-        self.normalization = normalization
+        self.normalization = check_normalization(normalization)
         self.rp_device = None if rp_device is None else torch.device(rp_device)
-        self.seed = seed
+        self.seed = operator.index(seed)  # numpy's integers are no JSON
         self.distribution = distribution
         self.backend = backend
         self.error_transform = error_transform
@@ -163,6 +167,9 @@ class DFA(nn.Module):
                 )
             if layer._group is not None or layer in self.dfa_layers[:index]:
                 raise ValueError(f"DFA: dfa_layers[{index}] already belongs to a DFA")
+        names = [layer.name or str(index) for index, layer in enumerate(self.dfa_layers)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"DFA: dfa_layers must have distinct names, got {names}")
         count = len(self.dfa_layers)
         self.matrices = check_matrices(matrix, count, self.rp_device)
         if isinstance(matrix, Tensor):
@@ -173,9 +180,10 @@ class DFA(nn.Module):
             raise ValueError("DFA: lean needs one matrix for all layers, got independent ones")
         self.row_offsets = [0 if shared else index * INDEPENDENT_ROWS for index in range(count)]
         self.masks = check_masks(mask, [layer.name for layer in self.dfa_layers])
-        self._group = Group(
-            "shallow" if no_training else "dfa", feedback_points_handling, tuple(batch_dims), lean
-        )
+        mode = "shallow" if no_training else "dfa"
+        self._group = Group(mode, FeedbackPointsHandling.LAST, (0,), lean)
+        self.feedback_points_handling = feedback_points_handling
+        self.batch_dims = batch_dims
         for index, layer in enumerate(self.dfa_layers):
             layer._group, layer._index = self._group, index
 
@@ -207,13 +215,25 @@ class DFA(nn.Module):
 
     @property
     def feedback_points_handling(self) -> FeedbackPointsHandling:
-        """As given."""
+        """As given; takes effect with the next forward pass."""
         return self._group.handling
+
+    @feedback_points_handling.setter
+    def feedback_points_handling(self, handling: FeedbackPointsHandling) -> None:
+        if not isinstance(handling, FeedbackPointsHandling):
+            raise TypeError(
+                f"DFA: feedback_points_handling must be a FeedbackPointsHandling, got {handling!r}"
+            )
+        self._group.handling = handling
 
     @property
     def batch_dims(self) -> tuple[int, ...]:
-        """As given."""
+        """As given; takes effect with the next forward pass."""
         return self._group.batch_dims
+
+    @batch_dims.setter
+    def batch_dims(self, dims: Sequence[int]) -> None:
+        self._group.batch_dims = check_dims("DFA", dims)
 
     def watch(self, model: nn.Module) -> tuple[RemovableHandle, ...]:
         """Begin and end every forward pass of `model` with no activation left from an aborted one.
@@ -341,6 +361,8 @@ class DFA(nn.Module):
                 size=size,
                 scale=scale / math.sqrt(repeats),
             )
+            if self.matrices:
+                Stored(self.matrices).check(block, error_size)
             shape, dtype, device = activation.shape, activation.dtype, activation.device
             mask = index if index in self.masks else None
             if mask is not None:

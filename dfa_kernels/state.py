@@ -24,6 +24,8 @@ from dfa_kernels import checks, stream
 if TYPE_CHECKING:
     from dfa_kernels.nn import DFA
 
+_KEYS = {"stream", "seed", "distribution", "row_offsets", "normalization", "layers", "stored"}
+
 
 def pack(dfa: DFA) -> Tensor:
     """The state of `dfa`."""
@@ -47,14 +49,15 @@ def unpack(dfa: DFA, packed: Tensor) -> None:
 
     Raises:
         TypeError: `packed` is not a state.
-        ValueError: it is of another version of the stream, for other layers, of a normalization
-            function that `dfa` does not have, or one of the two has stored matrices.
+        ValueError: it is damaged, of another version of the stream, for other layers, of a
+            normalization function that `dfa` does not have, one of the two has stored matrices, or
+            its layers share rows in a way that `dfa` cannot (stored matrices, the lean mode).
     """
     if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
         raise TypeError(
             f"DFA: state must be a uint8 tensor, got {getattr(packed, 'dtype', type(packed))}"
         )
-    facts: dict[str, Any] = json.loads(bytes(packed.tolist()))
+    facts = _facts(packed)
     if facts["stream"] != stream.VERSION:
         raise ValueError(
             f"DFA: state must be of version {stream.VERSION} of the stream, got {facts['stream']}"
@@ -67,6 +70,12 @@ def unpack(dfa: DFA, packed: Tensor) -> None:
         raise ValueError(
             "DFA: state must be of the same source of signals, "
             f"{'a stored matrix' if dfa.matrices else 'a seed'}, got the other one"
+        )
+    fixed = bool(dfa.matrices) or dfa._group.lean
+    if fixed and facts["row_offsets"] != dfa.row_offsets:
+        raise ValueError(
+            "DFA: state must share one matrix between layers as this DFA does, by row offsets "
+            f"{dfa.row_offsets}, got {facts['row_offsets']}"
         )
     checks.seed("DFA", facts["seed"])
     checks.distribution("DFA", facts["distribution"])
@@ -82,6 +91,20 @@ def unpack(dfa: DFA, packed: Tensor) -> None:
     dfa.row_offsets = facts["row_offsets"]
     for layer, (_, size) in zip(dfa.dfa_layers, facts["layers"], strict=True):
         layer.size = size
+
+
+def _facts(packed: Tensor) -> dict[str, Any]:
+    try:
+        facts = json.loads(bytes(packed.tolist()))
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict) or "stream" not in facts:
+        raise ValueError(
+            f"DFA: state must be what a DFA saved, got {bytes(packed[:40].tolist())!r}"
+        )
+    if facts["stream"] == stream.VERSION and not facts.keys() >= _KEYS:
+        raise ValueError(f"DFA: state must have {sorted(_KEYS)}, got {sorted(facts)}")
+    return facts
 
 
 def _normalization(dfa: DFA) -> Any:

@@ -255,6 +255,35 @@ def test_passthrough_joins_a_layer_to_the_next_by_backprop():
     assert_equal(found, torch.autograd.grad(loss, [linears[0].weight]))
 
 
+@pytest.mark.parametrize("lean", [False, True])
+def test_outputs_may_be_changed_in_place(lean):
+    """Logits divided by a temperature or masked; the error is that of the output before."""
+    x, y = batch()
+    found = []
+    for in_place in (False, True):
+        model = perceptron(lean=lean)
+        output = model(x)
+        if in_place:
+            output /= 2
+            output[:, 0] = 0
+        else:
+            output = torch.cat([torch.zeros(BATCH, 1), output[:, 1:] / 2], 1)
+        F.cross_entropy(output, y).backward()
+        found.append(gradients(model))
+    assert_equal(found[1], found[0], rtol=1e-6, atol=1e-8)
+
+
+def test_a_change_in_place_is_seen_by_what_saved_the_output():
+    output = torch.exp(torch.zeros(BATCH, CLASSES, requires_grad=True))
+    point = DFALayer()
+    dfa = DFA([point])
+    point(torch.zeros(BATCH, 16, requires_grad=True))
+    changed = dfa(output)
+    changed *= 2
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        changed.sum().backward()
+
+
 def test_hidden_activations_are_passed_on_without_requiring_a_gradient():
     model = perceptron()
     seen = []

@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,6 +132,20 @@ def test_loading_refuses_what_is_no_state():
         perceptron().load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [
+        (b"\xff\xfe", r"state must be what a DFA saved, got b'\\xff\\xfe'"),
+        (b"[1]", r"state must be what a DFA saved, got b'\[1\]'"),
+        (b'{"seed": 1}', "state must be what a DFA saved"),
+        (b'{"stream": 1}', r"state must have \['distribution', .* got \['stream'\]"),
+    ],
+)
+def test_loading_refuses_what_is_damaged(damaged, message):
+    with pytest.raises(ValueError, match=message):
+        perceptron().dfa.set_extra_state(torch.tensor(list(damaged), dtype=torch.uint8))
+
+
 def test_sizes_of_a_state_normalize_where_a_layer_is_skipped():
     """The skipped layer is the widest, so that l_max is not in the pass after loading."""
     x, y = batch()
@@ -207,6 +222,27 @@ def test_state_with_a_stored_matrix_does_not_hold_it():
     with pytest.raises(ValueError, match="same source of signals"):
         perceptron().load_state_dict(model.state_dict())
     perceptron(matrix=feedback_matrix(16, 5)).load_state_dict(model.state_dict())
+
+
+def test_states_of_independent_matrices_do_not_load_where_one_is_shared():
+    matrix = feedback_matrix(16, 5)
+    rows = [matrix, matrix[:12], matrix]
+    for theirs, ours in (
+        ({"shared": False}, {"lean": True}),
+        ({"matrix": rows}, {"matrix": matrix}),
+        ({"matrix": matrix}, {"matrix": rows}),
+    ):
+        model = perceptron(**ours)
+        with pytest.raises(ValueError, match=r"state must share one matrix .* by row offsets \[0,"):
+            model.load_state_dict(perceptron(**theirs).state_dict())
+        assert_equal(backward(model, *batch()), backward(perceptron(**ours), *batch()))
+
+
+def test_numbers_of_numpy_are_stored():
+    model = perceptron(seed=np.int64(3), normalization=np.float32(0.5))
+    other = perceptron(seed=3, normalization=0.5)
+    assert facts(model) == facts(other)
+    assert type(facts(perceptron(normalization=1))["normalization"]) is float
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

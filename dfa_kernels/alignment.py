@@ -27,8 +27,8 @@ def alignment(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Alignme
     This is eq. 6 of Launay, Poli, Krzakala 2019: cos(beta_i) is taken between B_i e and the
     gradient that backpropagation gives the same activation, after the non-linearity, row by row; a
     row where either is zero has no angle and does not count. Parameters, their gradients, buffers
-    and random number generators stay as they are, whatever the mode, also between a forward pass
-    and its backward pass.
+    and torch's random number generators stay as they are, whatever the mode, also between a forward
+    pass and its backward pass. Compiled models run uncompiled.
 
     Args:
         model: holds one `DFA`, or has one attached; any module around it, or the `DFA` itself where
@@ -48,7 +48,9 @@ def alignment(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Alignme
     if len(found) != 1:
         raise ValueError(f"alignment: model must hold one DFA, got {len(found)}")
     dfa = found[0]
-    with torch.enable_grad(), _undisturbed(model), dfa.recording() as record:
+    # In a compiled graph the activations are outputs only, on no path from the loss.
+    eager = torch.compiler.set_stance("force_eager")
+    with torch.enable_grad(), eager, _undisturbed(model), dfa.recording() as record:
         value = loss()
         if record.output is None:
             raise ValueError(
@@ -68,7 +70,7 @@ def alignment(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Alignme
                 for tensor in (signal, gradient)
             )
             lengths = ours.norm(dim=1) * theirs.norm(dim=1)
-            cosine = ((ours * theirs).sum(1) / lengths)[lengths > 0]
+            cosine = ((ours * theirs).sum(1) / lengths)[lengths != 0]  # keeps nan
             name = dfa.dfa_layers[index].name or str(index)
             cosines.setdefault(name, []).append(cosine)
     return {name: _summary(torch.cat(values)) for name, values in cosines.items()}
@@ -84,10 +86,9 @@ def _summary(cosines: Tensor) -> Alignment:
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Buffers and random number generators come out as they went in."""
     buffers = [
-        (module, name, buffer, buffer.clone())
+        (module, name, buffer, None if buffer is None else buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
-        if buffer is not None
     ]
     tensors = (*model.parameters(), *model.buffers())
     devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
@@ -96,6 +97,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for module, name, buffer, saved in buffers:
-            # By `.data`: a pending backward pass may hold the buffer, and its values come back.
-            buffer.data.copy_(saved)
+            if buffer is not None and saved is not None:
+                # By `.data`: a pending backward pass may hold the buffer, whose values come back.
+                buffer.data.copy_(saved)
             module._buffers[name] = buffer

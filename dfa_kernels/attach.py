@@ -23,6 +23,11 @@ class Hook:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """`output` with its tensor replaced."""
+        if isinstance(self.target, DFA) and holds_loss(output):
+            raise ValueError(
+                f"attach: {self.name!r} returns its loss, which no signal would reach; give "
+                "output=..., the submodule that makes the logits"
+            )
         return through(self.target, output, self.name)
 
 
@@ -46,6 +51,17 @@ def through(function: Callable[[Tensor], Tensor], output: Any, name: str) -> Any
         f"attach: {name!r} must return a tensor, a tuple or list that begins with one, or a "
         f"mapping with 'logits', got {type(output).__name__}"
     )
+
+
+def holds_loss(output: Any) -> bool:
+    """Whether a model's output is, or begins with, a loss to run backward."""
+    if isinstance(output, Mapping):
+        first = output.get("loss")
+    else:
+        first = output[0] if isinstance(output, (tuple, list)) and output else output
+        if isinstance(first, Tensor) and first.dim() > 0:
+            return False
+    return isinstance(first, Tensor) and first.requires_grad
 
 
 class Attachment:
@@ -97,19 +113,24 @@ def attach(
         handle.detach()
 
     Args:
-        model: any module.
+        model: any module, before its first compiled call; a model that ran compiled needs
+            `torch.compiler.reset()` first, or it goes on as it was.
         points: the submodules after whose forward pass gradients are cut, by name or as modules,
             in any order; each should end in its non-linearity or residual sum. What lies between
             two points is trained by backpropagation from the signal of the second. A mapping gives
             each name the batch dimensions of its output. A submodule's output may be a tensor, or a
             tuple or list that begins with it.
         output: the submodule that makes the output whose gradient is the error, such as the last
-            linear layer of a model that returns its loss. None: the model itself, which returns a
-            tensor, a tuple or list that begins with it, or a mapping with "logits".
+            linear layer of a model that returns its loss; it runs after all points. None: the model
+            itself, which returns a tensor, a tuple or list that begins with it, or a mapping with
+            "logits".
         arguments: those of `DFA` from `normalization` on. `mask` goes by the points' names.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got; also where the model has a DFA.
+        TypeError, ValueError: naming the argument and what was got; also where the model has a DFA,
+            and in a forward pass that returns its loss where `output` is not given.
+
+    Warns where a forward pass ends with points that no `output` came after.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach: model must be a module, got {type(model).__name__}")

@@ -24,7 +24,8 @@ class Feedback(torch.autograd.Function):
     def forward(ctx, signals: Signals, output: Tensor, *activations: Tensor) -> Tensor:
         """`output`, from now on tied to the activations."""
         ctx.signals = signals
-        return output.view_as(output)
+        # Detached and no view: a custom Function's views cannot be changed in place.
+        return output.detach()
 
     @staticmethod
     def backward(ctx, error: Tensor) -> tuple[Tensor | None, ...]:

@@ -5,7 +5,8 @@ Where each signal comes from, a seed or a stored matrix, and where it goes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from dfa_kernels import checks, functional
 from dfa_kernels.rows import beside_rows, from_rows
+
+# scales(sizes of the layers, size of the error) -> one scale per layer
+Scales = Callable[[list[int], int], Sequence[float]]
 
 
 class Block(NamedTuple):
@@ -67,6 +71,15 @@ class Stored(NamedTuple):
 
     matrices: tuple[Tensor, ...]
 
+    def check(self, block: Block, error_size: int) -> None:
+        """Raise where there is no such block for an error of that size."""
+        rows, columns = self.matrices[block.matrix].shape
+        if rows < block.size or columns != error_size:
+            raise ValueError(
+                f"DFA: matrix must have at least {block.size} rows (the layer's size) and exactly "
+                f"{error_size} columns (the error's size), got {[rows, columns]}"
+            )
+
     def project(self, error: Tensor, blocks: Sequence[Block], dtype: torch.dtype) -> list[Tensor]:
         """As `Seeded.project`, by one product for each stored matrix, in that matrix's dtype."""
         signals: dict[Block, Tensor] = {}
@@ -75,15 +88,10 @@ class Stored(NamedTuple):
             if not ours:
                 continue
             width = max(block.size for block in ours)
-            if matrix.shape[0] < width or matrix.shape[1] != error.shape[1]:
-                raise ValueError(
-                    f"DFA: matrix must have at least {width} rows (the layer's size) and exactly "
-                    f"{error.shape[1]} columns (the error's size), got {list(matrix.shape)}"
-                )
             scale = max(abs(block.scale) for block in ours) or 1.0
-            error = error.to(matrix.dtype)
+            rows = error.to(matrix.dtype)
             nothing = matrix.new_zeros(())
-            product = torch.addmm(nothing, error, matrix[:width].T, beta=0, alpha=scale)
+            product = torch.addmm(nothing, rows, matrix[:width].T, beta=0, alpha=scale)
             for block in ours:
                 if block.size == width and block.scale == scale:
                     signals[block] = product.to(dtype)
@@ -146,6 +154,21 @@ def mask_for(place: Place, masks: Mapping[int, Tensor]) -> Tensor:
     assert place.mask is not None
     mask = masks[place.mask].to(place.device, place.dtype)
     return beside_rows(mask, place.shape, place.batch_dims, "DFA")
+
+
+def check_normalization(normalization: bool | str | float | Scales) -> str | float | Scales:
+    """`DFA`'s argument `normalization` as a name, a float or a function."""
+    if isinstance(normalization, bool):
+        return "layer" if normalization else "shared"
+    if isinstance(normalization, (str, Real)):
+        (scale,) = checks.scales("DFA", normalization, [1], 1)
+        return normalization if isinstance(normalization, str) else scale
+    if not callable(normalization):
+        raise TypeError(
+            "DFA: normalization must be a name, a number or a function, "
+            f"got {type(normalization).__name__} {normalization!r}"
+        )
+    return normalization
 
 
 def check_matrices(

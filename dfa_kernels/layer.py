@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dfa_kernels import checks
 from dfa_kernels.autograd import Factor, Scaled
 from dfa_kernels.feedback import Place
-from dfa_kernels.rows import count_rows
 
 
 class FeedbackPointsHandling(enum.Enum):
@@ -79,6 +80,16 @@ class Group:
         """Nothing waits any longer. Takes a forward hook's arguments."""
         self.waiting = []
 
+    def warn_of_waiting(self, *_: Any) -> None:
+        """Warn of layers that nothing will train, at the end of a forward pass. A forward hook."""
+        if self.waiting:
+            indices = sorted({item.layer for item in self.waiting})
+            warnings.warn(
+                f"DFA: dfa_layers {indices} were called after the DFA, or it was not called; "
+                "nothing trains what is before them",
+                stacklevel=2,
+            )
+
     def __getstate__(self) -> dict:
         # What waits belongs to a forward pass, not to a copy.
         return {**self.__dict__, "waiting": [], "record": None}
@@ -91,11 +102,11 @@ class DFALayer(nn.Module):
         name: for messages and tables.
         batch_dims: the activation's batch dimensions; the others, flattened, are the layer. None:
             those of the `DFA`. (0,) for [batch, features] and [batch, channels, height, width];
-            (0, 1) for [batch, tokens, features].
+            (0, 1) for [batch, tokens, features], (1, 0) for [tokens, batch, features].
         passthrough: True lets backpropagation through; no signal is sent.
 
     Attributes:
-        size: l_i, known from the first forward pass on.
+        size: l_i in the last forward pass that trained it, here or before a state was loaded.
     """
 
     def __init__(
@@ -106,10 +117,9 @@ class DFALayer(nn.Module):
     ):
         super().__init__()
         self.name = name
-        self.batch_dims = None if batch_dims is None else tuple(batch_dims)
+        self.batch_dims = None if batch_dims is None else check_dims("DFALayer", batch_dims)
         self.passthrough = passthrough
         self.size: int | None = None
-        self._loaded_size: int | None = None
         self._group: Group | None = None
         self._index = 0
 
@@ -124,14 +134,6 @@ class DFALayer(nn.Module):
             raise RuntimeError(
                 "DFALayer: no DFA trains this layer; give it to one, as in DFA([layer, ...])"
             )
-        _, self.size = count_rows(activation.shape, self.row_dims, "DFALayer")
-        if self._loaded_size is not None:
-            loaded, self._loaded_size = self._loaded_size, None
-            if loaded != self.size:
-                raise ValueError(
-                    f"DFALayer: activation must have the size {loaded} of the loaded state, "
-                    f"got {self.size}"
-                )
         recorded = group.record is not None
         if self.passthrough or (group.mode == "backprop" and not recorded):
             return activation
@@ -155,6 +157,11 @@ class DFALayer(nn.Module):
         """The arguments that were given."""
         facts = {"name": self.name, "batch_dims": self.batch_dims, "passthrough": self.passthrough}
         return ", ".join(f"{key}={value!r}" for key, value in facts.items() if value)
+
+
+def check_dims(function: str, dims: Sequence[int]) -> tuple[int, ...]:
+    """The argument `batch_dims` as a tuple; whether a tensor has them is seen in a pass."""
+    return tuple(checks.integers(function, "batch_dims", dims, low=-64, high=63))
 
 
 def recomputing(function: str) -> bool:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,15 +25,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dfa_kernels import checks, feedback, state
+from dfa_kernels import checks, feedback, ops, state
 from dfa_kernels.autograd import Feedback
-from dfa_kernels.feedback import Block, Place, Seeded, Stored, check_masks, check_matrices
+from dfa_kernels.feedback import (
+    Block,
+    Place,
+    Scales,
+    Seeded,
+    Stored,
+    check_masks,
+    check_matrices,
+    check_normalization,
+)
 from dfa_kernels.layer import (
     DFALayer,
     FeedbackPointsHandling,
     Group,
     Record,
     Waiting,
+    check_dims,
     recomputing,
 )
 from dfa_kernels.rows import beside_rows, count_rows, row_ratio, to_rows
@@ -49,9 +60,6 @@ __all__ = [
 MODES = ("dfa", "backprop", "shallow")
 # With independent matrices, layer i's rows of U begin at i times this.
 INDEPENDENT_ROWS = 2**40
-
-# scales(sizes of the layers, size of the error) -> one scale per layer
-Scales = Callable[[list[int], int], Sequence[float]]
 
 
 def tinydfa_scales(sizes: list[int], error_size: int) -> list[float]:
@@ -75,15 +83,17 @@ class DFA(nn.Module):
         normalization: True or "layer": 1/sqrt(l_i n) (eq. 8). False or "shared": 1/sqrt(l_max n)
             for all (eq. 7, the paper's "no norm"). A number: that scale for all. A function of
             (sizes of the layers, size of the error): one scale per layer; a layer that was never
-            called counts as size 1. tinydfa's own law is `distribution="uniform",
+            trained counts as size 1. tinydfa's own law is `distribution="uniform",
             normalization=tinydfa_scales`.
         rp_device: where to project; signals go to their activations' devices. None: where all of
             them and the error are.
         no_training: True starts in mode "shallow".
         feedback_points_handling: see `FeedbackPointsHandling`.
         batch_dims: the output's batch dimensions, and the default of the layers; the output's
-            others, flattened, are the error. A layer may have k times the error's rows: each row of
-            the error then serves k consecutive rows of the activation, scaled by 1/sqrt(k).
+            others, flattened, are the error. Their order is that of the rows, which a layer's must
+            follow: (1, 0) for [time, batch, features] beside an output of [batch, time, n] or
+            [batch, n]. A layer may have k consecutive rows for each of the error, as [batch, k,
+            features] beside [batch, n]: each row of the error then serves k, scaled by 1/sqrt(k).
         seed, distribution, backend: as for `dfa_kernels.project`.
         shared: True: one matrix, sliced for every layer (eq. 8). False: rows of its own for every
             layer.
@@ -108,6 +118,11 @@ class DFA(nn.Module):
     A forward pass that is aborted between a layer and the `DFA` (by an exception, by Ctrl-C in a
     notebook) leaves activations behind. The next pass replaces those of the layers it calls; ones
     that it skips, and under REDUCE all, would be trained by it. `watch(model)` rules that out.
+
+    Layers wait for the next call of this module: a model runs one forward pass at a time (no
+    threads, no nn.DataParallel; DistributedDataParallel is fine) with one call of it, at the end. A
+    second call in the same pass, as for a second head, trains the last layer before it only. A
+    forward pass inside a backward pass is taken for activation checkpointing's and trains no layer.
     """
 
     def __init__(
@@ -129,23 +144,19 @@ class DFA(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
-        if isinstance(normalization, bool):
-            normalization = "layer" if normalization else "shared"
-        if not callable(normalization):
-            checks.scales("DFA", normalization, [1], 1)
         checks.seed("DFA", seed)
         checks.distribution("DFA", distribution)
+        if backend not in (None, *ops.BACKENDS):
+            known = ", ".join(map(repr, ops.BACKENDS))
+            raise ValueError(f"DFA: backend must be one of {known} or None, got {backend!r}")
         if error_transform is not None and not callable(error_transform):
             raise TypeError(f"DFA: error_transform must be a function, got {error_transform!r}")
-        if not isinstance(feedback_points_handling, FeedbackPointsHandling):
-            raise TypeError(
-                "DFA: feedback_points_handling must be a FeedbackPointsHandling, "
-                f"got {feedback_points_handling!r}"
-            )
+        if isinstance(dfa_layers, DFALayer):
+            raise TypeError("DFA: dfa_layers must be a sequence of DFALayers, got one DFALayer")
         self.dfa_layers = tuple(dfa_layers)
-        self.normalization = normalization
+        self.normalization = check_normalization(normalization)
         self.rp_device = None if rp_device is None else torch.device(rp_device)
-        self.seed = seed
+        self.seed = operator.index(seed)  # numpy's integers are no JSON
         self.distribution = distribution
         self.backend = backend
         self.error_transform = error_transform
@@ -156,6 +167,9 @@ class DFA(nn.Module):
                 )
             if layer._group is not None or layer in self.dfa_layers[:index]:
                 raise ValueError(f"DFA: dfa_layers[{index}] already belongs to a DFA")
+        names = [layer.name or str(index) for index, layer in enumerate(self.dfa_layers)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"DFA: dfa_layers must have distinct names, got {names}")
         count = len(self.dfa_layers)
         self.matrices = check_matrices(matrix, count, self.rp_device)
         if isinstance(matrix, Tensor):
@@ -166,9 +180,10 @@ class DFA(nn.Module):
             raise ValueError("DFA: lean needs one matrix for all layers, got independent ones")
         self.row_offsets = [0 if shared else index * INDEPENDENT_ROWS for index in range(count)]
         self.masks = check_masks(mask, [layer.name for layer in self.dfa_layers])
-        self._group = Group(
-            "shallow" if no_training else "dfa", feedback_points_handling, tuple(batch_dims), lean
-        )
+        mode = "shallow" if no_training else "dfa"
+        self._group = Group(mode, FeedbackPointsHandling.LAST, (0,), lean)
+        self.feedback_points_handling = feedback_points_handling
+        self.batch_dims = batch_dims
         for index, layer in enumerate(self.dfa_layers):
             layer._group, layer._index = self._group, index
 
@@ -200,22 +215,36 @@ class DFA(nn.Module):
 
     @property
     def feedback_points_handling(self) -> FeedbackPointsHandling:
-        """As given."""
+        """As given; takes effect with the next forward pass."""
         return self._group.handling
+
+    @feedback_points_handling.setter
+    def feedback_points_handling(self, handling: FeedbackPointsHandling) -> None:
+        if not isinstance(handling, FeedbackPointsHandling):
+            raise TypeError(
+                f"DFA: feedback_points_handling must be a FeedbackPointsHandling, got {handling!r}"
+            )
+        self._group.handling = handling
 
     @property
     def batch_dims(self) -> tuple[int, ...]:
-        """As given."""
+        """As given; takes effect with the next forward pass."""
         return self._group.batch_dims
 
-    def watch(self, model: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
+    @batch_dims.setter
+    def batch_dims(self, dims: Sequence[int]) -> None:
+        self._group.batch_dims = check_dims("DFA", dims)
+
+    def watch(self, model: nn.Module) -> tuple[RemovableHandle, ...]:
         """Begin and end every forward pass of `model` with no activation left from an aborted one.
 
+        A pass that ends well although its last activations never reached this module warns.
         `model` holds this module and its layers and does not call itself; `self.dfa.watch(self)` at
-        the end of a model's `__init__` does it. Returns the two hooks' handles.
+        the end of a model's `__init__` does it. Returns the hooks' handles.
         """
         return (
             model.register_forward_pre_hook(self._group.forget),
+            model.register_forward_hook(self._group.warn_of_waiting),
             model.register_forward_hook(self._group.forget, always_call=True),
         )
 
@@ -301,37 +330,39 @@ class DFA(nn.Module):
 
     def _places(self, waiting: Sequence[Waiting], output: Tensor) -> list[Place]:
         """Where the signal of every waiting activation comes from and goes to."""
-        error_rows, error_size = count_rows(output.shape, self._group.batch_dims, "DFA")
+        _, error_size = count_rows(output.shape, self._group.batch_dims, "DFA")
         device = self.rp_device or output.device
         if any(matrix.device != device for matrix in self.matrices):
             self.matrices = tuple(matrix.to(device) for matrix in self.matrices)
-        sizes = [layer.size or 1 for layer in self.dfa_layers]
+        widths = [self._width(item) for item in waiting]
+        own = {item.layer: width for item, width in zip(waiting, widths, strict=True)}
+        if self._group.record is None:
+            for index, width in own.items():
+                self.dfa_layers[index].size = width
+        sizes = [own.get(i, layer.size or 1) for i, layer in enumerate(self.dfa_layers)]
         scales = self._scales(sizes, error_size)
         places = []
-        for index, activation, _ in waiting:
+        for (index, activation, _), size in zip(waiting, widths, strict=True):
             dims = self.dfa_layers[index].row_dims
-            rows, size = count_rows(activation.shape, dims, "DFA")
             if self.rp_device is None and activation.device != output.device:
                 raise ValueError(
                     f"DFA: dfa_layers[{index}] is on {activation.device}, the output on "
                     f"{output.device}; give rp_device to say where to project"
                 )
-            repeats = row_ratio(activation.shape, dims, output.shape, self._group.batch_dims, "DFA")
-            if repeats is None:
-                raise ValueError(
-                    f"DFA: dfa_layers[{index}] must have a multiple of the output's {error_rows} "
-                    f"rows, got {rows}; batch_dims says which dimensions are rows"
-                )
+            where = f"DFA: dfa_layers[{index}]"
+            repeats = row_ratio(activation.shape, dims, output.shape, self.batch_dims, where)
             scale = scales[index]
             if size != sizes[index]:  # the layer was called again, with another size
-                own = [*sizes[:index], size, *sizes[index + 1 :]]
-                scale = self._scales(own, error_size)[index]
+                others = [*sizes[:index], size, *sizes[index + 1 :]]
+                scale = self._scales(others, error_size)[index]
             block = Block(
                 matrix=index if len(self.matrices) > 1 else 0,
                 first=self.row_offsets[index],
                 size=size,
                 scale=scale / math.sqrt(repeats),
             )
+            if self.matrices:
+                Stored(self.matrices).check(block, error_size)
             shape, dtype, device = activation.shape, activation.dtype, activation.device
             mask = index if index in self.masks else None
             if mask is not None:
@@ -340,6 +371,10 @@ class DFA(nn.Module):
                     self.masks[mask] = self.masks[mask].to(device)
             places.append(Place(block, shape, dims, dtype, device, mask))
         return places
+
+    def _width(self, item: Waiting) -> int:
+        dims = self.dfa_layers[item.layer].row_dims
+        return count_rows(item.activation.shape, dims, f"DFA: dfa_layers[{item.layer}]")[1]
 
     def _lean_block(self, waiting: Sequence[Waiting], places: Sequence[Place]) -> Block:
         """The one signal that serves all places; every place's factor makes its own from it."""

@@ -1,4 +1,7 @@
-"""Tensors as rows: batch dimensions flattened in front, the others flattened into a row."""
+"""Tensors as rows: batch dimensions flattened in front, the others flattened into a row.
+
+Batch dimensions count in the order given: (1, 0) takes [time, batch, features] sample by sample.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,16 @@ from torch import Tensor
 def _order(
     shape: Sequence[int], batch_dims: Sequence[int], function: str
 ) -> tuple[list[int], list[int]]:
-    """The batch dimensions and the others, each ascending."""
-    batch = set()
+    """The batch dimensions in the order given, and the others, ascending."""
+    batch = []
     for dim in batch_dims:
         if not -len(shape) <= dim < len(shape):
             raise ValueError(
                 f"{function}: batch_dims {tuple(batch_dims)} must be dimensions of {tuple(shape)}"
             )
-        batch.add(dim % len(shape))
-    return sorted(batch), [dim for dim in range(len(shape)) if dim not in batch]
+        if dim % len(shape) not in batch:
+            batch.append(dim % len(shape))
+    return batch, [dim for dim in range(len(shape)) if dim not in batch]
 
 
 def count_rows(shape: Sequence[int], batch_dims: Sequence[int], function: str) -> tuple[int, int]:
@@ -35,22 +39,27 @@ def row_ratio(
     error_shape: Sequence[int],
     error_dims: Sequence[int],
     function: str,
-) -> int | None:
-    """How many times the error's rows a tensor of `shape` has, or None where it is no such number.
+) -> int:
+    """How many consecutive rows a tensor of `shape` has for each row of the error.
 
-    Dimensions that both have cancel first: torch.compile then knows the ratio although it may not
-    know the batch size.
+    Its batch shape must begin with the error's, or one of the two be flattened. Leading dimensions
+    that both have cancel first: torch.compile then knows the ratio although it may not know the
+    batch size.
     """
     ours = [shape[dim] for dim in _order(shape, batch_dims, function)[0]]
     theirs = [error_shape[dim] for dim in _order(error_shape, error_dims, function)[0]]
-    for size in list(theirs):
-        if size in ours:
-            ours.remove(size)
-            theirs.remove(size)
+    wanted, got = list(theirs), list(ours)
+    while ours and theirs and ours[0] == theirs[0]:
+        ours, theirs = ours[1:], theirs[1:]
     rows, error_rows = math.prod(ours), math.prod(theirs)
-    if rows == error_rows:
+    if rows == error_rows and min(len(ours), len(theirs)) <= 1:
         return 1
-    return rows // error_rows if rows and error_rows and rows % error_rows == 0 else None
+    if rows and error_rows and rows % error_rows == 0 and (not theirs or len(ours) == 1):
+        return rows // error_rows
+    raise ValueError(
+        f"{function} must have the output's rows {wanted}, or several consecutive ones for each, "
+        f"got {got}; batch_dims gives the dimensions of rows in order"
+    )
 
 
 def to_rows(tensor: Tensor, batch_dims: Sequence[int], function: str) -> Tensor:
@@ -88,6 +97,6 @@ def beside_rows(
     ):
         raise ValueError(f"{function} must broadcast to {wanted}, got {list(tensor.shape)}")
     tensor = tensor.reshape(sizes)
-    for dim in batch:
+    for dim in sorted(batch):
         tensor = tensor.unsqueeze(dim)
     return tensor

@@ -131,6 +131,17 @@ def backward(model, x, y, call=None, **arguments):
     return gradients(model)
 
 
+def signals(error, sizes, **arguments):
+    """What activations [M, size] get for an error [M, n]."""
+    points = [DFALayer() for _ in sizes]
+    dfa = DFA(points, **arguments)
+    hidden = [torch.zeros(len(error), size, requires_grad=True) for size in sizes]
+    for point, h in zip(points, hidden, strict=True):
+        point(h)
+    dfa(torch.zeros_like(error, requires_grad=True)).backward(error)
+    return [h.grad for h in hidden]
+
+
 def gradients(model):
     return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
 

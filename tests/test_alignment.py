@@ -27,8 +27,10 @@ class Noisy(nn.Module):
         self.head = nn.Linear(16, 5)
         self.dfa = DFA([self.body[4]])
         self.register_buffer("passes", torch.zeros(()))
+        self.register_buffer("mean", None)
 
     def forward(self, x):
+        self.mean = x.mean() if self.mean is None else self.mean
         self.passes = self.passes + 1  # another tensor, where BatchNorm writes into its own
         return self.dfa(self.head(self.body(x)))
 
@@ -182,6 +184,23 @@ def test_rows_without_a_gradient_do_not_count():
     expected = alignment(model, loss_of(model, x[:3], y[:3]))
     for name in found:
         assert tuple(found[name]) == pytest.approx(tuple(expected[name]), rel=1e-4)
+
+
+def test_rows_that_are_nan_are_not_left_out():
+    """A net that diverged has no angle."""
+    x, y = batch()
+    model = perceptron()
+    x[0, 0] = math.nan
+    found = alignment(model, loss_of(model, x, y))
+    assert all(math.isnan(angle.mean) for angle in found.values())
+
+
+def test_layers_come_in_the_order_given():
+    torch.manual_seed(0)
+    first, last = DFALayer("first"), DFALayer("last")
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), first, nn.Linear(6, 7), nn.Tanh(), last)
+    model.extend([nn.Linear(7, 5), DFA([last, first])])
+    assert list(alignment(model, loss_of(model, *batch()))) == ["last", "first"]
 
 
 def test_a_skipped_layer_is_left_out():

@@ -218,6 +218,51 @@ def test_named_tuples_and_lists_keep_their_type():
         assert type(result[0].grad_fn).__name__ == "FeedbackBackward"
 
 
+class Losses(nn.Module):
+    """Returns its loss as models do: in a mapping, before the logits, or alone."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.body, self.head, self.kind = nn.Linear(8, 8), nn.Linear(8, CLASSES), kind
+
+    def forward(self, x, y=None):
+        logits = self.head(self.body(x))
+        loss = None if y is None else F.cross_entropy(logits, y)
+        if self.kind == "mapping":
+            return {"loss": loss, "logits": logits}
+        if y is None:
+            return logits
+        return loss if self.kind == "alone" else (loss, logits)
+
+
+@pytest.mark.parametrize("kind", ["mapping", "tuple", "alone"])
+def test_a_loss_made_inside_needs_an_output(kind):
+    """Its gradient does not pass through what the model returns."""
+    x, y = batch()
+    model = Losses(kind)
+    handle = attach(model, ["body"])
+    with pytest.raises(ValueError, match=r"attach: 'Losses' returns its loss, .* give output="):
+        model(x, y)
+    model(x)  # no loss
+    with torch.no_grad():
+        model(x, y)
+    handle.detach()
+    attach(model, ["body"], output="head")
+    found = model(x, y)
+    (found["loss"] if kind == "mapping" else found if kind == "alone" else found[0]).backward()
+    assert model.body.weight.grad.abs().sum() > 0
+
+
+def test_points_that_reach_no_output_are_warned_of():
+    x, _ = batch()
+    model = plain()
+    attach(model, POINTS, output="2")
+    with pytest.warns(UserWarning, match=r"DFA: dfa_layers \[1, 2\] were called after the DFA"):
+        model(x)
+    with torch.no_grad():
+        model(x)
+
+
 def test_bad_arguments():
     model = plain()
     with pytest.raises(TypeError, match="attach: model must be a module, got function"):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from networks import Calls, assert_equal, backward, batch, perceptron
 from torch import nn
 
-from dfa_kernels import DFA, DFALayer, attach
+from dfa_kernels import DFA, DFALayer, alignment, attach
 
 # torch's own, from inside its compiler.
 pytestmark = [
@@ -124,3 +124,19 @@ def test_compiled_patches_share_their_images_error(compiler):
         y = torch.randint(0, 5, (size,))
         expected = backward(model, x, y, call=call)
         assert_equal(backward(model, x, y, call=compiled), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("measure_first", [True, False])
+def test_alignment_of_a_compiled_model_is_eagers(compiler, measure_first):
+    x, y = batch()
+    plain, model = wired(), wired()
+    expected = alignment(plain, lambda: F.cross_entropy(plain(x), y))
+    trained = backward(plain, x, y)
+    compiled = compiler(model)
+    for measure in (measure_first, not measure_first):
+        if measure:
+            for holder in (compiled, model):
+                assert alignment(holder, lambda: F.cross_entropy(compiled(x), y)) == expected
+        else:
+            found = backward(model, x, y, call=compiled)
+            assert_equal(found, trained, rtol=1e-5, atol=1e-7)

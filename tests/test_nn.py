@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from networks import (
     BATCH,
     CLASSES,
+    INPUTS,
     Calls,
     Convolutions,
     Perceptron,
@@ -95,6 +96,81 @@ def test_batch_dims_may_be_anywhere():
     torch.testing.assert_close(h.grad, signal.T)
 
 
+TIME = 4
+
+
+def sequences(hidden_dims, output_dims, hidden_shape, output_shape, mask=None):
+    """The gradient of an activation of zeros, the error, and the signal of each of its rows."""
+    torch.manual_seed(0)
+    point = DFALayer(batch_dims=hidden_dims)
+    dfa = DFA([point], batch_dims=output_dims, normalization=1.0, mask=mask)
+    h = torch.zeros(hidden_shape, requires_grad=True)
+    error = torch.randn(output_shape)
+    point(h)
+    dfa(torch.zeros(output_shape, requires_grad=True)).backward(error)
+    return h.grad, error @ feedback_matrix(16, CLASSES).T
+
+
+@pytest.mark.parametrize("mask", [None, [torch.arange(16.0)]])
+def test_sequence_first_rows_go_to_their_own_samples(mask):
+    """The order of batch_dims is that of the rows; masks follow."""
+    factor = 1 if mask is None else mask[0]
+    first, last = (TIME, BATCH, 16), (BATCH, TIME, CLASSES)
+    found, signal = sequences((1, 0), (0, 1), first, last, mask)
+    torch.testing.assert_close(found, signal.transpose(0, 1) * factor)
+    found, signal = sequences((1, 0), (0,), first, (BATCH, CLASSES), mask)
+    expected = (signal * factor / TIME**0.5).expand(TIME, -1, -1)
+    torch.testing.assert_close(found, expected)
+    found, signal = sequences(None, (1, 0), first, (TIME, BATCH, CLASSES), mask)
+    torch.testing.assert_close(found, signal * factor)
+
+
+def test_a_sequence_first_lstm_is_the_batch_first_one():
+    x, y = torch.randn(BATCH, TIME, INPUTS), torch.randint(0, CLASSES, (BATCH,))
+    found = []
+    for batch_first, dims in ((True, (0, 1)), (False, (1, 0))):
+        torch.manual_seed(0)
+        body, head = nn.LSTM(INPUTS, 16, batch_first=batch_first), nn.Linear(16, CLASSES)
+        point = DFALayer(batch_dims=dims)
+        dfa = DFA([point])
+        h, _ = body(x if batch_first else x.transpose(0, 1))
+        F.cross_entropy(dfa(head(point(h).mean(1 if batch_first else 0))), y).backward()
+        found.append(gradients(body))
+    assert_equal(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "output"),
+    [
+        ((TIME, BATCH), (BATCH,)),
+        ((TIME, BATCH), (BATCH, TIME)),
+        ((TIME, BATCH), (2 * BATCH,)),
+        ((BATCH,), (TIME,)),
+    ],
+)
+def test_rows_in_another_order_are_refused(hidden, output):
+    dims = tuple(range(len(hidden))), tuple(range(len(output)))
+    with pytest.raises(ValueError, match=r"dfa_layers\[0\] must have .* batch_dims gives the dim"):
+        sequences(*dims, (*hidden, 16), (*output, CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "output", "repeats"),
+    [
+        ((BATCH * TIME,), (BATCH,), TIME),
+        ((BATCH * TIME,), (BATCH, TIME), 1),
+        ((BATCH, TIME), (BATCH * TIME,), 1),
+        ((BATCH, 2, TIME), (BATCH, 2), TIME),
+        ((BATCH, 2, TIME), (BATCH, 2 * TIME), 1),
+    ],
+)
+def test_rows_may_be_flattened(hidden, output, repeats):
+    dims = tuple(range(len(hidden))), tuple(range(len(output)))
+    found, signal = sequences(*dims, (*hidden, 16), (*output, CLASSES))
+    expected = signal.reshape(-1, 1, 16).expand(-1, repeats, -1) / repeats**0.5
+    torch.testing.assert_close(found.reshape(expected.shape), expected)
+
+
 def test_backward_runs_one_weight_product_per_layer_and_one_projection():
     x, y = batch()
     counts = {}
@@ -179,6 +255,35 @@ def test_passthrough_joins_a_layer_to_the_next_by_backprop():
     assert_equal(found, torch.autograd.grad(loss, [linears[0].weight]))
 
 
+@pytest.mark.parametrize("lean", [False, True])
+def test_outputs_may_be_changed_in_place(lean):
+    """Logits divided by a temperature or masked; the error is that of the output before."""
+    x, y = batch()
+    found = []
+    for in_place in (False, True):
+        model = perceptron(lean=lean)
+        output = model(x)
+        if in_place:
+            output /= 2
+            output[:, 0] = 0
+        else:
+            output = torch.cat([torch.zeros(BATCH, 1), output[:, 1:] / 2], 1)
+        F.cross_entropy(output, y).backward()
+        found.append(gradients(model))
+    assert_equal(found[1], found[0], rtol=1e-6, atol=1e-8)
+
+
+def test_a_change_in_place_is_seen_by_what_saved_the_output():
+    output = torch.exp(torch.zeros(BATCH, CLASSES, requires_grad=True))
+    point = DFALayer()
+    dfa = DFA([point])
+    point(torch.zeros(BATCH, 16, requires_grad=True))
+    changed = dfa(output)
+    changed *= 2
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        changed.sum().backward()
+
+
 def test_hidden_activations_are_passed_on_without_requiring_a_gradient():
     model = perceptron()
     seen = []
@@ -190,9 +295,15 @@ def test_hidden_activations_are_passed_on_without_requiring_a_gradient():
 
 def test_second_derivatives_flow_through_the_signals():
     """The projection is linear in the error and has an adjoint."""
-    x, y = batch(torch.float64)
-    model = perceptron(dtype=torch.float64)
-    loss = F.cross_entropy(model(x), y)
-    (first,) = torch.autograd.grad(loss, [model.linears[0].weight], create_graph=True)
-    (second,) = torch.autograd.grad(first.square().sum(), [model.output.weight])
-    assert second.abs().sum() > 0
+
+    def signal(error):
+        h = torch.zeros(2, 6, dtype=torch.float64, requires_grad=True)
+        output = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+        point = DFALayer()
+        dfa = DFA([point])
+        point(h)
+        return torch.autograd.grad(dfa(output), h, error, create_graph=True)[0].pow(3)
+
+    error = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(signal, error)
+    assert torch.autograd.gradgradcheck(signal, error)

@@ -18,6 +18,7 @@ from networks import (
     batch,
     gradients,
     perceptron,
+    signals,
     train,
 )
 from torch import nn
@@ -27,17 +28,6 @@ from dfa_kernels.nn import INDEPENDENT_ROWS, FeedbackPointsHandling
 
 WIDTHS = (16, 12, 16)
 U = {"rows": 16, "columns": CLASSES}
-
-
-def signals(error, sizes, **arguments):
-    """What activations [M, size] get for an error [M, n]."""
-    points = [DFALayer() for _ in sizes]
-    dfa = DFA(points, **arguments)
-    hidden = [torch.zeros(len(error), size, requires_grad=True) for size in sizes]
-    for point, h in zip(points, hidden, strict=True):
-        point(h)
-    dfa(torch.zeros_like(error, requires_grad=True)).backward(error)
-    return [h.grad for h in hidden]
 
 
 # --- normalization ---
@@ -111,6 +101,13 @@ def test_stored_matrix_multiplies_in_its_own_dtype():
     (found,) = signals(error, [6], matrix=feedback_matrix(6, 5, dtype=torch.float64))
     expected = error.double() @ feedback_matrix(6, 5, dtype=torch.float64).T / math.sqrt(30)
     assert torch.equal(found, expected.float())
+
+
+def test_stored_matrices_of_several_dtypes_take_the_error_as_it_is():
+    error = torch.randn(3, 5, dtype=torch.float64)
+    matrices = [feedback_matrix(6, 5, dtype=torch.bfloat16), feedback_matrix(6, 5).double()]
+    _, found = signals(error, [6, 6], matrix=matrices, normalization=1.0)
+    torch.testing.assert_close(found, (error @ matrices[1].T).float(), rtol=1e-6, atol=1e-6)
 
 
 # --- the error, transformed ---
@@ -248,51 +245,6 @@ def test_peak_memory_of_both_modes():
     assert peaks[True] < 0.75 * peaks[False]
 
 
-# --- a device to project on ---
-
-
-def test_projection_on_another_device_comes_back(monkeypatch):
-    """The error goes to rp_device and signals to their activations; "meta" has no values, so the
-    projection answers it with numbers that give themselves away."""
-    from dfa_kernels import functional
-
-    seen = []
-
-    def project(error, sizes, **arguments):
-        seen.append(error.device.type)
-        return [torch.full((len(error), size), 7.0) for size in sizes]
-
-    monkeypatch.setattr(functional, "project", project)
-    found = signals(torch.randn(3, 5), [6, 4], rp_device="meta")
-    assert seen == ["meta"]
-    assert_equal(found, [torch.full((3, 6), 7.0), torch.full((3, 4), 7.0)])
-    monkeypatch.undo()
-    x, y = batch()
-    assert_equal(backward(perceptron(rp_device="cpu"), x, y), backward(perceptron(), x, y))
-
-
-def test_stored_matrix_lives_on_the_projections_device():
-    dfa = DFA([DFALayer()], matrix=torch.zeros(4, 3), rp_device="meta")
-    assert dfa.matrices[0].device.type == "meta"
-
-
-def test_matrix_and_masks_move_to_where_they_are_needed():
-    point = DFALayer()
-    dfa = DFA([point], matrix=torch.zeros(4, 3), mask=[torch.ones(4)])
-    with torch.device("meta"):
-        point(torch.zeros(2, 4, requires_grad=True))
-        dfa(torch.zeros(2, 3))
-    assert dfa.matrices[0].device.type == dfa.masks[0].device.type == "meta"
-
-
-def test_layers_on_other_devices_need_a_device_to_project_on():
-    point = DFALayer()
-    dfa = DFA([point])
-    point(torch.zeros(3, 4, requires_grad=True, device="meta"))
-    with pytest.raises(ValueError, match=r"dfa_layers\[0\] is on meta, the output on cpu; give rp"):
-        dfa(torch.zeros(3, 5))
-
-
 # --- bad arguments ---
 
 
@@ -305,6 +257,10 @@ def build(**arguments):
     [
         ({"normalization": "batch"}, ValueError, "normalization must be .* got 'batch'"),
         ({"normalization": math.nan}, ValueError, "normalization must be finite, got nan"),
+        ({"normalization": [0.3, 0.2]}, TypeError, "a name, a number or a function, got list"),
+        ({"normalization": None}, TypeError, "a name, a number or a function, got NoneType"),
+        ({"batch_dims": 0}, TypeError, "DFA: batch_dims must be a sequence of ints, got int 0"),
+        ({"backend": "tpu"}, ValueError, "DFA: backend must be one of 'torch', .* got 'tpu'"),
         ({"seed": -1}, ValueError, "DFA: seed must be in .* got -1"),
         ({"seed": 1.5}, TypeError, "DFA: seed must be an int, got float 1.5"),
         ({"distribution": "cauchy"}, ValueError, "distribution must be one of .* got 'cauchy'"),
@@ -329,6 +285,13 @@ def test_bad_arguments(arguments, error, message):
 def test_bad_layers():
     with pytest.raises(TypeError, match=r"dfa_layers\[0\] must be a DFALayer, got Linear"):
         DFA([nn.Linear(2, 2)])
+    with pytest.raises(TypeError, match="dfa_layers must be a sequence of DFALayers, got one"):
+        DFA(DFALayer())
+    with pytest.raises(TypeError, match="DFALayer: batch_dims must be a sequence of ints, got int"):
+        DFALayer(batch_dims=1)
+    for names in (("a", "a"), ("1", None)):
+        with pytest.raises(ValueError, match=r"dfa_layers must have distinct names, got \['"):
+            DFA([DFALayer(name) for name in names])
     point = DFALayer()
     with pytest.raises(ValueError, match=r"dfa_layers\[1\] already belongs to a DFA"):
         DFA([point, point])
@@ -342,19 +305,35 @@ def test_bad_layers():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"matrix": torch.zeros(5, 5)}, r"at least 6 rows .* exactly 5 columns .* got \[5, 5\]"),
-        ({"matrix": torch.zeros(9, 4)}, r"at least 6 rows .* exactly 5 columns .* got \[9, 4\]"),
         ({"error_transform": lambda e: e[:1]}, r"keep the error's shape \(3, 5\), got \(1, 5\)"),
         ({"error_transform": lambda e: None}, r"keep the error's shape \(3, 5\), got NoneType"),
         ({"mask": [torch.ones(5)]}, r"mask\[0\] must broadcast to \[6\], got \[5\]"),
         ({"mask": [torch.ones(3, 6)]}, r"mask\[0\] must broadcast to \[6\], got \[3, 6\]"),
         ({"normalization": lambda s, n: [1.0, 2.0]}, r"one scale per size \(1\), got 2"),
-        ({"batch_dims": (2,)}, r"batch_dims \(2,\) must be dimensions of \(3, 6\)"),
+        ({"batch_dims": (2,)}, r"DFA: batch_dims \(2,\) must be dimensions of \(3, 5\)"),
     ],
 )
 def test_bad_arguments_found_in_a_pass(arguments, message):
     with pytest.raises(ValueError, match=message):
         signals(torch.randn(3, 5), [6], **arguments)
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("matrix", [torch.zeros(5, 5), torch.zeros(9, 4)])
+def test_matrices_of_another_shape_are_refused_in_the_forward_pass(lean, matrix):
+    point = DFALayer()
+    dfa = DFA([point], matrix=matrix, lean=lean)
+    point(torch.zeros(3, 6, requires_grad=True))
+    with pytest.raises(ValueError, match=r"at least 6 rows .* exactly 5 columns"):
+        dfa(torch.zeros(3, 5))
+
+
+def test_a_layers_own_batch_dims_out_of_range():
+    point = DFALayer(batch_dims=(0, 2))
+    dfa = DFA([point])
+    point(torch.zeros(3, 6, requires_grad=True))
+    with pytest.raises(ValueError, match=r"dfa_layers\[0\]: batch_dims \(0, 2\) must be dim"):
+        dfa(torch.zeros(3, 5))
 
 
 def test_inputs_that_are_no_tensors():
@@ -385,10 +364,15 @@ def test_signatures_begin_as_tinydfas():
     ]
 
 
-def test_handling_is_readable_where_tinydfa_has_it():
+def test_handling_and_batch_dims_are_attributes_as_tinydfas():
     dfa = build(feedback_points_handling=FeedbackPointsHandling.REDUCE, batch_dims=(0, 1))
     assert dfa.feedback_points_handling is FeedbackPointsHandling.REDUCE
     assert dfa.batch_dims == (0, 1)
+    dfa.feedback_points_handling, dfa.batch_dims = FeedbackPointsHandling.LAST, [1]
+    assert dfa.feedback_points_handling is FeedbackPointsHandling.LAST
+    assert dfa.batch_dims == dfa.dfa_layers[0].row_dims == (1,)
+    with pytest.raises(TypeError, match=r"must be a FeedbackPoints.* got 'LAST'"):
+        dfa.feedback_points_handling = "LAST"
 
 
 def test_printed_modules_say_what_they_are():

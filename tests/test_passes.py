@@ -38,6 +38,17 @@ def test_an_exception_frees_a_watched_models_activations_at_once():
     assert model.dfa._group.waiting == []
 
 
+def test_a_watched_pass_that_misses_the_output_is_warned_of():
+    x, y = batch()
+    model = perceptron(watch=True)
+    model.dfa.forward = lambda output: output
+    with pytest.warns(UserWarning, match=r"DFA: dfa_layers \[0, 1, 2\] .* it was not called"):
+        model(x)
+    assert model.dfa._group.waiting == []
+    del model.dfa.forward
+    assert_equal(backward(model, x, y), backward(perceptron(), x, y))
+
+
 def test_an_aborted_pass_is_replaced_by_the_next_without_watching():
     x, y = batch()
     model = perceptron()
@@ -59,7 +70,9 @@ def test_a_pass_that_fails_at_the_output_leaves_nothing():
     x, y = batch()
     model = perceptron()
     model.points[1](torch.zeros(4, 12, requires_grad=True))
-    with pytest.raises(ValueError, match=r"dfa_layers\[1\] must have a multiple .* 6 rows, got 4"):
+    with pytest.raises(
+        ValueError, match=r"dfa_layers\[1\] must have the output's rows \[6\], .* got \[4\]"
+    ):
         model.dfa(torch.zeros(6, 5))
     assert_equal(backward(model, x, y), backward(perceptron(), x, y))
 
@@ -169,6 +182,7 @@ def test_gradient_of_a_frozen_layer_is_not_made():
     x, y = batch()
     model = perceptron()
     model.linears[1].requires_grad_(False)
+    assert len([node for node, _ in model(x).grad_fn.next_functions if node]) == 1 + 2
     found = backward(model, x, y)
     assert found[2] is found[3] is None
     expected = backward(perceptron(), x, y)

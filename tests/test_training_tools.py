@@ -1,5 +1,5 @@
-"""The trainer under the tools of training: accumulation, mixed precision, checkpointing, data
-parallelism. For torch.compile see test_compile.py."""
+"""The trainer under the tools of training: accumulation, mixed precision, checkpointing, devices,
+data parallelism. For torch.compile see test_compile.py."""
 
 import functools
 
@@ -15,11 +15,12 @@ from networks import (
     batch,
     gradients,
     perceptron,
+    signals,
 )
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from dfa_kernels import FeedbackPointsHandling
+from dfa_kernels import DFA, DFALayer, FeedbackPointsHandling
 
 # --- accumulation and mixed precision ---
 
@@ -143,6 +144,51 @@ def test_reentrant_checkpointing_around_a_point_or_the_output_is_refused():
         checkpoint(
             model.dfa, torch.zeros(6, 5, requires_grad=True), use_reentrant=True
         ).sum().backward()
+
+
+# --- a device to project on ---
+
+
+def test_projection_on_another_device_comes_back(monkeypatch):
+    """The error goes to rp_device and signals to their activations; "meta" has no values, so the
+    projection answers it with numbers that give themselves away."""
+    from dfa_kernels import functional
+
+    seen = []
+
+    def project(error, sizes, **arguments):
+        seen.append(error.device.type)
+        return [torch.full((len(error), size), 7.0) for size in sizes]
+
+    monkeypatch.setattr(functional, "project", project)
+    found = signals(torch.randn(3, 5), [6, 4], rp_device="meta")
+    assert seen == ["meta"]
+    assert_equal(found, [torch.full((3, 6), 7.0), torch.full((3, 4), 7.0)])
+    monkeypatch.undo()
+    x, y = batch()
+    assert_equal(backward(perceptron(rp_device="cpu"), x, y), backward(perceptron(), x, y))
+
+
+def test_stored_matrix_lives_on_the_projections_device():
+    dfa = DFA([DFALayer()], matrix=torch.zeros(4, 3), rp_device="meta")
+    assert dfa.matrices[0].device.type == "meta"
+
+
+def test_matrix_and_masks_move_to_where_they_are_needed():
+    point = DFALayer()
+    dfa = DFA([point], matrix=torch.zeros(4, 3), mask=[torch.ones(4)])
+    with torch.device("meta"):
+        point(torch.zeros(2, 4, requires_grad=True))
+        dfa(torch.zeros(2, 3))
+    assert dfa.matrices[0].device.type == dfa.masks[0].device.type == "meta"
+
+
+def test_layers_on_other_devices_need_a_device_to_project_on():
+    point = DFALayer()
+    dfa = DFA([point])
+    point(torch.zeros(3, 4, requires_grad=True, device="meta"))
+    with pytest.raises(ValueError, match=r"dfa_layers\[0\] is on meta, the output on cpu; give rp"):
+        dfa(torch.zeros(3, 5))
 
 
 # --- data parallelism ---

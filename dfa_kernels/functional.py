@@ -64,7 +64,8 @@ def project(
     if error.dim() == 0:
         raise ValueError("project: error must have at least one dimension, got a scalar tensor")
     count = error.shape[-1]
-    if error.layout != torch.strided:
+    # The layout cannot be asked for while a Function's backward is compiled.
+    if not torch.compiler.is_compiling() and error.layout != torch.strided:
         raise TypeError(f"project: error must be a strided tensor, got {error.layout}")
     sizes = checks.integers("project", "sizes", sizes, low=1, high=stream.ROWS - 1)
     if not sizes:

@@ -5,9 +5,9 @@
 Contenders are called alternately and a ratio is the median over the rounds of the two times of a
 round, so that a neighbour's burst of work hits both or is voted out. Times are minima. Each case is
 checked against float64 before it is timed. The limit of a case is the largest of the times that its
-bytes written, its multiplications and its entries would take at the best rates that anything in this
-run reached; the three share a core's execution ports, so a limit is reached only where it is far
-above the others.
+bytes written, its multiplications and its entries would take at the best rates that anything in
+this run reached; the three share a core's execution ports, so a limit is reached only where it is
+far above the others.
 """
 
 from __future__ import annotations

@@ -23,10 +23,17 @@ def processor() -> str:
     return f"{name}, {len(os.sched_getaffinity(0))} cores, {isa}"
 
 
+def git(*arguments: str) -> str:
+    """What git prints."""
+    command = ["git", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def write(path: Path, measured: dict) -> None:
     """`measured` as JSON, with the device, the date, the commit and the versions."""
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
+    commit = git("rev-parse", "HEAD")
+    if git("status", "--porcelain", "--", ":!benchmarks/results"):
+        commit += "-dirty"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     provenance = {
         "device": device,

@@ -106,6 +106,9 @@ def test_a_failed_build_leaves_a_working_package(extension, checkout):
     assert "left out the compiled kernels" in printed
     assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
     program = (
+        "import sys; "  # an editable install would lend this package the checkout's extension
+        "finders = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]; "
+        "sys.meta_path = finders; "
         "import torch, dfa_kernels; "
         "cpp = [s for s in dfa_kernels.backends() if s.name == 'cpp'][0]; "
         "print(cpp.available, cpp.reason); dfa_kernels.project(torch.ones(2, 3), [4])"

@@ -19,9 +19,6 @@ class RowPlan {
   };
 
   explicit RowPlan(std::vector<Range> ranges) : ranges_(std::move(ranges)) {
-    ranges_.erase(
-        std::remove_if(ranges_.begin(), ranges_.end(), [](const Range& r) { return r.size == 0; }),
-        ranges_.end());
     std::sort(ranges_.begin(), ranges_.end(),
               [](const Range& a, const Range& b) { return a.row_offset < b.row_offset; });
     uint64_t reach = 0;

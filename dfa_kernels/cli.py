@@ -72,7 +72,10 @@ def run_info(options: argparse.Namespace) -> int:
     print()
     print(f"{'backend':10}{'device':10}state")
     for status in statuses:
-        state = "available, chosen automatically" if status.automatic else "available"
+        state = (
+            "available, chosen automatically" if status.automatic else "available when asked for"
+        )
+        state += "" if status.has_run else "; not yet run on a GPU"
         print(f"{status.name:10}{status.device:10}{status.reason or state}")
     return 0
 

@@ -25,9 +25,11 @@ from torch.autograd import forward_ad
 
 from dfa_kernels.backends import slabs
 
-BACKENDS = ("torch", "cpp")
+BACKENDS = ("torch", "cpp", "cuda", "triton")
 # Backends to try in turn on a device type, before "torch", which serves every device.
-_PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpp",)}
+_PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+# Not yet run on a GPU; of these, only "torch" serves there without being asked for by name.
+_NOT_YET_RUN = {"torch", "cuda", "triton"}
 
 _RANGES = "int[] row_offsets, SymInt[] sizes, float[] scales"
 _STREAM = "int seed, SymInt column_offset, str distribution"
@@ -54,13 +56,15 @@ _library.define("cpu_isa(str? force) -> str")
 class BackendStatus(NamedTuple):
     """One backend on one device type: whether it can serve, and why not.
 
-    `automatic` says whether it is what an automatic choice takes.
+    `automatic` says whether it is what an automatic choice takes; `has_run`, whether its tests have
+    run on such a device.
     """
 
     name: str
     device: str
     available: bool
     automatic: bool
+    has_run: bool
     reason: str | None
 
 
@@ -85,7 +89,8 @@ def unavailable(name: str, device_type: str) -> str | None:
 
 def _candidates(device_type: str) -> list[tuple[str, str | None]]:
     """The backends an automatic choice tries, in turn, each with why it cannot serve, or None."""
-    names = (*_PREFERRED.get(device_type, ()), "torch")
+    preferred = (name for name in _PREFERRED.get(device_type, ()) if name not in _NOT_YET_RUN)
+    names = (*preferred, "torch")
     return [(name, unavailable(name, device_type)) for name in names]
 
 
@@ -136,8 +141,9 @@ def statuses(device_types: Sequence[str]) -> list[BackendStatus]:
         automatic = next(name for name, why in _candidates(device_type) if why is None)
         for name in BACKENDS:
             reason = unavailable(name, device_type)
+            has_run = device_type == "cpu" or name not in _NOT_YET_RUN
             found.append(
-                BackendStatus(name, device_type, reason is None, name == automatic, reason)
+                BackendStatus(name, device_type, reason is None, name == automatic, has_run, reason)
             )
     return found
 

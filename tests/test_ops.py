@@ -184,6 +184,16 @@ def test_an_automatic_choice_falls_through_and_says_so_once(monkeypatch):
         assert ops.choose("project", "cpu", None) == "torch"
 
 
+def test_kernels_that_have_not_run_on_a_gpu_are_not_chosen_there(monkeypatch):
+    monkeypatch.setattr(ops, "_chosen", {})
+    monkeypatch.setattr(ops, "_NOT_YET_RUN", {"torch", *ops._PREFERRED["cuda"]})
+    assert ops.choose("project", "cuda", None) == "torch"
+    monkeypatch.setattr(ops, "_chosen", {})
+    monkeypatch.setattr(ops, "_NOT_YET_RUN", set())
+    monkeypatch.setattr(ops, "unavailable", lambda name, device_type: None)
+    assert ops.choose("project", "cuda", None) == ops._PREFERRED["cuda"][0]
+
+
 def test_backends_report():
     report = {(status.name, status.device): status for status in dfa_kernels.backends()}
     assert report["torch", "cpu"].available

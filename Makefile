@@ -2,6 +2,8 @@
 #   make demo    train a network on real data by DFA and compare it with backpropagation
 #   make test    run the tests with coverage
 #   make lint    formatting, lint and types
+#   make gpu-check    on a machine with an NVIDIA GPU: build, tests, sanitizer, benchmarks, profile;
+#                     GPU_PYTHON=python3 takes a Python that has what it needs, ARGS="--only tests" a part
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -35,6 +37,14 @@ format: $(VENV)/dev
 	$(bin)/ruff format
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs -r $(bin)/clang-format -i
 
+ifdef GPU_PYTHON
+gpu-check:
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) benchmarks/gpu_check.py $(ARGS)
+else
+gpu-check: $(VENV)/dev
+	$(bin)/python benchmarks/gpu_check.py $(ARGS)
+endif
+
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
 	$(install_torch)
@@ -49,4 +59,4 @@ $(VENV)/demo $(VENV)/test $(VENV)/dev: $(VENV)/torch $(sources)
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format gpu-check clean

@@ -65,6 +65,8 @@ SANITIZER = (
 )
 # Every tensor an allocation of its own, so that an access beyond it is seen.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+# Not chosen automatically before it has passed here.
+WITH_CUDA = {"DFA_KERNELS_BACKEND": "cuda"}
 ON_GPU = "'test_gpu or torch-cuda or cuda-cuda or triton-cuda'"
 
 # The commands in order; `placeholders` says what stands for the names in braces.
@@ -82,8 +84,9 @@ STEPS = [
         "{python} benchmarks/training_step.py --device cuda --dtype bfloat16 "
         "--json {output}/training_step.json",
         300,
+        WITH_CUDA,
     ),
-    Step("paper", "{python} benchmarks/paper/vgg16.py --output {output}", 300),
+    Step("paper", "{python} benchmarks/paper/vgg16.py --output {output}", 300, WITH_CUDA),
     Step(
         "profile",
         "{ncu} --clock-control=none --set=full --kernel-name=regex:project "

@@ -78,7 +78,11 @@ STEPS = [
         Step("sanitize", SANITIZER.replace("TOOL", tool), 300, UNCACHED)
         for tool in ("memcheck", "racecheck", "initcheck", "synccheck")
     ),
-    Step("bench", "{python} -m dfa_kernels bench --full --device cuda --output {output}", 600),
+    Step(
+        "bench",
+        "{python} -m dfa_kernels bench --full --device cuda --json {output}/bench.json",
+        600,
+    ),
     Step(
         "train",
         "{python} benchmarks/training_step.py --device cuda --dtype bfloat16 "
@@ -86,7 +90,10 @@ STEPS = [
         300,
         WITH_CUDA,
     ),
-    Step("paper", "{python} benchmarks/paper/vgg16.py --output {output}", 300, WITH_CUDA),
+    *(
+        Step("paper", f"{{python}} -m benchmarks.paper {table} --output {{output}}", 200, WITH_CUDA)
+        for table in ("table1", "vgg16")
+    ),
     Step(
         "profile",
         "{ncu} --clock-control=none --set=full --kernel-name=regex:project "

@@ -54,7 +54,7 @@ def run_experiment(
     images = data.load(options.data, options.device)
     jobs = list(experiment.jobs(images.name, options.quick, options.seeds, options.epochs))
     task = progress.add_task(experiment.title, total=sum(job.settings.epochs for job in jobs))
-    store = Store(options.runs)
+    store = Store(options.runs / options.device.type)
     runs = experiment.run(jobs, images, store, lambda n: progress.advance(task, n))
     summary = report.summarize(experiment, runs)
     for table in report.tables(summary):

@@ -120,7 +120,7 @@ TABLE4 = Experiment(
         (Practice("dropout 0.5", dropout=HEAVY_DROPOUT), TRAINED),
         (Practice("dropout 0.1", dropout=LIGHT_DROPOUT), TRAINED),
     ),
-    claims=SHARED_CLAIMS,
+    claims=(*SHARED_CLAIMS, Claim("tanh", "eq. 7 alone")),
     settings={"CIFAR-10": CIFAR10, "digits": replace(DIGITS, epochs=10, side=16)},
     seeds={"CIFAR-10": 10, "digits": 3},
 )

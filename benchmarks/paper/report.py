@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from rich.table import Table
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr, t
 
 from benchmarks.paper import published
 from benchmarks.paper.experiments import Claim, Experiment
@@ -54,13 +54,14 @@ def seed_alignments(runs: Runs) -> dict[str, dict[int, float]]:
 def hold(claim: Claim, alignments: dict[str, dict[int, float]]) -> dict:
     """Whether a claim of the paper holds here: the difference, seed by seed.
 
-    "yes" or "no" where its mean is more than two standard errors from zero, "unclear" otherwise and
-    with a single seed.
+    "yes" or "no" where its 95 % confidence interval (Student's t) leaves out zero, else "unclear",
+    as with a single seed.
     """
     better, worse = alignments[claim.better], alignments[claim.worse]
     difference = spread([better[seed] - worse[seed] for seed in better])
-    error = difference["deviation"] / math.sqrt(len(better)) if len(better) > 1 else math.inf
-    clear = abs(difference["mean"]) > 2 * error
+    count = len(better)
+    error = difference["deviation"] / math.sqrt(count) * t.ppf(0.975, count - 1)  # nan for one
+    clear = abs(difference["mean"]) > error
     holds = ("yes" if difference["mean"] > 0 else "no") if clear else "unclear"
     return {"better": claim.better, "worse": claim.worse, "difference": difference, "holds": holds}
 

@@ -5,5 +5,7 @@
 What these follow: the questions are the paper's tables and figures by its numbers; architectures,
 rates, batches, epochs and numbers of seeds are those of its published code
 (github.com/lightonai/principled-dfa-training, commit a8f0e4d), and each place that departs from it
-says so. Of the paper's own results only figure 4's are in that code; they are in `published`.
+says so. Of the paper's own results only figure 4's are in that code; they are in `published`. Tables
+1, 2 and 4 were not at hand: their rows and claims are those that this project's README reports of
+them, and no number is compared with theirs.
 """

@@ -37,7 +37,7 @@ def bars(axes: Axes, groups: list[str], series: dict[str, list[dict | None]]) ->
         )
     axes.set_xticks(range(len(groups)), groups, rotation=30, ha="right")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def practices(summary: dict, path: Path) -> None:

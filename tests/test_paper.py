@@ -89,6 +89,29 @@ def test_what_does_not_fit_says_how_much_it_needs():
     assert "does not fit" in report.peak(cell)
 
 
+def test_the_readme_tables_of_memory():
+    lines = readme_tables.paper_table1({"rows": table1.run(CPU, -1, lambda: None)})
+    (vgg,) = [line for line in lines if "VGG" in line]
+    assert vgg.count("not measured") == 3
+    assert "| 54.2 GB |" in vgg
+    assert "| 12.8 GB |" in vgg
+    row = {"name": "naive", "stored": 2e9, "peak": 3e9, "seconds": 0.5}
+    huge = {"name": "huge", "stored": 5e10, memory.MISSING: 6e10}
+    lines = readme_tables.paper_vgg16({"resolution": 112, "batch": 4, "rows": [row, huge]})
+    assert lines[2] == "| naive | 2 GB | 3 GB | 0.50 s |"
+    assert lines[3] == "| huge | 50 GB | does not fit (60 GB) |  |"
+
+
+def test_committed_results_are_of_committed_code():
+    results = sorted((readme_tables.RESULTS).glob("*/paper_*.json"))
+    assert results
+    for path in results:
+        measured = json.loads(path.read_text())
+        commits = [measured["commit"], *measured.get("run_commits", ())]
+        assert all(len(commit) == 40 for commit in commits), path
+        assert not measured["quick"]
+
+
 def test_he_initialization():
     torch.manual_seed(0)
     model = networks.perceptron((1, 20, 20), 10, Practice("tanh"))

@@ -4,8 +4,9 @@
 
 What these follow: the questions are the paper's tables and figures by its numbers; architectures,
 rates, batches, epochs and numbers of seeds are those of its published code
-(github.com/lightonai/principled-dfa-training, commit a8f0e4d), and each place that departs from it
-says so. Of the paper's own results only figure 4's are in that code; they are in `published`. Tables
-1, 2 and 4 were not at hand: their rows and claims are those that this project's README reports of
-them, and no number is compared with theirs.
+(github.com/lightonai/principled-dfa-training, commit a8f0e4d), and each place that departs from
+it says so. Of the paper's own results only figure 4's are in that code; they are in `published`.
+The text with tables 1, 2 and 4 was not at hand: rows and claims are those that this project's
+README reports of them, table 1 has networks of this project's choice, and no number is held
+against theirs.
 """

@@ -29,16 +29,23 @@ def git(*arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
+def commit() -> str:
+    """The commit of what is measured; where only its files are, DFA_KERNELS_COMMIT says it."""
+    try:
+        head = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--", ":!benchmarks/results")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("DFA_KERNELS_COMMIT", "unknown")
+    return head + "-dirty" * bool(changed)
+
+
 def write(path: Path, measured: dict) -> None:
     """`measured` as JSON, with the device, the date, the commit and the versions."""
-    commit = git("rev-parse", "HEAD")
-    if git("status", "--porcelain", "--", ":!benchmarks/results"):
-        commit += "-dirty"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     provenance = {
         "device": device,
         "date": datetime.date.today().isoformat(),
-        "commit": commit,
+        "commit": commit(),
         "versions": {
             "dfa_kernels": dfa_kernels.__version__,
             "torch": torch.__version__,

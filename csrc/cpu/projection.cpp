@@ -12,7 +12,7 @@
 
 #include "kernels.h"
 #include "pack.h"
-#include "plan.h"
+#include "../plan.h"
 
 namespace dfa {
 namespace {

@@ -50,7 +50,7 @@ class RowPlan {
 
   // What a kernel needs to find tasks and their layers by itself.
   const std::vector<Interval>& intervals() const { return intervals_; }
-  const std::vector<Range>& ranges() const { return ranges_; }    // by row_offset
+  const std::vector<Range>& ranges() const { return ranges_; }   // by row_offset
   const std::vector<uint64_t>& reach() const { return reach_; }  // furthest end of ranges 0..i
 
   Task task(int64_t index) const {

@@ -124,12 +124,11 @@ inline DeviceLimits device_limits() {
   int device = 0;
   DeviceLimits limits{};
   check_cuda(cudaGetDevice(&device), "current device");
+  check_cuda(cudaDeviceGetAttribute(&limits.processors, cudaDevAttrMultiProcessorCount, device),
+             "number of multiprocessors");
   check_cuda(
-      cudaDeviceGetAttribute(&limits.processors, cudaDevAttrMultiProcessorCount, device),
-      "number of multiprocessors");
-  check_cuda(cudaDeviceGetAttribute(&limits.shared_bytes,
-                                    cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-             "shared memory per block");
+      cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+      "shared memory per block");
   return limits;
 }
 
@@ -150,7 +149,7 @@ template <class Parameters>
 void launch(void (*kernel)(Parameters), const Parameters& parameters, int64_t blocks, int threads,
             int shared_bytes, void* stream) {
   kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
-           static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream)>>>(parameters);
+           static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream)> > >(parameters);
   check_cuda(cudaGetLastError(), "kernel launch");
 }
 

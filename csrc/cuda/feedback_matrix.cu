@@ -15,8 +15,8 @@ struct FillParameters {
   RoundKeys keys;
   uint64_t row_offset;
   int64_t rows, columns;
-  int64_t head;          // columns of the first unit that lie before the matrix
-  int64_t units;         // of 8 columns, in a row
+  int64_t head;   // columns of the first unit that lie before the matrix
+  int64_t units;  // of 8 columns, in a row
   uint64_t first_unit;
   int64_t unit_groups, row_groups;
   int32_t width;  // threads side by side, a power of two
@@ -69,13 +69,15 @@ DFA_DEVICE void unit_words(const Words4& block, int quad, uint32_t (&words)[16])
 }
 
 template <Type kType>
-DFA_DEVICE void write_unit(const uint32_t (&words)[16], int64_t column, int64_t columns, char* row) {
+DFA_DEVICE void write_unit(const uint32_t (&words)[16], int64_t column, int64_t columns,
+                           char* row) {
   constexpr int kBytes = static_cast<int>(type_bytes(kType));
   char* const to = row + column * kBytes;
   if (column >= 0 && column + 8 <= columns && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
 #pragma unroll
     for (int i = 0; i < kBytes / 2; ++i) {
-      device::store16(to + 16 * i, {words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]});
+      device::store16(to + 16 * i,
+                      {words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]});
     }
     return;
   }
@@ -94,7 +96,8 @@ DFA_DEVICE void write_unit(const uint32_t (&words)[16], int64_t column, int64_t 
 }
 
 template <Type kType, Distribution kDistribution>
-DFA_KERNEL(kThreads, 4) fill(DFA_ARGUMENT FillParameters p) {
+DFA_KERNEL(kThreads, 4)
+fill(DFA_ARGUMENT FillParameters p) {
   const int64_t group = device::block();
   const int64_t unit = group % p.unit_groups * p.width + device::thread() % p.width;
   if (unit >= p.units) return;

@@ -13,13 +13,13 @@
 
 namespace dfa {
 
-constexpr int kStepColumns = 16;                 // contraction of one mma
-constexpr int kBlock32 = 32;                     // columns of U per pair of steps
-constexpr int kChunkColumns = 64;                // columns of the error staged at once
-constexpr int kChunkBytes = 2 * kChunkColumns;   // of one error row
-constexpr int kPieces = kChunkBytes / 16;        // 16-byte pieces of it
-constexpr int kFragmentRows = 16;                // rows of U in one A operand
-constexpr int kFragmentErrors = 8;               // rows of the error in one B operand
+constexpr int kStepColumns = 16;                // contraction of one mma
+constexpr int kBlock32 = 32;                    // columns of U per pair of steps
+constexpr int kChunkColumns = 64;               // columns of the error staged at once
+constexpr int kChunkBytes = 2 * kChunkColumns;  // of one error row
+constexpr int kPieces = kChunkBytes / 16;       // 16-byte pieces of it
+constexpr int kFragmentRows = 16;               // rows of U in one A operand
+constexpr int kFragmentErrors = 8;              // rows of the error in one B operand
 
 // Row of a fragment that `lane` makes, half 0 or 1.
 DFA_HOST_DEVICE constexpr int fragment_row(int lane, int half) { return lane / 4 + 8 * half; }

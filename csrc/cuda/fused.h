@@ -16,7 +16,7 @@ struct FusedParameters {
   int64_t rows, columns;  // columns: a multiple of 8
   int64_t row_tiles;      // of U
   int64_t items;          // row_tiles times the tiles of error rows
-  int32_t chunks;  // of columns, at least 1
+  int32_t chunks;         // of columns, at least 1
   int32_t terms;
   Type out_type;
   uint32_t first_block;  // Philox column block of column 0
@@ -189,6 +189,20 @@ DFA_DEVICE void write_layers(const FusedParameters& p, uint64_t row, uint64_t en
   }
 }
 
+// The tensor cores cut their sums off where fp32 arithmetic rounds them, so that errors of many
+// additions add up. Exact sums are those of single chunks, added with rounding.
+template <class S>
+DFA_DEVICE void add_sums(const float (&part)[S::kF][S::kN][4], float (&sums)[S::kF][S::kN][4]) {
+#pragma unroll
+  for (int f = 0; f < S::kF; ++f) {
+#pragma unroll
+    for (int n = 0; n < S::kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[f][n][i] += part[f][n][i];
+    }
+  }
+}
+
 template <class S, Distribution kDistribution, Operand kOperand>
 DFA_KERNEL(S::kThreads, S::kBlocks)
 fused(DFA_ARGUMENT FusedParameters p) {
@@ -235,7 +249,13 @@ fused(DFA_ARGUMENT FusedParameters p) {
         held_other = after;
       }
       loading = load;
-      multiply_chunk<S>(p, generator, chunk, stage, lane, sums);
+      if constexpr (kOperand == Operand::kExact) {
+        float part[S::kF][S::kN][4] = {};
+        multiply_chunk<S>(p, generator, chunk, stage, lane, part);
+        add_sums<S>(part, sums);
+      } else {
+        multiply_chunk<S>(p, generator, chunk, stage, lane, sums);
+      }
       char* const swapped = stage;
       stage = other;
       other = swapped;

@@ -3,8 +3,7 @@
 namespace dfa {
 
 FusedKernel fused_normal(Operand operand, int shape) {
-  return operand == Operand::kHalf ? fused_kernel_of<Distribution::kNormal, Operand::kHalf>(shape)
-                                   : fused_kernel_of<Distribution::kNormal, Operand::kBFloat16>(shape);
+  return fused_kernel_of<Distribution::kNormal>(operand, shape);
 }
 
 }  // namespace dfa

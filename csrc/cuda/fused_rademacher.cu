@@ -3,8 +3,7 @@
 namespace dfa {
 
 FusedKernel fused_rademacher(Operand operand, int shape) {
-  return operand == Operand::kHalf ? fused_kernel_of<Distribution::kRademacher, Operand::kHalf>(shape)
-                                   : fused_kernel_of<Distribution::kRademacher, Operand::kBFloat16>(shape);
+  return fused_kernel_of<Distribution::kRademacher>(operand, shape);
 }
 
 }  // namespace dfa

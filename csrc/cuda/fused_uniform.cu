@@ -3,8 +3,7 @@
 namespace dfa {
 
 FusedKernel fused_uniform(Operand operand, int shape) {
-  return operand == Operand::kHalf ? fused_kernel_of<Distribution::kUniform, Operand::kHalf>(shape)
-                                   : fused_kernel_of<Distribution::kUniform, Operand::kBFloat16>(shape);
+  return fused_kernel_of<Distribution::kUniform>(operand, shape);
 }
 
 }  // namespace dfa

@@ -6,7 +6,9 @@
 
 namespace dfa {
 
-enum class Operand { kBFloat16, kHalf };
+// What is multiplied: bf16 or fp16 numbers, or the three bf16 terms of fp32 numbers, whose sums
+// want more care.
+enum class Operand { kBFloat16, kHalf, kExact };
 
 // Philox keys of every round: constant memory, where they cost no instruction and no register.
 struct RoundKeys {
@@ -97,11 +99,10 @@ template <Distribution kDistribution, Operand kOperand>
 DFA_DEVICE uint32_t operand_pair(uint32_t word) {
   if constexpr (kDistribution == Distribution::kUniform) {
     const float low = uniform_value(word, kUniformLow), high = uniform_value(word, kUniformHigh);
-    return kOperand == Operand::kHalf ? device::pack_half(low, high)
-                                      : device::pack_bf16(low, high);
+    return kOperand == Operand::kHalf ? device::pack_half(low, high) : device::pack_bf16(low, high);
   } else {
     const uint32_t pair = normal_pair(word);
-    if constexpr (kOperand == Operand::kBFloat16) return pair;
+    if constexpr (kOperand != Operand::kHalf) return pair;
     return device::pack_half(device::as_float(pair << 16), device::as_float(pair & 0xffff0000u));
   }
 }

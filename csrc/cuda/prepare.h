@@ -13,7 +13,7 @@ struct PrepareParameters {
   int64_t rows, columns, row_stride, column_stride;
   Type type;
   int32_t terms;
-  int64_t head;        // columns of zeros before the error's
+  int64_t head;         // columns of zeros before the error's
   int64_t out_columns;  // with them and zeros behind, a multiple of 8
   uint16_t* out;        // [terms, rows, out_columns], bf16, or fp16 for an fp16 error
 };
@@ -43,8 +43,8 @@ DFA_KERNEL(256, 1) prepare(DFA_ARGUMENT PrepareParameters p) {
       uint32_t* const word[] = {&words.x, &words.y, &words.z, &words.w};
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        *word[c] = static_cast<uint32_t>(term[2 * c][t]) |
-                   static_cast<uint32_t>(term[2 * c + 1][t]) << 16;
+        *word[c] = static_cast<uint32_t>(term[2 * c][t]) | static_cast<uint32_t>(term[2 * c + 1][t])
+                                                               << 16;
       }
       // It is read again at once.
       *reinterpret_cast<Words16*>(p.out + (t * p.rows * pieces + i) * 8) = words;

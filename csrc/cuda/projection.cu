@@ -32,7 +32,7 @@ Choice choose(const Work& work, Operand operand, const DeviceLimits& limits) {
   for (int shape = 0; shape < kShapes; ++shape) {
     const FusedKernel kernel = kernel_of(work.distribution, operand, shape);
     const int bytes = kernel.shared_bytes(work.terms);
-    if (bytes > limits.shared_bytes) continue;
+    if (kernel.kernel == nullptr || bytes > limits.shared_bytes) continue;
     const int resident = resident_blocks(kernel.kernel, kernel.threads(), bytes);
     if (resident == 0) continue;
     const double cycles = estimated_cycles(work, kernel, resident, limits.processors);
@@ -102,9 +102,11 @@ void project_cuda(const Stream& stream, const StridedMatrix& error, std::vector<
                   Type out_type, int terms, const Allocate& allocate, void* cuda_stream) {
   if (ranges.empty() || error.rows == 0) return;
   const DeviceLimits limits = device_limits();
-  const Operand operand = error.type == Type::kFloat16 ? Operand::kHalf : Operand::kBFloat16;
-  const int64_t width = stream.distribution == Distribution::kRademacher ? kRademacherBlockColumns
-                                                                         : kBlockColumns;
+  const Operand operand = error.type == Type::kFloat16 ? Operand::kHalf
+                          : terms == 3                 ? Operand::kExact
+                                                       : Operand::kBFloat16;
+  const int64_t width =
+      stream.distribution == Distribution::kRademacher ? kRademacherBlockColumns : kBlockColumns;
   int64_t layer_rows = 0;
   for (const Range& range : ranges) layer_rows += range.size;
   RowPlan plan(std::move(ranges));

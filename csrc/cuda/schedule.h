@@ -6,8 +6,8 @@
 #include <cstring>
 #include <vector>
 
-#include "../plan.h"
 #include "../philox.h"
+#include "../plan.h"
 
 namespace dfa {
 

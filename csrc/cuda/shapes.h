@@ -3,12 +3,14 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
+#include <type_traits>
 
 #include "fused.h"
 
 namespace dfa {
 
-// One compiled kernel.
+// One compiled kernel, or none.
 struct FusedKernel {
   void (*kernel)(FusedParameters);
   int rows, errors, warps, fragments;  // of U, of the error; F of its shape
@@ -20,11 +22,14 @@ struct FusedKernel {
 
 // From the largest tile of error rows to the smallest; the last is for few rows of U.
 constexpr int kShapes = 5;
-using LargeShape = Shape<16, 2, 8, 1>;   // 128 error rows by 256
-using MediumShape = Shape<8, 2, 4, 3>;   // 64 by 128
-using SmallShape = Shape<4, 2, 4, 3>;    // 32 by 128
-using SingleShape = Shape<1, 2, 4, 4>;   // 8 by 128
-using NarrowShape = Shape<4, 1, 2, 8>;   // 32 by 32
+using LargeShape = Shape<16, 2, 8, 1>;  // 128 error rows by 256
+using MediumShape = Shape<8, 2, 4, 3>;  // 64 by 128
+using SmallShape = Shape<4, 2, 4, 3>;   // 32 by 128
+using SingleShape = Shape<1, 2, 4, 4>;  // 8 by 128
+using NarrowShape = Shape<4, 1, 2, 8>;  // 32 by 32
+// Exact sums take twice the registers.
+using ExactMediumShape = Shape<8, 2, 4, 2>;
+using ExactNarrowShape = Shape<4, 1, 2, 6>;
 
 template <class S, Distribution kDistribution, Operand kOperand>
 FusedKernel fused_kernel() {
@@ -34,18 +39,37 @@ FusedKernel fused_kernel() {
 
 template <Distribution kDistribution, Operand kOperand>
 FusedKernel fused_kernel_of(int shape) {
+  constexpr bool kExact = kOperand == Operand::kExact;
   switch (shape) {
     case 0:
-      return fused_kernel<LargeShape, kDistribution, kOperand>();
+      if constexpr (kExact)
+        return {};
+      else
+        return fused_kernel<LargeShape, kDistribution, kOperand>();
     case 1:
-      return fused_kernel<MediumShape, kDistribution, kOperand>();
+      return fused_kernel<std::conditional_t<kExact, ExactMediumShape, MediumShape>, kDistribution,
+                          kOperand>();
     case 2:
       return fused_kernel<SmallShape, kDistribution, kOperand>();
     case 3:
       return fused_kernel<SingleShape, kDistribution, kOperand>();
     default:
-      return fused_kernel<NarrowShape, kDistribution, kOperand>();
+      return fused_kernel<std::conditional_t<kExact, ExactNarrowShape, NarrowShape>, kDistribution,
+                          kOperand>();
   }
+}
+
+template <Distribution kDistribution>
+FusedKernel fused_kernel_of(Operand operand, int shape) {
+  switch (operand) {
+    case Operand::kBFloat16:
+      return fused_kernel_of<kDistribution, Operand::kBFloat16>(shape);
+    case Operand::kHalf:
+      return fused_kernel_of<kDistribution, Operand::kHalf>(shape);
+    case Operand::kExact:
+      return fused_kernel_of<kDistribution, Operand::kExact>(shape);
+  }
+  throw std::logic_error("dfa_kernels: unknown operand");
 }
 
 // Each is compiled in a file of its own.
@@ -55,9 +79,9 @@ FusedKernel fused_rademacher(Operand operand, int shape);
 
 struct Work {
   Distribution distribution;
-  int64_t rows;         // of U, in the union of the layers
-  int64_t layer_rows;   // the sum of the layers' sizes
-  int64_t errors;       // rows of the error
+  int64_t rows;        // of U, in the union of the layers
+  int64_t layer_rows;  // the sum of the layers' sizes
+  int64_t errors;      // rows of the error
   int64_t columns;
   int terms;
 };

@@ -315,12 +315,15 @@ int resident_blocks(void (*)(Parameters), int threads, int) {
   return threads > 128 ? 1 : 2;
 }
 
-inline int launches = 0;
+// How many there were, and of the last one what tells the tiles apart.
+inline int launches = 0, last_threads = 0, last_shared_bytes = 0;
 
 template <class Parameters>
 void launch(void (*kernel)(Parameters), const Parameters& parameters, int64_t blocks, int threads,
             int shared_bytes, void*) {
   ++launches;
+  last_threads = threads;
+  last_shared_bytes = shared_bytes;
   if (blocks < 1 || blocks > INT32_MAX) device::fail("a grid of no size that a GPU takes");
   for (int64_t i = 0; i < blocks; ++i) {
     device::Block b{};

@@ -66,8 +66,8 @@ void project() {
   const std::vector<dfa::Range> kept = ranges;
   dfa::launches = 0;
   dfa::project_cuda(stream, error, std::move(ranges), out_type, terms, allocate, nullptr);
-  const int64_t launches = dfa::launches;
-  std::fwrite(&launches, sizeof launches, 1, stdout);
+  const int64_t log[] = {dfa::launches, dfa::last_threads, dfa::last_shared_bytes};
+  std::fwrite(log, sizeof log[0], 3, stdout);
   for (const dfa::Range& range : kept) {
     std::fwrite(range.out, static_cast<size_t>(dfa::type_bytes(out_type)),
                 static_cast<size_t>(error.rows * range.size), stdout);

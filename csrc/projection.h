@@ -61,7 +61,8 @@ using Allocate = std::function<void*(int64_t bytes)>;
 void project_cuda(const Stream& stream, const StridedMatrix& error, std::vector<Range> ranges,
                   Type out_type, int terms, const Allocate& allocate, void* cuda_stream);
 
+// `lattice`: uniform entries as their exact lattice, without sqrt(3).
 void feedback_matrix_cuda(const Stream& stream, uint64_t row_offset, int64_t rows, int64_t columns,
-                          Type type, void* out, void* cuda_stream);
+                          Type type, bool lattice, void* out, void* cuda_stream);
 
 }  // namespace dfa

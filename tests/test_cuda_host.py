@@ -32,7 +32,7 @@ ORDERS = ({}, {"DFA_EMULATE_LATE": "1"}, {"DFA_EMULATE_BACKWARDS": "1", "DFA_EMU
 def emulator(tmp_path_factory):
     """The program, compiled."""
     folder = tmp_path_factory.mktemp("emulator")
-    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
+    flags = ["-std=c++17", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
     flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{HOST}"]
 
     def build(source):
@@ -189,8 +189,8 @@ def tile_of(case, log):
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_every_tile(emulator, distribution, dtype):
     """Several tiles in turn, several chunks of columns, three layers that overlap."""
-    shapes = [(1, 300, 37), (8, 70, 128), (30, 40, 70), (33, 500, 10), (60, 400, 129)]
-    shapes += [(100, 700, 72), (130, 20, 300)]
+    shapes = [(1, 300, 37), (8, 70, 128), (20, 40, 300), (33, 500, 10), (60, 400, 33)]
+    shapes += [(100, 700, 40), (130, 20, 100)]
     cases = [
         Projection(
             random_error(rows, columns, dtype, seed=i),
@@ -249,26 +249,30 @@ def test_projected_identity_is_the_matrix(emulator, distribution, dtype):
         assert torch.equal(signal.double(), torch.from_numpy(u).T)
 
 
-def test_all_feedback_matrices(emulator):
-    sizes = (1, 7, 8, 9, 127, 300)
+def test_feedback_matrices(emulator):
+    """Any shape, place, type and alignment; the slabs' lattice too."""
+    sizes = (1, 7, 8, 9, 127, 260)
+    kinds = [(d, t, False) for d in DISTRIBUTIONS for t in TYPES]
+    kinds += [("uniform", t, True) for t in TYPES]
     requests, expected = [], []
     for i, (rows, columns) in enumerate((r, c) for r in sizes for c in sizes):
-        for distribution, dtype in ((d, t) for d in DISTRIBUTIONS for t in TYPES):
+        for distribution, dtype, lattice in kinds[i % 4 :: 4]:
             place = {
                 "seed": 0x9E3779B97F4A7C15,
                 "distribution": distribution,
-                "row_offset": (0, 5, 2**32 - 3, 2**33 - 100, 2**63 - 300)[i % 5],
-                "column_offset": (0, 1, 8, 16, 100, 127, 2**34 - 300)[i % 7],
+                "row_offset": (0, 5, 2**32 - 3, 2**33 - 100, 2**63 - 260)[i % 5],
+                "column_offset": (0, 1, 8, 16, 100, 127, 2**34 - 260)[i % 7],
             }
-            types = DISTRIBUTIONS.index(distribution), TYPES.index(dtype)
+            numbers = DISTRIBUTIONS.index(distribution), TYPES.index(dtype)
             requests.append(
-                words(1, place["seed"], types[0], place["column_offset"], place["row_offset"])
-                + words(rows, columns, types[1], (0, 8, 16)[i % 3])
+                words(1, place["seed"], numbers[0], place["column_offset"], place["row_offset"])
+                + words(rows, columns, numbers[1], lattice, (0, 8, 16)[i % 3])
             )
-            if dtype == torch.float64 or max(rows, columns) < 300 or rows == columns:
-                expected.append(reference.matrix(rows, columns, dtype=dtype, **place))
+            if lattice:
+                u = torch.from_numpy(reference.lattice(rows, columns, **place)).to(dtype)
             else:
-                requests.pop()
+                u = reference.matrix(rows, columns, dtype=dtype, **place)
+            expected.append(u)
     data = run(emulator, b"".join(requests), ORDERS[0])
     for want in expected:
         part, data = data[: want.nbytes], data[want.nbytes :]
@@ -285,14 +289,14 @@ def test_row_offsets_anywhere(emulator):
     run_all(emulator, [case])
 
 
-@pytest.mark.parametrize("layers", [1, 33, 87, 88, 400, 1100])
+@pytest.mark.parametrize("layers", [1, 33, 87, 88, 1100])
 def test_any_number_of_layers_is_one_launch(emulator, layers):
     """Beyond what kernel arguments hold, the table is uploaded in launches of its own."""
     generator = torch.Generator().manual_seed(layers)
-    sizes = torch.randint(1, 40, (layers,), generator=generator).tolist()
+    sizes = torch.randint(1, 20 + 300 // layers, (layers,), generator=generator).tolist()
     shared = [0] * layers
     own = [sum(sizes[:i]) for i in range(layers)]
-    apart = (torch.randint(0, 30 * layers, (layers,), generator=generator) + 2**40).tolist()
+    apart = (torch.randint(0, 15 * layers, (layers,), generator=generator) + 2**40).tolist()
     error = random_error(2, 8, torch.bfloat16)
     cases = [Projection(error, sizes, row_offsets=rows) for rows in (shared, own, apart)]
     for (log, _), case in zip(run_all(emulator, cases), cases, strict=True):
@@ -326,7 +330,7 @@ def test_an_aligned_16_bit_error_is_read_where_it_lies(emulator):
 
 def test_strided_errors_of_32_bits(emulator):
     wide = random_error(20, 33)
-    views = [wide.T, wide[::2, ::3], wide[3].expand(9, 33), wide[:, 4:5]]
+    views = [wide.T, wide[::2, ::3], wide[:1].expand(9, 33), wide[:, :1]]
     run_all(emulator, [Projection(view, [30]) for view in views])
 
 
@@ -357,7 +361,7 @@ def test_extreme_errors(emulator, value):
 
 @pytest.mark.parametrize("terms", [1, 2, 3])
 def test_the_terms_of_an_fp32_error(emulator, terms):
-    """Three are as good as fp32 products with sums in any order, two and one are worse by 2^8."""
+    """Three are as good as an fp32 matrix product, for all that the tensor cores cut sums off."""
     case = Projection(random_error(8, 1000), [40], terms=terms, dtype=torch.float64)
     ((_, (signal,)),) = run_all(emulator, [case])
     (exact,) = reference_project(case, case.error)
@@ -367,8 +371,10 @@ def test_the_terms_of_an_fp32_error(emulator, terms):
     fp32 = case.error @ (exact.new_tensor(reference.lattice(40, 1000, seed=3)).float().T)
     fp32_worst = ((fp32 * case.scales[0] - exact).abs() / magnitude).max().item()
     print(f"fp32 matrix product: {fp32_worst / EPSILON[torch.float32]:.3g}")
-    if terms < 3:
-        assert worst > 2.0 ** (-8 * terms - 8)
+    if terms == 3:
+        assert worst < 2 * fp32_worst
+    else:
+        assert 2.0 ** (-8 * terms - 8) < worst < 2.0 ** (-8 * terms)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

@@ -148,9 +148,12 @@ int resident_blocks(void (*kernel)(Parameters), int threads, int shared_bytes) {
 template <class Parameters>
 void launch(void (*kernel)(Parameters), const Parameters& parameters, int64_t blocks, int threads,
             int shared_bytes, void* stream) {
-  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
-           static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream)> > >(parameters);
-  check_cuda(cudaGetLastError(), "kernel launch");
+  void* arguments[] = {const_cast<Parameters*>(&parameters)};
+  check_cuda(
+      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                       dim3(static_cast<unsigned>(threads)), arguments,
+                       static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream)),
+      "kernel launch");
 }
 
 }  // namespace dfa

@@ -20,12 +20,13 @@ struct FillParameters {
   uint64_t first_unit;
   int64_t unit_groups, row_groups;
   int32_t width;  // threads side by side, a power of two
+  double unit;    // of uniform entries
   void* out;
 };
 
 // The words of element `i` begin at i * size / 4; 16-bit elements come in pairs.
 template <Type kType, Distribution kDistribution>
-DFA_DEVICE void unit_words(const Words4& block, int quad, uint32_t (&words)[16]) {
+DFA_DEVICE void unit_words(const Words4& block, int quad, double unit, uint32_t (&words)[16]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     uint32_t pair;  // bf16 patterns
@@ -34,8 +35,8 @@ DFA_DEVICE void unit_words(const Words4& block, int quad, uint32_t (&words)[16])
       low = uniform_value(block.word[i], kUniformLow);
       high = uniform_value(block.word[i], kUniformHigh);
       if constexpr (kType != Type::kFloat64) {
-        low *= static_cast<float>(kSqrt3);
-        high *= static_cast<float>(kSqrt3);
+        low *= static_cast<float>(unit);
+        high *= static_cast<float>(unit);
       }
       pair = device::pack_bf16(low, high);
     } else {
@@ -55,8 +56,8 @@ DFA_DEVICE void unit_words(const Words4& block, int quad, uint32_t (&words)[16])
       words[2 * i] = device::as_bits(low);
       words[2 * i + 1] = device::as_bits(high);
     } else {
-      constexpr double kUnit = kDistribution == Distribution::kUniform ? kSqrt3 : 1.0;
-      const double wide[] = {low * kUnit, high * kUnit};
+      const double times = kDistribution == Distribution::kUniform ? unit : 1.0;
+      const double wide[] = {low * times, high * times};
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         uint64_t bits;
@@ -118,7 +119,7 @@ fill(DFA_ARGUMENT FillParameters p) {
                                : (word == 2 ? block.word[2] : block.word[3]);
     }
     uint32_t words[16];
-    unit_words<kType, kDistribution>(block, static_cast<int>(absolute % 4), words);
+    unit_words<kType, kDistribution>(block, static_cast<int>(absolute % 4), p.unit, words);
     char* const out = static_cast<char*>(p.out) + r * p.columns * type_bytes(kType);
     write_unit<kType>(words, 8 * unit - p.head, p.columns, out);
   }
@@ -156,7 +157,7 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 }  // namespace
 
 void feedback_matrix_cuda(const Stream& stream, uint64_t row_offset, int64_t rows, int64_t columns,
-                          Type type, void* out, void* cuda_stream) {
+                          Type type, bool lattice, void* out, void* cuda_stream) {
   if (rows == 0 || columns == 0) return;
   FillParameters p{};
   p.keys = RoundKeys(stream.seed);
@@ -173,6 +174,7 @@ void feedback_matrix_cuda(const Stream& stream, uint64_t row_offset, int64_t row
   const int64_t blocks = 32 * int64_t{device_limits().processors};
   const int64_t most = divide_up(rows, kThreads / p.width);
   p.row_groups = std::min(most, divide_up(blocks, p.unit_groups));
+  p.unit = lattice ? 1.0 : kSqrt3;
   p.out = out;
   launch(fill_of(type, stream.distribution), p, p.unit_groups * p.row_groups, kThreads, 0,
          cuda_stream);

@@ -10,7 +10,6 @@ namespace dfa {
 // are the first term alone, and a number that would round to infinity is cut off instead.
 DFA_HOST_DEVICE void split_bf16(float value, int terms, uint16_t (&term)[3]) {
   constexpr uint32_t kExponent = 0x7f800000u;
-#pragma unroll
   for (int i = 0; i < 3; ++i) {
     if (i >= terms) break;
     uint32_t bits;

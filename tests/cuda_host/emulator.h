@@ -54,20 +54,22 @@ struct Copy {
   }
 };
 
+// All threads of a group wait for each other; the last to come does the work of all.
+struct Meeting {
+  int size, arrived = 0;
+  unsigned round = 0;
+  const char* kind = nullptr;
+};
+
 struct Fiber {
   static constexpr size_t kStack = 256 << 10;
   std::unique_ptr<char[]> stack{new char[kStack]};
   ucontext_t context;
   void* fake_stack = nullptr;
   bool done = false;
-  std::vector<Copy> copies;
-};
-
-// All fibers of a group wait for each other; the last to come does the work of all.
-struct Meeting {
-  int size, arrived = 0;
+  const Meeting* waits = nullptr;  // for its round to end
   unsigned round = 0;
-  const char* kind = nullptr;
+  std::vector<Copy> copies;
 };
 
 struct Lane {
@@ -113,7 +115,11 @@ void meet(Meeting& m, const char* kind, const Last& last) {
     ++m.round;
     return;
   }
-  while (m.round == round) yield();
+  Fiber& f = running->fibers[static_cast<size_t>(running->current)];
+  f.waits = &m;
+  f.round = round;
+  yield();
+  f.waits = nullptr;
 }
 
 inline int thread() { return running->current; }
@@ -291,7 +297,7 @@ inline void run(Block& b) {
     for (int i = 0; i < b.threads; ++i) {
       b.current = backwards ? b.threads - 1 - i : i;
       Fiber& f = b.fibers[static_cast<size_t>(b.current)];
-      if (f.done) continue;
+      if (f.done || (f.waits != nullptr && f.waits->round == f.round)) continue;
       void* fake_stack = nullptr;
       __sanitizer_start_switch_fiber(&fake_stack, f.stack.get(), Fiber::kStack);
       swapcontext(&b.scheduler, &f.context);

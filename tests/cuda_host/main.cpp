@@ -82,8 +82,9 @@ void feedback_matrix() {
   const auto row_offset = static_cast<uint64_t>(next());
   const int64_t rows = next(), columns = next();
   const auto type = static_cast<dfa::Type>(next());
+  const bool lattice = next() != 0;
   const Buffer out(rows * columns * dfa::type_bytes(type), next());
-  dfa::feedback_matrix_cuda(stream, row_offset, rows, columns, type, out.data, nullptr);
+  dfa::feedback_matrix_cuda(stream, row_offset, rows, columns, type, lattice, out.data, nullptr);
   std::fwrite(out.data, static_cast<size_t>(dfa::type_bytes(type)),
               static_cast<size_t>(rows * columns), stdout);
 }

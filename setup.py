@@ -10,7 +10,9 @@ every Python >= 3.10 and every torch >= 2.10.
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -46,8 +48,17 @@ def why_not() -> str | None:
     return None
 
 
-def why_not_cuda() -> str | None:
-    """Why the CUDA extension cannot be built for a CUDA build of torch, or None."""
+def find_toolkit() -> str | None:
+    """Set CUDA_HOME where nvcc says it is, if nobody did; why there is no toolkit, or None.
+
+    Torch takes the folder above nvcc's, which is wrong where that is a link or a script.
+    """
+    if "CUDA_HOME" not in os.environ and shutil.which("nvcc"):
+        command = ["nvcc", "--dryrun", "-c", "-x", "cu", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True).stderr
+        top = re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)
+        if top:
+            os.environ["CUDA_HOME"] = os.path.realpath(top[1])
     from torch.utils.cpp_extension import CUDA_HOME
 
     if CUDA_HOME is None or shutil.which(os.path.join(CUDA_HOME, "bin", "nvcc")) is None:
@@ -63,6 +74,8 @@ def left_out(what: str, reason: object) -> None:
 def extensions() -> dict:
     """The arguments of `setup` for the extensions."""
     import torch
+
+    no_toolkit = find_toolkit() if torch.version.cuda is not None else None
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     class BuildIfPossible(BuildExtension):
@@ -101,9 +114,8 @@ def extensions() -> dict:
         )
     ]
     if torch.version.cuda is not None:
-        reason = why_not_cuda()
-        if reason is not None:
-            left_out("CUDA", reason)
+        if no_toolkit is not None:
+            left_out("CUDA", no_toolkit)
         else:
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
             modules.append(

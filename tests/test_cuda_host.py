@@ -218,6 +218,10 @@ def test_in_any_order_of_threads_and_copies(emulator, order):
     run_all(emulator, cases, order)
 
 
+def test_the_maps_of_the_fragments(emulator):
+    assert struct.unpack("<q", run(emulator, words(2), ORDERS[0])) == (1,)
+
+
 # The entries
 
 

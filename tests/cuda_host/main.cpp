@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/device.h"
+#include "../../csrc/cuda/fragments.h"
 #include "../../csrc/projection.h"
 
 namespace {
@@ -89,8 +90,58 @@ void feedback_matrix() {
               static_cast<size_t>(rows * columns), stdout);
 }
 
+// The maps of fragments.h against the mathematics: each product of a column of U with the same
+// column of the error is taken once, by operands that meet at one contraction index. And 8 lanes
+// that load or copy 16 bytes each touch every bank once.
+void fragments() {
+  using namespace dfa;
+  bool holds = true;
+  for (int row = 0; row < kFragmentRows; ++row) {
+    int seen[kBlock32] = {};
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int half = 0; half < 2; ++half) {
+        if (fragment_row(lane, half) != row) continue;
+        for (int step = 0; step < 2; ++step) {
+          for (int pair = 0; pair < 2; ++pair) {
+            for (int i = 0; i < 2; ++i) ++seen[column_of(lane % 4, word_of(step, pair), i)];
+            // Registers 0 and 1 hold the fragment's contraction indices below 8, in rows below 8
+            // and above; registers 2 and 3 the others (PTX, mma.m16n8k16). B's register 0 or 1
+            // has the same indices, from word 2 * step + register of the error's 16 bytes.
+            holds &= a_register(half, pair) == 2 * pair + (row >= 8 ? 1 : 0);
+            holds &= word_of(step, pair) == 2 * step + pair;
+          }
+        }
+      }
+    }
+    for (int count : seen) holds &= count == 1;
+  }
+  for (int first = 0; first < 32; first += 8) {
+    for (int block = 0; block < kChunkColumns / kBlock32; ++block) {
+      unsigned loaded = 0, copied = 0;
+      for (int lane = first; lane < first + 8; ++lane) {
+        loaded |= 1u << staged_byte(lane / 4, 4 * block + lane % 4) / 16 % 8;
+        copied |= 1u << staged_byte(lane / kPieces, lane % kPieces) / 16 % 8;
+      }
+      holds &= loaded == 0xff && copied == 0xff;
+    }
+  }
+  const int64_t result = holds;
+  std::fwrite(&result, sizeof result, 1, stdout);
+}
+
 }  // namespace
 
 int main() {
-  for (;;) next() == 0 ? project() : feedback_matrix();
+  for (;;) {
+    switch (next()) {
+      case 0:
+        project();
+        break;
+      case 1:
+        feedback_matrix();
+        break;
+      default:
+        fragments();
+    }
+  }
 }

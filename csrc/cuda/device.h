@@ -12,8 +12,11 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #define DFA_DEVICE __device__ __forceinline__
 #define DFA_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
@@ -132,16 +135,28 @@ inline DeviceLimits device_limits() {
   return limits;
 }
 
-// How many blocks a multiprocessor holds at once.
+// How many blocks a multiprocessor of the current device holds at once. Asked once: CUDA's answer
+// takes longer than a launch. The kernel is allowed as much shared memory as there is.
 template <class Parameters>
 int resident_blocks(void (*kernel)(Parameters), int threads, int shared_bytes) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, const void*, int>, int> known;
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "current device");
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [place, is_new] = known.try_emplace({device, function, shared_bytes}, 0);
+  if (!is_new) return place->second;
   int blocks = 0;
-  check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-             "shared memory of a kernel");
-  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads,
-                                                           static_cast<size_t>(shared_bytes)),
-             "occupancy of a kernel");
+  cudaError_t status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            device_limits().shared_bytes);
+  if (status == cudaSuccess) {
+    status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads,
+                                                           static_cast<size_t>(shared_bytes));
+  }
+  if (status != cudaSuccess) known.erase(place);
+  check_cuda(status, "occupancy of a kernel");
+  place->second = blocks;
   return blocks;
 }
 

@@ -90,10 +90,9 @@ struct Work {
 constexpr double kSlots[] = {17, 8, 4};  // by Distribution
 // Cycles of a scheduler's tensor core per m16n8k16 by mma.sync on sm_90: an estimate, not measured.
 constexpr double kMatrixCycles = 6;
-// Issue slots per 32 elements written, counted.
+// Issue slots per 32 elements written: an estimate, as the rest here.
 constexpr double kWriteSlots = 8;
-// Warps that one scheduler needs to issue every cycle, and cycles to fill and drain a tile:
-// estimates.
+// Warps that one scheduler needs to issue every cycle, and cycles to fill and drain a tile.
 constexpr double kEnoughWarps = 2;
 constexpr double kTileCycles = 2000;
 

@@ -1,6 +1,7 @@
 # Every target sets up what it needs in $(VENV) and does its job; a second run finds it there.
 #   make demo    train a network on real data by DFA and compare it with backpropagation
 #   make test    run the tests with coverage
+#   make bench   time the kernels against what they replace; results and figures in bench-<date>/
 #   make lint    formatting, lint and types
 
 PYTHON ?= python3
@@ -24,6 +25,9 @@ demo: $(VENV)/demo
 test: $(VENV)/test
 	$(bin)/python -m pytest --cov --cov-report=term $(ARGS)
 
+bench: $(VENV)/bench
+	$(bin)/dfa-kernels bench $(ARGS)
+
 lint: $(VENV)/dev
 	$(bin)/ruff check
 	$(bin)/ruff format --check
@@ -41,7 +45,7 @@ $(VENV)/torch:
 	@touch $@
 
 # The package itself is installed in place; $(VENV)/<extra> marks that its extra is installed.
-$(VENV)/demo $(VENV)/test $(VENV)/dev: $(VENV)/torch $(sources)
+$(VENV)/demo $(VENV)/test $(VENV)/bench $(VENV)/dev: $(VENV)/torch $(sources)
 	$(bin)/pip install --quiet "setuptools>=77" ninja
 	$(bin)/pip install --quiet --no-build-isolation --editable ".[$(@F)]"
 	@touch $@
@@ -49,4 +53,4 @@ $(VENV)/demo $(VENV)/test $(VENV)/dev: $(VENV)/torch $(sources)
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-.PHONY: demo test lint format clean
+.PHONY: demo test bench lint format clean

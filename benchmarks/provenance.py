@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -29,21 +31,42 @@ def git(*arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def write(path: Path, measured: dict) -> None:
-    """`measured` as JSON, with the device, the date, the commit and the versions."""
-    commit = git("rev-parse", "HEAD")
-    if git("status", "--porcelain", "--", ":!benchmarks/results"):
-        commit += "-dirty"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
-    provenance = {
-        "device": device,
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
-        "versions": {
-            "dfa_kernels": dfa_kernels.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+def commit() -> str:
+    """The commit of what is measured; where only its files are, DFA_KERNELS_COMMIT says it."""
+    try:
+        head = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--", ":!benchmarks/results")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("DFA_KERNELS_COMMIT", "unknown")
+    return head + "-dirty" * bool(changed)
+
+
+def origin(device_type: str) -> dict:
+    """The device, the date, the commit and the versions, before anything is measured."""
+    versions = {
+        "dfa_kernels": dfa_kernels.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
     }
+    if device_type == "cuda":
+        versions |= {"cuda": torch.version.cuda}
+        if importlib.util.find_spec("triton"):
+            versions |= {"triton": importlib.metadata.version("triton")}
+    return {
+        "device": torch.cuda.get_device_name() if device_type == "cuda" else processor(),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "versions": versions,
+    }
+
+
+def save(path: Path, results: dict) -> None:
+    """Results with their origin as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(provenance | measured, indent=2) + "\n")
+    path.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def write(path: Path, measured: dict) -> None:
+    """`measured` as JSON, with where it comes from."""
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    save(path, origin(device_type) | measured)

@@ -41,8 +41,14 @@ def on_cuda(full: bool) -> list[Case]:
     mlp = with_batch(PAPER_MLP, 128)
     small = options | {"promises": (*than_naive, *CUDA_NO_SLOWER)}
     cases = [
-        Case("3x800 (the paper's), n=10, M=128", *mlp, ON_CUDA, **small),
-        Case("3x800 (the paper's), n=10, M=128, graph replay", *mlp, STORED, graph=True, **small),
+        Case("3x800 (the paper's), n=10, M=128, TF32", *mlp, ON_CUDA, **small),
+        Case(
+            "3x800 (the paper's), n=10, M=128, TF32, graph replay",
+            *mlp,
+            STORED,
+            graph=True,
+            **small,
+        ),
     ]
     for name, network, at_least in (
         ("48 layers of 4,096", DEEP_MLP, 8.0),
@@ -50,13 +56,15 @@ def on_cuda(full: bool) -> list[Case]:
     ):
         promises = (Promise("triton", "naive", at_least), *CUDA_NO_SLOWER)
         rest = {"promises": promises} | options
-        cases.append(Case(f"{name}, n=1,000, M=512", *with_batch(network, 512), ON_CUDA, **rest))
+        cases.append(
+            Case(f"{name}, n=1,000, M=512, TF32", *with_batch(network, 512), ON_CUDA, **rest)
+        )
     options["promises"] = CUDA_NO_SLOWER
     cases.append(
-        Case("VGG-16 on ImageNet, n=1,000, M=32", *with_batch(VGG16, 32), ALL[:4], **options)
+        Case("VGG-16 on ImageNet, n=1,000, M=32, TF32", *with_batch(VGG16, 32), ALL[:4], **options)
     )
     for batch in (1024, 4096, 8192) if full else (1024, 8192):
-        name = f"GPT-2 small, 36 points, n=50,257, M={batch:,}"
+        name = f"GPT-2 small, 36 points, n=50,257, M={batch:,}, TF32"
         cases.append(Case(name, *with_batch(GPT2_SMALL, batch), ALL[:4], **options))
     options["dtype"], options["precision"] = torch.bfloat16, "highest"
     for batch in (1024, 8192) if full else (1024,):

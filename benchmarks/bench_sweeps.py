@@ -8,23 +8,39 @@ from shapes import CUDA_NO_SLOWER, Case, Promise, layer_name
 LAYER = {"cpu": 100_000, "cuda": 200_000}
 
 
+def settings(device_type: str, series: str) -> dict:
+    """Of all cases of a sweep: on a GPU stored fp32 matrices may be multiplied in TF32."""
+    precision = "high" if device_type == "cuda" else "highest"
+    return {"device_type": device_type, "series": series, "precision": precision}
+
+
+def tf32(device_type: str) -> tuple[str, ...]:
+    """What a name says about that."""
+    return ("TF32",) if device_type == "cuda" else ()
+
+
 def batch(device_type: str, full: bool) -> list[Case]:
+    size, rivals = LAYER[device_type], ("views", "stored", "randn blocks")
     if device_type == "cpu":
         counts = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if full else (1, 8, 32, 128, 512)
-        return [over_batch("cpu", m, promises=cpu_promises(m)) for m in counts]
-    counts = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)
-    if full:
-        counts = tuple(2**i for i in range(13))
-    return [over_batch("cuda", m, precision="high", promises=cuda_promises(m)) for m in counts]
-
-
-def over_batch(device_type: str, m: int, **options) -> Case:
-    size = LAYER[device_type]
-    rivals = ("views", "stored", "randn blocks")
-    rivals += ("scikit-learn",) if device_type == "cpu" else ()
-    options |= {"device_type": device_type, "series": "batch", "x": m}
-    details = ("TF32",) if device_type == "cuda" else ()
-    return Case(layer_name(size, m, 1000, *details), (size,), m, 1000, rivals, **options)
+        rivals, promises = (*rivals, "scikit-learn"), cpu_promises
+    else:
+        counts = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+        counts, promises = counts if full else (*counts[::2], 128, 2048), cuda_promises
+    options = settings(device_type, "batch")
+    return [
+        Case(
+            layer_name(size, m, 1000, *tf32(device_type)),
+            (size,),
+            m,
+            1000,
+            rivals,
+            promises=promises(m),
+            x=m,
+            **options,
+        )
+        for m in counts
+    ]
 
 
 def cpu_promises(m: int) -> tuple[Promise, ...]:
@@ -47,43 +63,45 @@ def cuda_promises(m: int) -> tuple[Promise, ...]:
 def error_size(device_type: str, full: bool) -> list[Case]:
     size = LAYER[device_type] // 5
     counts = (10, 30, 100, 300, 1000, 3000, 10_000) if full else (10, 100, 1000, 10_000)
-    options = {"device_type": device_type, "series": "n"}
-    options |= {"precision": "high"} if device_type == "cuda" else {}
-    rivals = ("views", "stored", "fill")
-    return [Case(layer_name(size, 32, n), (size,), 32, n, rivals, x=n, **options) for n in counts]
+    rivals, options = ("views", "stored", "fill"), settings(device_type, "n")
+    return [
+        Case(layer_name(size, 32, n, *tf32(device_type)), (size,), 32, n, rivals, x=n, **options)
+        for n in counts
+    ]
 
 
 def layer_size(device_type: str, full: bool) -> list[Case]:
-    sizes = (1_000, 10_000, 1_000_000) if device_type == "cpu" else (1_000, 100_000, 1_000_000)
-    options = {"device_type": device_type, "series": "size"}
-    options |= {"precision": "high"} if device_type == "cuda" else {}
-    found = [
-        Case(layer_name(size, 4, 1000), (size,), 4, 1000, ("views",), x=size, **options)
-        for size in sizes
-    ]
     largest = 64 * 224**2  # VGG-16's on ImageNet; its stored matrix is measured with the network
+    m, options = 4, settings(device_type, "size")
     return [
-        *found,
-        Case(layer_name(largest, 4, 1000), (largest,), 4, 1000, (), x=largest, **options),
+        Case(
+            layer_name(size, m, 1000, *tf32(device_type)),
+            (size,),
+            m,
+            1000,
+            () if size == largest else ("views",),
+            x=size,
+            **options,
+        )
+        for size in (1_000, 10_000, 300_000, 1_000_000, largest)
     ]
 
 
 def layers(device_type: str, full: bool) -> list[Case]:
-    counts = (1, 4, 12, 48, 192, 768, 1024) if full else (1, 4, 12, 48)
-    options = {"device_type": device_type, "series": "layers"}
-    options |= {"precision": "high"} if device_type == "cuda" else {}
-    rivals = ("naive", "stored", "views")
+    options = settings(device_type, "layers")
     return [
         Case(
-            f"{count:,} unequal layers of about 4,096, n=1,000, M=32",
+            ", ".join(
+                (f"{count:,} unequal layers of about 4,096", "n=1,000, M=32", *tf32(device_type))
+            ),
             tuple(range(4096, 4096 - count, -1)),
             32,
             1000,
-            rivals,
+            ("naive", "stored", "views"),
             x=count,
             **options,
         )
-        for count in counts
+        for count in ((1, 4, 12, 48, 192, 1024) if full else (1, 4, 12, 48))
     ]
 
 

@@ -39,6 +39,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def device_type(config: pytest.Config) -> str:
     chosen = config.getoption("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.startswith("cuda") and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: there is no GPU that torch can use")
     return torch.device(chosen).type
 
 

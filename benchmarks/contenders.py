@@ -1,8 +1,7 @@
 """The ways to get all layers' signals that are held against each other.
 
 Those that store a matrix store U itself, so that all of them can be checked against the same rows;
-"randn blocks" is checked against its own. What a contender keeps between calls is `stored_bytes`;
-filling it is not timed.
+"randn blocks" is checked against its own. Filling what is kept between calls is not timed.
 """
 
 from __future__ import annotations
@@ -53,7 +52,8 @@ class Contender:
     def __init__(self, case: Case):
         self.case = case
         self.union = max(case.sizes)  # rows of the shared matrix
-        self.stored_bytes = 0
+        self.stored_bytes = 0  # matrices
+        self.kept_bytes = 0  # whatever else is kept between calls
         self.prepared: Callable[[], list[Tensor]]
 
     def __call__(self) -> list[Tensor]:
@@ -184,7 +184,8 @@ class Views(Stored):
     def prepare(self, error: Tensor, storage: Storage) -> None:
         case = self.case
         error, transposed = error * self.scales()[0], storage.shared().T
-        out = error.new_empty(case.batch, self.union)
+        out = error.new_zeros(case.batch, self.union)
+        self.kept_bytes = out.nbytes
 
         def signals() -> list[Tensor]:
             torch.mm(error, transposed, out=out)
@@ -389,8 +390,13 @@ KINDS = {
 
 
 def names(case: Case) -> list[str]:
-    """Who takes part: the available backends, then the rivals."""
+    """Who takes part: the available backends, then the rivals.
+
+    The definition is left out of series, which are about the fast path, and of graphs.
+    """
     ours = [b.name for b in backends() if b.device == case.device_type and b.available]
+    if case.graph or (case.series and len(ours) > 1):
+        ours.remove("torch")
     return [*ours, *case.rivals]
 
 

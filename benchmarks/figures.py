@@ -72,7 +72,7 @@ def time(found: dict[str, list[dict]]):
                 bounds = [1e3 * row["bound_seconds"] for row in of]
                 panel.plot(x, bounds, "--", color=style["color"], linewidth=1)
         panel.set(xscale="log", yscale="log", xlabel=AXES[title.split(",")[0]], ylabel="ms")
-        panel.set_title(f"{title} ({_fixed(title, cases)})", fontsize=9)
+        panel.set_title(f"{title} ({_fixed(title, cases)}; dashed: the limit)", fontsize=9)
         panel.legend(fontsize=7)
         panel.grid(alpha=0.3)
     for panel in panels.flat[len(found) :]:
@@ -85,7 +85,7 @@ def _fixed(title: str, cases: list[dict]) -> str:
     facts = {"batch": "M", "n": "n", "largest": "l"}
     same = {key: {case[key] for case in cases} for key in facts}
     known = [f"{facts[key]}={value.pop():,}" for key, value in same.items() if len(value) == 1]
-    return ", ".join([*known, "dashed: the limit"])
+    return ", ".join(known)
 
 
 def memory(cases: list[dict]):
@@ -107,7 +107,8 @@ def memory(cases: list[dict]):
                 x, y = zip(*points, strict=True)
                 panel.plot(x, [value / 1e9 for value in y], marker="o", **options, **style)
     panel.set(xscale="log", yscale="log", xlabel="layers", ylabel="GB")
-    panel.set_title(f"memory against depth ({_fixed('layers', cases)})", fontsize=9)
+    title = f"memory against depth ({_fixed('layers', cases)}; hollow: not run, by its matrices)"
+    panel.set_title(title, fontsize=9)
     panel.legend(fontsize=7)
     panel.grid(alpha=0.3)
     return figure
@@ -117,7 +118,7 @@ def roofline(found: dict[str, list[dict]], results: dict):
     """Arithmetic reached against intensity; hollow, what each contender's limit would allow."""
     figure, panel = plt.subplots(figsize=(6.5, 4.6), layout="constrained")
     machine = results["roofs"]["0"]
-    stream = machine["memory"][max(machine["memory"], key=int)]
+    stream = max(rate for size, rate in machine["memory"].items() if int(size) >= 2**28)
     every = [case for cases in found.values() for case in cases]
     names, x = _names(every), []
     for name in names:
@@ -138,7 +139,8 @@ def roofline(found: dict[str, list[dict]], results: dict):
     for kind, rate in machine["multiply"].items():
         panel.axhline(2 * rate, color="gray", linewidth=0.8)
         panel.text(ends[0], 2 * rate, f"products in {kind}", fontsize=7, va="bottom")
-    panel.plot(ends, [stream * value for value in ends], color="gray", linewidth=0.8)
+    ridge = 2 * max(machine["multiply"].values()) / stream
+    panel.plot([ends[0], ridge], [stream * ends[0], stream * ridge], color="gray", linewidth=0.8)
     panel.text(ends[0], stream * ends[0], "memory", fontsize=7, va="top")
     panel.set(xscale="log", yscale="log", xlabel="FLOP a byte moved", ylabel="FLOP/s")
     panel.set_title("roofline of the batch sweep (hollow: the limit)", fontsize=9)

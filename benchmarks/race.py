@@ -1,13 +1,15 @@
 """Times all contenders of a case in turn, so that whatever else the machine does meets all of them.
 
-The machine's roofs are raised to the best that any round shows. A contender is left out, with the reason, where it does not fit into memory or where even the least
+A contender is left out, with the reason, where it does not fit into memory or where even the least
 time of a call is longer than the run allows; it is never timed before its result has been checked.
+The machine's roofs are raised to the best that any round shows.
 """
 
 from __future__ import annotations
 
 import random
 import time
+import traceback
 from dataclasses import dataclass, field
 
 import roofs
@@ -31,7 +33,7 @@ class Limits:
 
 
 QUICK = Limits(budget=1.0, fewest=3, most=15, slowest=2.5)
-FULL = Limits(budget=4.0, fewest=3, most=41, slowest=15.0)
+FULL = Limits(budget=3.0, fewest=3, most=41, slowest=15.0)
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Result:
     contender: str
     work: roofs.Work
     stored_bytes: int
-    peak_bytes: int | None  # beyond what is stored, signals included
+    peak_bytes: int | None  # beyond the stored matrices, signals included
     times: list[float] = field(default_factory=list)
 
 
@@ -96,7 +98,9 @@ class Race:
             try:
                 result, once = self._qualify(entrant, error, storage, machine)
             except Exception as reason:  # its own benchmark reports it, the others go on
-                outcome[name] = reason
+                if not isinstance(reason, LeftOut):
+                    traceback.print_exc()
+                outcome[name] = reason.with_traceback(None)  # whose frames hold the matrices
                 continue
             outcome[name] = result
             entrants.append((entrant, max(1, round(ROUND / once)), result.times))
@@ -120,13 +124,12 @@ class Race:
         seconds a call."""
         case, work = entrant.case, entrant.work()
         least = roofs.expected_seconds(work, machine)
-        if least > self.limits.slowest:
-            raise LeftOut("takes too long for this run", entrant.stored_bytes, least)
         needed = entrant.stored_bytes if not storage.matrices or entrant.name == "naive" else 0
         needed += 2 * max(work.written, case.all_signals_bytes) + 2**29
         if needed > available_bytes(case.device_type):
             raise LeftOut("does not fit into memory", entrant.stored_bytes, least)
-        entrant.prepare(error, storage)
+        if least > self.limits.slowest:
+            raise LeftOut("takes too long for this run", entrant.stored_bytes, least)
         once = float("inf")
 
         def first() -> list[torch.Tensor]:
@@ -135,13 +138,17 @@ class Race:
             once = seconds(lambda: signals.extend(entrant()), case.device_type)
             return signals
 
-        signals, peak = peak_bytes(first, case.device_type)
+        try:
+            entrant.prepare(error, storage)
+            signals, peak = peak_bytes(first, case.device_type)
+        except torch.OutOfMemoryError:
+            raise LeftOut("runs out of memory", entrant.stored_bytes, least) from None
         entrant.check(error, signals)
         del signals
         if once < SLOW:
             once = min(seconds(entrant, case.device_type) for _ in range(2))
         # A replay allocates nothing; what its graph holds is not the call's.
-        measured = None if case.graph else peak
+        measured = None if case.graph else peak + entrant.kept_bytes
         return Result(case, entrant.name, work, entrant.stored_bytes, measured), once
 
 

@@ -57,6 +57,7 @@ def case_results(case: Case, outcome: dict[str, Result | Exception], machine: ro
         "precision": case.precision,
         "distribution": case.distribution,
         "graph": case.graph,
+        "matrix": case.matrix,
         "threads": machine.threads,
         "signal_bytes": case.written_bytes,
         "series": case.series,

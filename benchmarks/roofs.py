@@ -179,7 +179,7 @@ def _measure_multiplication(roofs: Roofs, best: Callable) -> None:
     torch.set_float32_matmul_precision(before)
     # A product of our own may be faster than the library's.
     if "cpp" in _sources(roofs.device_type):
-        error, size = torch.randn(512, 1000), 50_000
+        error, size = torch.randn(512, 1000), 20_000
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             time = best(partial(project, error.to(dtype), [size], backend="cpp"))
             roofs.multiply[name] = max(roofs.multiply[name], error.numel() * size / time)
@@ -190,7 +190,7 @@ def _measure_generation(roofs: Roofs, best: Callable) -> None:
     error = torch.randn(1, 1000, device=roofs.device_type)
     rows = 100_000 if roofs.device_type == "cpu" else 1_000_000
     for source in _sources(roofs.device_type):
-        size = rows // 50 if source == "torch" else rows
+        size = rows // 200 if source == "torch" else rows
         roofs.generation[source] = {}
         for distribution in stream.BLOCK:
             options = {"distribution": distribution, "backend": source}

@@ -24,7 +24,7 @@ class Promise:
 class Case:
     """All layers' signals of one error [batch, n]: a group of the report.
 
-    Every available backend takes part, and `rivals`, by their names in contenders.py. `precision`
+    The available backends take part, and `rivals`, by their names in contenders.py. `precision`
     is torch's float32_matmul_precision, for all of them. `graph`: all are replayed from a CUDA
     graph. `threads`: 0 for torch's own choice. `series` and `x` place the case in a figure.
     """

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import contenders
-import figures
 import provenance
 import pytest
 import race
@@ -124,8 +123,9 @@ class Session:
         path = self.config.getoption("report")
         if path is not None:
             provenance.save(path, measured)
-            drawn = figures.draw(measured, path.parent)
-            self.console.print("written:", *(str(p) for p in (path, *drawn)))
+            self.console.print(f"written: {path}")
+            for drawn in report.figures(measured, path.parent):
+                self.console.print(f"drawn: {drawn}")
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from functools import cache
 
 import gate
 import torch
-from roofs import NAMES, PRECISIONS, Work
+from roofs import NAMES, PRECISIONS, Work, sources
 from shapes import Case
 from torch import Tensor
 
-from dfa_kernels import backends, feedback_matrix, project
+from dfa_kernels import feedback_matrix, project
 
 # Passes over bf16 operands that a fused GPU kernel makes of an fp32 error.
 PASSES = {"highest": 3, "high": 2, "medium": 1}
@@ -394,7 +394,7 @@ def names(case: Case) -> list[str]:
 
     The definition is left out of series, which are about the fast path, and of graphs.
     """
-    ours = [b.name for b in backends() if b.device == case.device_type and b.available]
+    ours = sources(case.device_type)
     if case.graph or (case.series and len(ours) > 1):
         ours.remove("torch")
     return [*ours, *case.rivals]

@@ -143,6 +143,8 @@ class Race:
             signals, peak = peak_bytes(first, case.device_type)
         except torch.OutOfMemoryError:
             raise LeftOut("runs out of memory", entrant.stored_bytes, least) from None
+        except ModuleNotFoundError as missing:
+            raise LeftOut(f"{missing}", entrant.stored_bytes, least) from None
         entrant.check(error, signals)
         del signals
         if once < SLOW:

@@ -9,13 +9,13 @@ multiply and generate, at the best rates that this machine has shown in the same
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import statistics
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import figures
 import roofs
 from race import LeftOut, Result
 from rich.console import Console
@@ -222,6 +222,15 @@ def show(console: Console, results: dict) -> None:
         console.print(promises(results))
 
 
+def figures(results: dict, folder: Path) -> list[Path]:
+    """Draw the figures into a folder, where matplotlib is installed; returns the files."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return []
+    import figures
+
+    return figures.draw(results, folder)
+
+
 def main(path: Path) -> None:
     results = json.loads(path.read_text())
     out = console()
@@ -229,8 +238,8 @@ def main(path: Path) -> None:
         out.print(f"\n[bold]{case['case']}[/]")
         out.print(progress(case))
     show(out, results)
-    for drawn in figures.draw(results, path.parent):
-        out.print(drawn)
+    for drawn in figures(results, path.parent):
+        out.print(f"drawn: {drawn}")
 
 
 if __name__ == "__main__":

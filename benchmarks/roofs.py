@@ -178,7 +178,7 @@ def _measure_multiplication(roofs: Roofs, best: Callable) -> None:
         roofs.multiply[name] = side**3 / best(partial(torch.mm, operand, operand, out=out))
     torch.set_float32_matmul_precision(before)
     # A product of our own may be faster than the library's.
-    if "cpp" in _sources(roofs.device_type):
+    if "cpp" in sources(roofs.device_type):
         error, size = torch.randn(512, 1000), 20_000
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             time = best(partial(project, error.to(dtype), [size], backend="cpp"))
@@ -189,7 +189,7 @@ def _measure_generation(roofs: Roofs, best: Callable) -> None:
     """Entries are made, and used once, by the projection of a single error row."""
     error = torch.randn(1, 1000, device=roofs.device_type)
     rows = 100_000 if roofs.device_type == "cpu" else 1_000_000
-    for source in _sources(roofs.device_type):
+    for source in sources(roofs.device_type):
         size = rows // 200 if source == "torch" else rows
         roofs.generation[source] = {}
         for distribution in stream.BLOCK:
@@ -201,6 +201,12 @@ def _measure_generation(roofs: Roofs, best: Callable) -> None:
     roofs.generation["torch.randn"] = {"normal": out.numel() / best(out.normal_)}
 
 
-def _sources(device_type: str) -> list[str]:
-    """The backends that are available on a device type."""
-    return [b.name for b in backends() if b.device == device_type and b.available]
+def sources(device_type: str) -> list[str]:
+    """The backends that are available on a device type; on the CPU not Triton's interpreter."""
+    return [
+        status.name
+        for status in backends()
+        if status.device == device_type
+        and status.available
+        and not (status.name == "triton" and device_type == "cpu")
+    ]

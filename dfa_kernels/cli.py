@@ -119,7 +119,7 @@ def run_bench(options: argparse.Namespace) -> int:
             "dfa_kernels, or where the package is installed from one with `pip install -e`"
         )
         return 1
-    needed = ("matplotlib", "pytest", "pytest_benchmark", "rich", "sklearn")
+    needed = ("pytest", "pytest_benchmark", "rich")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         print(

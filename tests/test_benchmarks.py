@@ -1,6 +1,7 @@
 """The benchmarks' own logic: limits, the check before the times, reports, and a run of a few."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import readme_tables
 import report
 import roofs
 import torch
+from conftest import needs
 from roofs import Roofs, Work
 from shapes import ALL, Case, Promise
 
@@ -262,8 +264,7 @@ def reduced(case):
 
 def test_the_gpu_cases_run_at_reduced_size():
     here = contenders.names(SMALL)
-    if "cpp" not in here:
-        pytest.skip("needs two backends")
+    needs("two backends", "cpp" in here)
     modules = (bench_networks, bench_sweeps, bench_precisions, bench_matrix)
     cases = [case for module in modules for case in module.cases("cuda", False)]
     assert len({case.name for case in cases}) == len(cases)
@@ -388,7 +389,7 @@ def test_bench_refuses_two_lengths(capsys):
 
 
 def test_a_run_of_a_few(tmp_path):
-    pytest.importorskip("pytest_benchmark")
+    needs("pytest-benchmark", importlib.util.find_spec("pytest_benchmark"))
     path = tmp_path / "results" / "bench.json"
     command = [sys.executable, "-m", "dfa_kernels", "bench", "--json", str(path)]
     command += ["--device", "cpu", "--select", "test_matrix and normal and float32"]

@@ -29,7 +29,7 @@ def on_cpu(full: bool) -> list[Case]:
     for batch in (1024, 4096, 8192) if full else (1024,):
         name = f"GPT-2 small, 36 points, n=50,257, M={batch:,}"
         cases.append(Case(name, *with_batch(GPT2_SMALL, batch), transformers))
-    for batch in (256, 1024) if full else (256,):
+    for batch in (128, 1024) if full else (128,):
         name = f"Llama-like, 64 points, n=32,000, M={batch:,}"
         cases.append(Case(name, *with_batch(LLAMA, batch), transformers))
     return cases

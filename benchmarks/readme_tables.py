@@ -130,7 +130,28 @@ def bench_memory(measured: dict) -> list[str]:
                     f"({bytes_text(why['stored_bytes'])})" if "stored_bytes" in why else ""
                 )
         lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    return lines + _largest_layer(measured)
+
+
+def _largest_layer(measured: dict) -> list[str]:
+    """A sentence on the largest layer of the sweep over sizes."""
+    case = max(
+        (case for case in measured["cases"] if case["series"] == "size"),
+        key=lambda case: case["x"],
+        default=None,
+    )
+    ours = case and best_of_ours(case)
+    if not ours:
+        return []
+    row = case["contenders"][ours]
+    extra = max(row["peak_bytes"] - case["signal_bytes"], 0) / 2**20
+    stored = 4 * case["largest"] * case["n"]
+    return [
+        "",
+        f"A layer of {case['largest']:,} with n = {case['n']:,} and M = {case['batch']} takes "
+        f"{time_text(row['seconds'])} and {extra:.1f} MiB beyond its signal; the stored fp32 matrix "
+        f"would take {bytes_text(stored)}.",
+    ]
 
 
 def bench_promises(measured: dict) -> list[str]:

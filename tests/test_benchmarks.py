@@ -298,6 +298,7 @@ def results():
         Case(f"{n} layers", tuple(range(30, 30 - n, -1)), 2, 20, ("naive", "stored"), x=n)
         for n in (1, 3)
     ]
+    sweep.append(Case("large", (500,), 2, 20, (), series="size", x=500))
     layers = [dataclasses.replace(case, series="layers") for case in layers]
     options = {"matrix": True, "threads": 1}
     cases = [SMALL, *sweep, *layers, Case("matrix", (9,), 1, 9, ("torch.randn",), **options)]
@@ -350,6 +351,7 @@ def test_figures_are_drawn(results, tmp_path):
         ("bench_layer", "| M=4 |"),
         ("bench_matrix", "| matrix |"),
         ("bench_memory", "(54 GB)"),
+        ("bench_memory", "A layer of 500 with n = 20 and M = 2 takes"),
         ("bench_promises", "not measured | 2.00x |"),
         ("bench_machine", "GB/s written"),
     ],

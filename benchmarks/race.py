@@ -24,16 +24,25 @@ ROUND = 0.02  # seconds; a shorter call is repeated within a round until it take
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a run may take: seconds for the rounds of a case, rounds, seconds of one call."""
+    """How long a run may take.
+
+    Rounds of a case go on until they are the `most`, or have taken `budget` seconds and are not
+    too `few`, or have taken `patience` seconds. A call may take `slowest` seconds.
+    """
 
     budget: float
-    fewest: int
+    patience: float
+    few: int
     most: int
     slowest: float
 
+    def are_over(self, rounds: int, elapsed: float) -> bool:
+        enough = rounds >= self.few and elapsed > self.budget
+        return enough or rounds >= self.most or (rounds > 0 and elapsed > self.patience)
 
-QUICK = Limits(budget=1.0, fewest=3, most=15, slowest=2.5)
-FULL = Limits(budget=3.0, fewest=3, most=41, slowest=15.0)
+
+QUICK = Limits(budget=1.0, patience=10.0, few=3, most=15, slowest=2.5)
+FULL = Limits(budget=3.0, patience=60.0, few=3, most=41, slowest=15.0)
 
 
 @dataclass
@@ -105,10 +114,9 @@ class Race:
             outcome[name] = result
             entrants.append((entrant, max(1, round(ROUND / once)), result.times))
         shuffle = random.Random(0).shuffle
-        end = time.perf_counter() + self.limits.budget
-        for index in range(self.limits.most):
-            if index >= self.limits.fewest and time.perf_counter() > end:
-                break
+        began, rounds = time.perf_counter(), 0
+        while not self.limits.are_over(rounds, time.perf_counter() - began):
+            rounds += 1
             shuffle(entrants)  # nobody always follows the same one
             for entrant, repeats, times in entrants:
                 times.append(seconds(entrant, case.device_type, repeats))

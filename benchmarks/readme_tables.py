@@ -149,8 +149,8 @@ def _largest_layer(measured: dict) -> list[str]:
     return [
         "",
         f"A layer of {case['largest']:,} with n = {case['n']:,} and M = {case['batch']} takes "
-        f"{time_text(row['seconds'])} and {extra:.1f} MiB beyond its signal; the stored fp32 matrix "
-        f"would take {bytes_text(stored)}.",
+        f"{time_text(row['seconds'])} and {extra:.1f} MiB beyond its signal; the stored fp32 "
+        f"matrix would take {bytes_text(stored)}.",
     ]
 
 

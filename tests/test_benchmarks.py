@@ -28,7 +28,7 @@ from shapes import ALL, Case, Promise
 
 from dfa_kernels import cli, feedback_matrix, project
 
-ONCE = race.Limits(budget=0.0, fewest=2, most=2, slowest=60.0)
+ONCE = race.Limits(budget=0.0, patience=60.0, few=2, most=2, slowest=60.0)
 SMALL = Case("small", (70, 40, 70), 5, 30, (*ALL, "fill"), promises=(Promise("cpp", "naive", 2.0),))
 
 
@@ -236,6 +236,15 @@ def test_what_takes_too_long_is_not_run():
     (outcome,) = new_race(limits).run(SMALL, ["naive"]).values()
     assert isinstance(outcome, race.LeftOut)
     assert outcome.least_seconds > 1e-7
+
+
+@pytest.mark.parametrize(
+    ("rounds", "elapsed", "over"),
+    [(0, 99.0, False), (1, 2.0, False), (1, 11.0, True), (3, 0.5, False), (3, 1.5, True)]
+    + [(15, 0.1, True)],
+)
+def test_rounds_end(rounds, elapsed, over):
+    assert race.QUICK.are_over(rounds, elapsed) == over
 
 
 def reduced(case):

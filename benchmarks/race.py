@@ -7,6 +7,7 @@ The machine's roofs are raised to the best that any round shows.
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 import traceback
@@ -18,7 +19,7 @@ from contenders import Contender, Storage, contender
 from measure import available_bytes, peak_bytes, seconds
 from shapes import Case
 
-SLOW = 1.0  # seconds; a call that takes longer needs no warming up
+SLOW = 1.0  # seconds; a call that takes longer at least is not warmed up
 ROUND = 0.02  # seconds; a shorter call is repeated within a round until it takes as long
 
 
@@ -91,6 +92,7 @@ class Race:
         finally:
             torch.set_float32_matmul_precision(precision)
             torch.set_num_threads(self.threads)
+            gc.collect()  # matrices in cycles of closures
             if case.device_type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -110,6 +112,7 @@ class Race:
                 if not isinstance(reason, LeftOut):
                     traceback.print_exc()
                 outcome[name] = reason.with_traceback(None)  # whose frames hold the matrices
+                reason.__context__ = None  # so do those of what it came from
                 continue
             outcome[name] = result
             entrants.append((entrant, max(1, round(ROUND / once)), result.times))
@@ -128,8 +131,10 @@ class Race:
     def _qualify(
         self, entrant: Contender, error: torch.Tensor, storage: Storage, machine: roofs.Roofs
     ) -> tuple[Result, float]:
-        """The result, still without times, of a contender that fits and is right, and about its
-        seconds a call."""
+        """The result, still without times, of a contender that fits and is right.
+
+        And about its seconds a call.
+        """
         case, work = entrant.case, entrant.work()
         least = roofs.expected_seconds(work, machine)
         needed = entrant.stored_bytes if not storage.matrices or entrant.name == "naive" else 0
@@ -138,24 +143,18 @@ class Race:
             raise LeftOut("does not fit into memory", entrant.stored_bytes, least)
         if least > self.limits.slowest:
             raise LeftOut("takes too long for this run", entrant.stored_bytes, least)
-        once = float("inf")
-
-        def first() -> list[torch.Tensor]:
-            nonlocal once
-            signals: list[torch.Tensor] = []
-            once = seconds(lambda: signals.extend(entrant()), case.device_type)
-            return signals
-
         try:
             entrant.prepare(error, storage)
-            signals, peak = peak_bytes(first, case.device_type)
+            signals, peak = peak_bytes(entrant, case.device_type)
         except torch.OutOfMemoryError:
             raise LeftOut("runs out of memory", entrant.stored_bytes, least) from None
         except ModuleNotFoundError as missing:
             raise LeftOut(f"{missing}", entrant.stored_bytes, least) from None
         entrant.check(error, signals)
         del signals
-        if once < SLOW:
+        once = least
+        if least < SLOW:  # else neither compiling nor warming up matters
+            _, peak = peak_bytes(entrant, case.device_type)
             once = min(seconds(entrant, case.device_type) for _ in range(2))
         # A replay allocates nothing; what its graph holds is not the call's.
         measured = None if case.graph else peak + entrant.kept_bytes

@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from roofs import BEYOND_CACHES, bandwidth
 
 from dfa_kernels.ops import BACKENDS
 
@@ -118,7 +119,8 @@ def roofline(found: dict[str, list[dict]], results: dict):
     """Arithmetic reached against intensity; hollow, what each contender's limit would allow."""
     figure, panel = plt.subplots(figsize=(6.5, 4.6), layout="constrained")
     machine = results["roofs"]["0"]
-    stream = max(rate for size, rate in machine["memory"].items() if int(size) >= 2**28)
+    memory = {int(size): rate for size, rate in machine["memory"].items()}
+    stream = bandwidth(memory, BEYOND_CACHES)
     every = [case for cases in found.values() for case in cases]
     names, x = _names(every), []
     for name in names:

@@ -26,9 +26,10 @@ def processor() -> str:
 
 
 def git(*arguments: str) -> str:
-    """What git prints."""
-    command = ["git", *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    """What git prints about the source."""
+    command, root = ["git", *arguments], Path(__file__).parent.parent
+    ran = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
+    return ran.stdout.strip()
 
 
 def commit() -> str:

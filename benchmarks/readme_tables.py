@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from report import best_of_ours, bytes_text, memory, ratio, time_text
+from roofs import BEYOND_CACHES, bandwidth
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -176,7 +177,8 @@ def bench_machine(measured: dict) -> list[str]:
     """The machine's best rates, in one sentence for each number of threads."""
     lines = []
     for roofs in measured["roofs"].values():
-        write = roofs["write"][max(roofs["write"], key=int)]
+        written = {int(size): rate for size, rate in roofs["write"].items()}
+        write = bandwidth(written, BEYOND_CACHES)
         products = ", ".join(f"{2 * r / 1e12:.3g} in {n}" for n, r in roofs["multiply"].items())
         kinds = ("normal", "uniform", "rademacher")
         made = [source for name, source in roofs["generation"].items() if name != "torch.randn"]

@@ -199,7 +199,7 @@ def machine(results: dict) -> Table:
             table.add_row(threads, f"a {launch}", time_text(latency))
         for kind in ("write", "memory"):
             rates = {int(size): rate for size, rate in one[kind].items()}
-            for size in (2**16, 2**25, max(rates)):
+            for size in (2**16, 2**25, roofs.BEYOND_CACHES):
                 rate = roofs.bandwidth(rates, size) / 1e9
                 table.add_row(threads, f"{kind}, {bytes_text(size)}", f"{rate:.0f} GB/s")
         for name, rate in one["multiply"].items():

@@ -23,6 +23,8 @@ from dfa_kernels import backends, project, stream
 PRECISIONS = {"highest": "fp32", "high": "tf32", "medium": "tf32"}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
+BEYOND_CACHES = 2**28  # bytes; larger pieces move at the same rate
+
 
 @dataclass(frozen=True)
 class Work:
@@ -72,8 +74,7 @@ class Roofs:
 
 def bandwidth(rates: dict[int, float], size: int) -> float:
     """The best rate at which as much as `size` bytes has been moved."""
-    larger = [rate for measured, rate in rates.items() if measured >= size]
-    return max(larger or [rates[max(rates)]])
+    return max(rate for moved, rate in rates.items() if moved >= min(size, BEYOND_CACHES))
 
 
 def limits(work: Work, roofs: Roofs) -> dict[str, float]:
@@ -109,11 +110,9 @@ def raise_to(roofs: Roofs, work: Work, reached: float) -> None:
     def lift(rates: dict, key: object, amount: float) -> None:
         rates[key] = max(rates.get(key, 0.0), amount / reached)
 
-    moved = work.written + work.read
-    if work.written:
-        lift(roofs.write, work.written, work.written)
-    if moved:
-        lift(roofs.memory, moved, moved)
+    for rates, moved in ((roofs.write, work.written), (roofs.memory, work.written + work.read)):
+        if moved:
+            lift(rates, min(moved, BEYOND_CACHES), moved)
     lift(roofs.multiply, work.arithmetic, work.multiplications)
     if work.entries:
         lift(roofs.generation[work.source], work.distribution, work.entries)

@@ -97,6 +97,12 @@ def test_a_roof_that_was_passed_is_raised():
     assert roofs.bound(work, lifted)[0] == pytest.approx(1e-3)
 
 
+def test_a_slow_large_piece_does_not_become_its_own_roof():
+    lifted = machine()
+    roofs.raise_to(lifted, Work(written=10**10), 100.0)  # a tenth of the rate measured before
+    assert roofs.bound(Work(written=10**10), lifted)[0] == pytest.approx(10.0)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_what_a_contender_has_to_do(name):
     case = Case("", (100, 50), 4, 10, ALL)

@@ -8,6 +8,7 @@ everything is held against the machine's limits (roofs.py) and written (report.p
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -48,12 +49,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = metafunc.module.cases(device_type(config), config.getoption("full"))
     parameters = [
         pytest.param(
-            case, name, id=f"{case.name}-{name}", marks=[pytest.mark.promised] * bool(case.promises)
+            case,
+            name,
+            id=selectable(f"{case.name}-{name}"),
+            marks=[pytest.mark.promised] * bool(case.promises),
         )
         for case in cases
         for name in contenders.names(case)
     ]
     metafunc.parametrize(("case", "name"), parameters)
+
+
+def selectable(name: str) -> str:
+    """A name in characters that -k takes: "M=4, n=1,000" is M-4-n-1000."""
+    return re.sub(r"[^\w.+]+", "-", re.sub(r"(?<=\d),(?=\d)", "", name))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import gate
 import torch
@@ -44,7 +44,7 @@ class Storage:
 
 
 class Contender:
-    """One way. `prepare` once, then call; a signal [M, l_i] for each layer comes back."""
+    """One way: `prepare` once, then call for a signal [M, l_i] of each layer."""
 
     name: str
     slices_are_scaled = True  # else all have the scale of the largest layer
@@ -72,11 +72,8 @@ class Contender:
         gate.check_signals(signals, error, case.sizes, self.scales(), self.row, relative)
 
     def scales(self) -> list[float]:
-        sizes = self.case.sizes
-        return [
-            1 / math.sqrt((size if self.slices_are_scaled else self.union) * self.case.n)
-            for size in sizes
-        ]
+        sizes = self.case.sizes if self.slices_are_scaled else [self.union] * len(self.case.sizes)
+        return [1 / math.sqrt(size * self.case.n) for size in sizes]
 
     def row(self, index: int) -> Tensor:
         """A row of the matrix that it multiplies with, [n] float64 on the CPU."""
@@ -154,15 +151,17 @@ class Stored(Contender):
         super().__init__(case)
         self.stored_bytes = self.union * case.n * case.dtype.itemsize
 
-    def prepare(self, error: Tensor, storage: Storage) -> None:
+    def product(self) -> Callable[[Tensor, Tensor], list[Tensor]]:
         pairs = list(zip(self.case.sizes, self.scales(), strict=True))
-        transposed = storage.shared().T
 
-        def signals() -> list[Tensor]:
+        def signals(error: Tensor, transposed: Tensor) -> list[Tensor]:
             product = error @ transposed
             return [product[:, :size] * scale for size, scale in pairs]
 
-        self.prepared = signals
+        return signals
+
+    def prepare(self, error: Tensor, storage: Storage) -> None:
+        self.prepared = partial(self.product(), error, storage.shared().T)
 
     def work(self) -> Work:
         case = self.case
@@ -209,16 +208,9 @@ class Compiled(Stored):
     name = "compiled"
 
     def prepare(self, error: Tensor, storage: Storage) -> None:
-        pairs = list(zip(self.case.sizes, self.scales(), strict=True))
-        transposed = storage.shared().T
-
-        def signals(error: Tensor, transposed: Tensor) -> list[Tensor]:
-            product = error @ transposed
-            return [product[:, :size] * scale for size, scale in pairs]
-
         torch.compiler.reset()
-        compiled = torch.compile(signals, fullgraph=True, dynamic=False)
-        self.prepared = lambda: compiled(error, transposed)
+        compiled = torch.compile(self.product(), fullgraph=True, dynamic=False)
+        self.prepared = partial(compiled, error, storage.shared().T)
 
     def work(self) -> Work:
         return Work(**(vars(super().work()) | {"calls": 1}))

@@ -122,13 +122,19 @@ def raise_to(roofs: Roofs, work: Work, reached: float) -> None:
 # --- measuring them ---
 
 
-def measure(device_type: str, rounds: int = 5) -> Roofs:
-    """The roofs of a device, on the CPU with the threads that torch uses now."""
+def measure(device_type: str, rounds: int = 5, patience: float = 0.5) -> Roofs:
+    """The roofs of a device, on the CPU with the threads that torch uses now.
+
+    Each takes that many rounds, or the first that come to `patience` seconds.
+    """
     roofs = Roofs(device_type, torch.get_num_threads())
 
     def best(call: Callable[[], object], repeats: int = 1) -> float:
         call()
-        return min(seconds(call, device_type, repeats) for _ in range(rounds))
+        times: list[float] = []
+        while len(times) < rounds and sum(times) * repeats < patience:
+            times.append(seconds(call, device_type, repeats))
+        return min(times)
 
     _measure_latency(roofs, best)
     _measure_bandwidth(roofs, best)

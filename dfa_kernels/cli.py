@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     length.add_argument("--full", action="store_true", help="more shapes, more rounds")
     bench.add_argument("--json", type=Path, help="results; figures are drawn beside this file")
     bench.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
-    bench.add_argument("--select", metavar="EXPR", help="only these benchmarks, as pytest's -k")
+    bench.add_argument("--select", metavar="EXPR", help="pytest's -k: VGG-16, promised, M-128")
     bench.set_defaults(run=run_bench)
 
     options = parser.parse_args(arguments)

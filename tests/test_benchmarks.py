@@ -409,13 +409,20 @@ def test_a_run_of_a_few(tmp_path):
     needs("pytest-benchmark", importlib.util.find_spec("pytest_benchmark"))
     path = tmp_path / "results" / "bench.json"
     command = [sys.executable, "-m", "dfa_kernels", "bench", "--json", str(path)]
-    command += ["--device", "cpu", "--select", "test_matrix and normal and float32"]
+    command += ["--device", "cpu", "--select", "matrix-1000-x-1000-normal-float32"]
     root = Path(__file__).parent.parent
+    theirs = tmp_path / "pytest-benchmark.json"
+    options = {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": f"--benchmark-json={theirs}"}
     ran = subprocess.run(
-        command, cwd=root, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command, cwd=root, capture_output=True, text=True, env=os.environ | options
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     measured = json.loads(path.read_text())
     assert {"device", "date", "commit", "versions", "roofs", "cases"} <= set(measured)
     assert "torch.randn" in measured["cases"][0]["contenders"]
     assert "normal float32" in ran.stdout
+    for benchmark in json.loads(theirs.read_text())["benchmarks"]:
+        case = next(case for case in measured["cases"] if case["case"] == benchmark["group"])
+        row = case["contenders"][benchmark["params"]["name"]]
+        assert benchmark["extra_info"] == row
+        assert benchmark["stats"]["median"] == pytest.approx(row["seconds"])

@@ -10,6 +10,7 @@ in a run has reached.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -66,7 +67,7 @@ class Roofs:
         if work.source == "torch.randn":
             return self.generation[work.source][work.distribution]
         return max(
-            rates[work.distribution]
+            rates.get(work.distribution, 0.0)
             for source, rates in self.generation.items()
             if source != "torch.randn"
         )
@@ -100,8 +101,8 @@ def bound(work: Work, roofs: Roofs) -> tuple[float, str]:
 
 def expected_seconds(work: Work, roofs: Roofs) -> float:
     """As `bound`, with entries at the rate of the very source that makes them."""
-    own = work.entries and work.entries / roofs.generation[work.source][work.distribution]
-    return max(bound(work, roofs)[0], own)
+    own = roofs.generation.get(work.source or "", {}).get(work.distribution)
+    return max(bound(work, roofs)[0], work.entries / own if own else 0.0)
 
 
 def raise_to(roofs: Roofs, work: Work, reached: float) -> None:
@@ -115,7 +116,7 @@ def raise_to(roofs: Roofs, work: Work, reached: float) -> None:
             lift(rates, min(moved, BEYOND_CACHES), moved)
     lift(roofs.multiply, work.arithmetic, work.multiplications)
     if work.entries:
-        lift(roofs.generation[work.source], work.distribution, work.entries)
+        lift(roofs.generation.setdefault(work.source, {}), work.distribution, work.entries)
     roofs.latency[work.launch] = min(roofs.latency[work.launch], reached / work.calls)
 
 
@@ -196,12 +197,17 @@ def _measure_generation(roofs: Roofs, best: Callable) -> None:
     rows = 100_000 if roofs.device_type == "cpu" else 1_000_000
     for source in sources(roofs.device_type):
         size = rows // 200 if source == "torch" else rows
-        roofs.generation[source] = {}
-        for distribution in stream.BLOCK:
+
+        def rate(distribution: str, source: str = source, size: int = size) -> float:
             options = {"distribution": distribution, "backend": source}
-            time = best(partial(project, error.to(torch.bfloat16), [size], **options))
-            time = min(time, best(partial(project, error, [size], **options)))
-            roofs.generation[source][distribution] = size * error.shape[1] / time
+            dtypes = (torch.float32, torch.bfloat16)
+            calls = (partial(project, error.to(dtype), [size], **options) for dtype in dtypes)
+            return size * error.shape[1] / min(map(best, calls))
+
+        try:
+            roofs.generation[source] = {name: rate(name) for name in stream.BLOCK}
+        except Exception:  # a backend that fails does so in its benchmarks; others go on
+            traceback.print_exc()
     out = torch.empty(rows // 10, 1000, device=roofs.device_type)
     roofs.generation["torch.randn"] = {"normal": out.numel() / best(out.normal_)}
 

@@ -97,6 +97,22 @@ def test_a_roof_that_was_passed_is_raised():
     assert roofs.bound(work, lifted)[0] == pytest.approx(1e-3)
 
 
+def test_a_backend_that_fails_leaves_the_others_their_roofs(monkeypatch, capsys):
+    def fails(error, sizes, *, backend, **options):
+        if backend == "torch":
+            raise RuntimeError("out of order")
+
+    monkeypatch.setattr(roofs, "project", fails)
+    monkeypatch.setattr(roofs, "sources", lambda device_type: ["torch", "cpp"])
+    measured = Roofs("cpu", 1)
+    roofs._measure_generation(measured, lambda call: (call(), 0.5)[1])
+    assert set(measured.generation) == {"cpp", "torch.randn"}
+    assert "out of order" in capsys.readouterr().err
+    measured.latency, measured.write, measured.memory = machine().latency, {2**28: 1}, {2**28: 1}
+    measured.multiply = machine().multiply
+    assert roofs.expected_seconds(Work(entries=10**9, source="torch"), measured) == 5.0
+
+
 def test_a_slow_large_piece_does_not_become_its_own_roof():
     lifted = machine()
     roofs.raise_to(lifted, Work(written=10**10), 100.0)  # a tenth of the rate measured before

@@ -21,8 +21,9 @@ ON_CUDA = (*STORED, "compiled", "randn blocks")
 
 def on_cpu(full: bool) -> list[Case]:
     transformers = ("naive", "stored", "views", "randn blocks")
+    small = {"promises": (Promise("cpp", "naive", 1.0),)}
     cases = [
-        Case("3x800 (the paper's), n=10, M=128", *with_batch(PAPER_MLP, 128), ALL),
+        Case("3x800 (the paper's), n=10, M=128", *with_batch(PAPER_MLP, 128), ALL, **small),
         Case("48 layers of 4,096, n=1,000, M=512", *with_batch(DEEP_MLP, 512), ALL),
         Case("VGG-16 on ImageNet, n=1,000, M=4", *with_batch(VGG16, 4), ALL if full else ALL[:4]),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
+import importlib
 import importlib.util
 import json
 import os
@@ -52,7 +52,7 @@ def origin(device_type: str) -> dict:
     if device_type == "cuda":
         versions |= {"cuda": torch.version.cuda}
         if importlib.util.find_spec("triton"):
-            versions |= {"triton": importlib.metadata.version("triton")}
+            versions |= {"triton": importlib.import_module("triton").__version__}
     return {
         "device": torch.cuda.get_device_name() if device_type == "cuda" else processor(),
         "date": datetime.date.today().isoformat(),

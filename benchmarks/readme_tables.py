@@ -183,7 +183,8 @@ def bench_machine(measured: dict) -> list[str]:
         kinds = ("normal", "uniform", "rademacher")
         made = [source for name, source in roofs["generation"].items() if name != "torch.randn"]
         entries = ", ".join(f"{max(s[kind] for s in made):.2g} {kind}" for kind in kinds)
-        threads = f", {roofs['threads']} threads" if roofs["device_type"] == "cpu" else ""
+        threads = f", {roofs['threads']} thread" + "s" * (roofs["threads"] > 1)
+        threads = threads if roofs["device_type"] == "cpu" else ""
         lines.append(
             f"- this machine{threads}: {write / 1e9:.0f} GB/s written, TFLOP/s: {products}; "
             f"entries made and used a second: {entries}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cached_property, partial
 
 import gate
 import torch
@@ -27,20 +27,23 @@ class Storage:
 
     def __init__(self, case: Case, backend: str):
         self.case, self.backend = case, backend
-        self.matrices: dict[torch.dtype, Tensor] = {}
 
-    def block(self, rows: int, dtype: torch.dtype) -> Tensor:
+    def block(self, rows: int) -> Tensor:
         """U[:rows], in memory of its own."""
         case = self.case
-        options = {"distribution": case.distribution, "dtype": dtype, "backend": self.backend}
-        return feedback_matrix(rows, case.n, device=case.device_type, **options)
+        options = {"distribution": case.distribution, "dtype": case.dtype}
+        options |= {"device": case.device_type, "backend": self.backend}
+        return feedback_matrix(rows, case.n, **options)
 
+    @cached_property
     def shared(self) -> Tensor:
-        """U[:l_max], the same tensor at every call."""
-        dtype = self.case.dtype
-        if dtype not in self.matrices:
-            self.matrices[dtype] = self.block(max(self.case.sizes), dtype)
-        return self.matrices[dtype]
+        """U[:l_max]."""
+        return self.block(max(self.case.sizes))
+
+    @property
+    def is_made(self) -> bool:
+        """Whether `shared` has been asked for."""
+        return "shared" in vars(self)
 
 
 class Contender:
@@ -77,19 +80,12 @@ class Contender:
 
     def row(self, index: int) -> Tensor:
         """A row of the matrix that it multiplies with, [n] float64 on the CPU."""
-        return exact_row(index, self.case.n, self.case.distribution)
+        return gate.exact_row(index, self.case.n, self.case.distribution)
 
     def arithmetic(self) -> str:
         if self.case.dtype == torch.float32 and self.case.device_type == "cuda":
             return PRECISIONS[self.case.precision]
         return NAMES[self.case.dtype]
-
-
-@cache
-def exact_row(index: int, n: int, distribution: str) -> Tensor:
-    """U[index, :n] in float64, from the definition."""
-    options = {"distribution": distribution, "dtype": torch.float64, "backend": "torch"}
-    return feedback_matrix(1, n, row_offset=index, device="cpu", **options)[0]
 
 
 class Seeded(Contender):
@@ -127,7 +123,7 @@ class Naive(Contender):
         self.stored_bytes = sum(case.sizes) * case.n * case.dtype.itemsize
 
     def prepare(self, error: Tensor, storage: Storage) -> None:
-        matrices = [storage.block(size, self.case.dtype) for size in self.case.sizes]
+        matrices = [storage.block(size) for size in self.case.sizes]
         pairs = list(zip(matrices, self.scales(), strict=True))
         self.prepared = lambda: [(error @ u.T).mul_(scale) for u, scale in pairs]
 
@@ -161,7 +157,7 @@ class Stored(Contender):
         return signals
 
     def prepare(self, error: Tensor, storage: Storage) -> None:
-        self.prepared = partial(self.product(), error, storage.shared().T)
+        self.prepared = partial(self.product(), error, storage.shared.T)
 
     def work(self) -> Work:
         case = self.case
@@ -182,7 +178,7 @@ class Views(Stored):
 
     def prepare(self, error: Tensor, storage: Storage) -> None:
         case = self.case
-        error, transposed = error * self.scales()[0], storage.shared().T
+        error, transposed = error * self.scales()[0], storage.shared.T
         out = error.new_zeros(case.batch, self.union)
         self.kept_bytes = out.nbytes
 
@@ -210,7 +206,7 @@ class Compiled(Stored):
     def prepare(self, error: Tensor, storage: Storage) -> None:
         torch.compiler.reset()
         compiled = torch.compile(self.product(), fullgraph=True, dynamic=False)
-        self.prepared = partial(compiled, error, storage.shared().T)
+        self.prepared = partial(compiled, error, storage.shared.T)
 
     def work(self) -> Work:
         return Work(**(vars(super().work()) | {"calls": 1}))
@@ -274,7 +270,7 @@ class ScikitLearn(Views):
 
         batch = (error * self.scales()[0]).numpy()
         model = GaussianRandomProjection(n_components=1).fit(batch)
-        model.components_ = storage.shared().numpy()
+        model.components_ = storage.shared.numpy()
 
         def signals() -> list[Tensor]:
             out = torch.from_numpy(model.transform(batch))

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
+
+from dfa_kernels import feedback_matrix
 
 # Relative to the norm of the compared signals; an fp32 sum's rounding grows as sqrt(n).
 TOLERANCES = {
@@ -28,6 +31,13 @@ class Wrong(Exception):
 def tolerance(dtype: torch.dtype, precision: str, n: int) -> float:
     """The largest relative error of signals [M, l] from an error [M, n] of `dtype`."""
     return TOLERANCES[dtype, precision] * max(1.0, math.sqrt(n / 1000))
+
+
+@cache
+def exact_row(index: int, n: int, distribution: str) -> Tensor:
+    """U[index, :n] in float64, from the definition."""
+    options = {"distribution": distribution, "dtype": torch.float64, "backend": "torch"}
+    return feedback_matrix(1, n, row_offset=index, device="cpu", **options)[0]
 
 
 def check_signals(

@@ -137,7 +137,7 @@ class Race:
         """
         case, work = entrant.case, entrant.work()
         least = roofs.expected_seconds(work, machine)
-        needed = entrant.stored_bytes if not storage.matrices or entrant.name == "naive" else 0
+        needed = entrant.stored_bytes if entrant.name == "naive" or not storage.is_made else 0
         needed += 2 * max(work.written, case.all_signals_bytes) + 2**29
         if needed > available_bytes(case.device_type):
             raise LeftOut("does not fit into memory", entrant.stored_bytes, least)

@@ -177,7 +177,7 @@ def signals_and_check():
     relative = gate.tolerance(torch.float32, "highest", 30)
 
     def row(index):
-        return contenders.exact_row(index, 30, "normal")
+        return gate.exact_row(index, 30, "normal")
 
     return signals, lambda: gate.check_signals(signals, error, sizes, scales, row, relative)
 

@@ -19,7 +19,7 @@ from contenders import Contender, Storage, contender
 from measure import available_bytes, peak_bytes, seconds
 from shapes import Case
 
-SLOW = 1.0  # seconds; a call that takes longer at least is not warmed up
+SLOW = 0.2  # seconds; a call that takes longer at least is not warmed up
 ROUND = 0.02  # seconds; a shorter call is repeated within a round until it takes as long
 
 

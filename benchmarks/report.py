@@ -19,6 +19,7 @@ from pathlib import Path
 import roofs
 from race import LeftOut, Result
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from shapes import Case
 
@@ -166,7 +167,7 @@ def progress(case: dict) -> Table:
         if "stored_bytes" in why:
             details = f" (stores {bytes_text(why['stored_bytes'])}, "
             details += f"at least {time_text(why['least_seconds'])})"
-        table.add_row(f"[dim]{name}", "[dim]-", "", f"[dim]{why['reason']}{details}")
+        table.add_row(f"[dim]{name}", "[dim]-", "", f"[dim]{escape(why['reason'])}{details}")
     return table
 
 

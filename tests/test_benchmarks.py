@@ -336,6 +336,7 @@ def results():
     runner = new_race()
     outcomes = {case.name: runner.run(case, contenders.names(case)) for case in cases}
     outcomes["small"]["naive"] = race.LeftOut("does not fit into memory", 54 * 10**9, 3.0)
+    outcomes["small"]["stored"] = gate.Wrong("[/of] its norm")
     measured = report.measured(outcomes, {case.name: case for case in cases}, runner.machine)
     return json.loads(json.dumps(measured | {"device": "a machine", "date": "a day"}))
 
@@ -365,7 +366,16 @@ def test_tables_show_every_contender(results):
             console.print(report.progress(case))
         report.show(console, results)
     text = captured.get()
-    for expected in (*ALL, "fill", "torch.randn", "54 GB", "does not fit", "not measured", "2.00x"):
+    for expected in (
+        *ALL,
+        "fill",
+        "torch.randn",
+        "54 GB",
+        "[/of] its norm",
+        "does not fit",
+        "not measured",
+        "2.00x",
+    ):
         assert expected in text
 
 

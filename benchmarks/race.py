@@ -59,11 +59,12 @@ class Result:
 
 
 class LeftOut(Exception):
-    """Why a contender does not take part; the bytes it would store and the least seconds."""
+    """Why a contender does not take part, and what it would have stored and done."""
 
-    def __init__(self, reason: str, stored_bytes: int, least_seconds: float):
+    def __init__(self, reason: str, contender: Contender):
         super().__init__(reason)
-        self.reason, self.stored_bytes, self.least_seconds = reason, stored_bytes, least_seconds
+        self.reason, self.stored_bytes = reason, contender.stored_bytes
+        self.work = contender.work()
 
 
 class Race:
@@ -140,16 +141,16 @@ class Race:
         needed = entrant.stored_bytes if entrant.name == "naive" or not storage.is_made else 0
         needed += 2 * max(work.written, case.all_signals_bytes) + 2**29
         if needed > available_bytes(case.device_type):
-            raise LeftOut("does not fit into memory", entrant.stored_bytes, least)
+            raise LeftOut("does not fit into memory", entrant)
         if least > self.limits.slowest:
-            raise LeftOut("takes too long for this run", entrant.stored_bytes, least)
+            raise LeftOut("takes too long for this run", entrant)
         try:
             entrant.prepare(error, storage)
             signals, peak = peak_bytes(entrant, case.device_type)
         except torch.OutOfMemoryError:
-            raise LeftOut("runs out of memory", entrant.stored_bytes, least) from None
+            raise LeftOut("runs out of memory", entrant) from None
         except ModuleNotFoundError as missing:
-            raise LeftOut(f"{missing}", entrant.stored_bytes, least) from None
+            raise LeftOut(f"{missing}", entrant) from None
         entrant.check(error, signals)
         del signals
         once = least

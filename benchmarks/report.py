@@ -70,7 +70,9 @@ def case_results(case: Case, outcome: dict[str, Result | Exception], machine: ro
         if isinstance(one, Result):
             entry["contenders"][name] = row(one, machine)
         elif isinstance(one, LeftOut):
-            entry["left_out"][name] = vars(one)
+            least = roofs.expected_seconds(one.work, machine)
+            facts = {"stored_bytes": one.stored_bytes, "least_seconds": least}
+            entry["left_out"][name] = {"reason": one.reason} | facts
         else:
             entry["left_out"][name] = {"reason": f"{type(one).__name__}: {one}"[:300]}
     entry["promises"] = [

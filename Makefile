@@ -1,6 +1,7 @@
 # Every target sets up what it needs in $(VENV) and does its job; a second run finds it there.
 #   make demo    train a network on real data by DFA and compare it with backpropagation
 #   make test    run the tests with coverage
+#   make bench   time the kernels against what they replace; results and figures in bench-<date>/
 #   make paper   run the paper's experiments; ARGS="table2 --quick" and the like
 #   make lint    formatting, lint and types
 #   make gpu-check    on a machine with an NVIDIA GPU: build, tests, sanitizer, benchmarks, profile;
@@ -26,6 +27,9 @@ demo: $(VENV)/demo
 
 test: $(VENV)/test
 	$(bin)/python -m pytest --cov --cov-report=term $(ARGS)
+
+bench: $(VENV)/bench
+	$(bin)/dfa-kernels bench $(ARGS)
 
 paper: $(VENV)/paper
 	$(bin)/python -m benchmarks.paper $(ARGS)
@@ -55,7 +59,7 @@ $(VENV)/torch:
 	@touch $@
 
 # The package itself is installed in place; $(VENV)/<extra> marks that its extra is installed.
-$(VENV)/demo $(VENV)/test $(VENV)/paper $(VENV)/dev: $(VENV)/torch $(sources)
+$(VENV)/demo $(VENV)/test $(VENV)/bench $(VENV)/paper $(VENV)/dev: $(VENV)/torch $(sources)
 	$(bin)/pip install --quiet "setuptools>=77" ninja
 	$(bin)/pip install --quiet --no-build-isolation --editable ".[$(@F)]"
 	@touch $@
@@ -63,4 +67,4 @@ $(VENV)/demo $(VENV)/test $(VENV)/paper $(VENV)/dev: $(VENV)/torch $(sources)
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-.PHONY: demo test paper lint format gpu-check clean
+.PHONY: demo test bench paper lint format gpu-check clean

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -24,9 +26,10 @@ def processor() -> str:
 
 
 def git(*arguments: str) -> str:
-    """What git prints."""
-    command = ["git", *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    """What git prints about the source."""
+    command, root = ["git", *arguments], Path(__file__).parent.parent
+    ran = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
+    return ran.stdout.strip()
 
 
 def commit() -> str:
@@ -39,18 +42,32 @@ def commit() -> str:
     return head + "-dirty" * bool(changed)
 
 
-def write(path: Path, measured: dict) -> None:
-    """`measured` as JSON, with the device, the date, the commit and the versions."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
-    provenance = {
-        "device": device,
+def origin(device_type: str) -> dict:
+    """The device, the date, the commit and the versions, before anything is measured."""
+    versions = {
+        "dfa_kernels": dfa_kernels.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if device_type == "cuda":
+        versions |= {"cuda": torch.version.cuda}
+        if importlib.util.find_spec("triton"):
+            versions |= {"triton": importlib.import_module("triton").__version__}
+    return {
+        "device": torch.cuda.get_device_name() if device_type == "cuda" else processor(),
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
-        "versions": {
-            "dfa_kernels": dfa_kernels.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions,
     }
+
+
+def save(path: Path, results: dict) -> None:
+    """Results with their origin as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(provenance | measured, indent=2) + "\n")
+    path.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def write(path: Path, measured: dict) -> None:
+    """`measured` as JSON, with where it comes from."""
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    save(path, origin(device_type) | measured)

@@ -1,10 +1,14 @@
-"""The command line: `python -m dfa_kernels` or `dfa-kernels`, with the commands info and demo."""
+"""The command line: `python -m dfa_kernels` or `dfa-kernels`, with info, demo and bench."""
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import importlib.util
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,6 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--figure", type=Path, default=Path("demo-digits.png"), help="learning curves"
     )
     demo.set_defaults(run=run_demo)
+
+    bench = commands.add_parser(
+        "bench",
+        help="time the kernels against what they replace and against this machine's limits",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    length = bench.add_mutually_exclusive_group()
+    length.add_argument("--quick", action="store_true", help="the default: minutes")
+    length.add_argument("--full", action="store_true", help="more shapes, more rounds")
+    bench.add_argument("--json", type=Path, help="results; figures are drawn beside this file")
+    bench.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
+    bench.add_argument("--select", metavar="EXPR", help="pytest's -k: VGG-16, promised, M-128")
+    bench.set_defaults(run=run_bench)
 
     options = parser.parse_args(arguments)
     return options.run(options)
@@ -91,3 +108,36 @@ def run_demo(options: argparse.Namespace) -> int:
         options.epochs, options.seed, options.backend, torch.device(options.device), options.figure
     )
     return 0
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    """Run the benchmarks of a source tree; see `benchmarks/`."""
+    folder = _benchmarks()
+    if folder is None:
+        print(
+            "dfa-kernels bench: the benchmarks come with the source: run it in a checkout of "
+            "dfa_kernels, or where the package is installed from one with `pip install -e`"
+        )
+        return 1
+    needed = ("pytest", "pytest_benchmark", "rich")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f"dfa-kernels bench: no module named {', '.join(missing)}; "
+            "it comes with `pip install dfa-kernels[bench]`"
+        )
+        return 1
+    path = options.json or Path(f"bench-{datetime.date.today().isoformat()}") / "bench.json"
+    command = [sys.executable, "-m", "pytest", str(folder), "--report", str(path.resolve())]
+    command += ["--full"] if options.full else []
+    command += ["--device", options.device] if options.device else []
+    command += ["-k", options.select] if options.select else []
+    return subprocess.run(command, cwd=folder.parent).returncode
+
+
+def _benchmarks() -> Path | None:
+    """The benchmarks of the source that is imported, or of the working directory."""
+    for root in (Path(__file__).resolve().parent.parent, Path.cwd()):
+        if (root / "benchmarks" / "conftest.py").exists():
+            return root / "benchmarks"
+    return None

@@ -1,0 +1,32 @@
+"""How fast is the matrix itself made, against as many numbers from torch.randn?
+
+On one thread of a CPU.
+"""
+
+import torch
+from shapes import Case, Promise
+
+KINDS = (  # last, how many times faster a CPU has to be
+    ("normal", torch.float32, 4.0),
+    ("normal", torch.bfloat16, None),
+    ("uniform", torch.float32, None),
+    ("rademacher", torch.bfloat16, 10.0),
+)
+
+
+def cases(device_type: str, full: bool) -> list[Case]:
+    found = []
+    for rows in (1_000, 10_000) if device_type == "cpu" else (100_000,):
+        for distribution, dtype, at_least in KINDS:
+            name = f"matrix {rows:,} x 1,000, {distribution} {str(dtype)[6:]}"
+            options = {"device_type": device_type, "distribution": distribution, "dtype": dtype}
+            if device_type == "cpu":
+                name, options["threads"] = f"{name}, one thread", 1
+                if at_least:
+                    options["promises"] = (Promise("cpp", "torch.randn", at_least),)
+            found.append(Case(name, (rows,), 1, 1000, ("torch.randn",), matrix=True, **options))
+    return found
+
+
+def test_matrix(compete, case, name):
+    compete(case, name)

@@ -1,0 +1,82 @@
+"""How fast, and in how much memory, on the networks that people have?"""
+
+import torch
+from shapes import (
+    ALL,
+    CUDA_NO_SLOWER,
+    DEEP_MLP,
+    GPT2_SMALL,
+    LLAMA,
+    PAPER_MLP,
+    STORED,
+    UNEQUAL_MLP,
+    VGG16,
+    Case,
+    Promise,
+    with_batch,
+)
+
+ON_CUDA = (*STORED, "compiled", "randn blocks")
+
+
+def on_cpu(full: bool) -> list[Case]:
+    transformers = ("naive", "stored", "views", "randn blocks")
+    small = {"promises": (Promise("cpp", "naive", 1.0),)}
+    cases = [
+        Case("3x800 (the paper's), n=10, M=128", *with_batch(PAPER_MLP, 128), ALL, **small),
+        Case("48 layers of 4,096, n=1,000, M=512", *with_batch(DEEP_MLP, 512), ALL),
+        Case("VGG-16 on ImageNet, n=1,000, M=4", *with_batch(VGG16, 4), ALL if full else ALL[:4]),
+    ]
+    for batch in (1024, 4096, 8192) if full else (1024,):
+        name = f"GPT-2 small, 36 points, n=50,257, M={batch:,}"
+        cases.append(Case(name, *with_batch(GPT2_SMALL, batch), transformers))
+    for batch in (128, 1024) if full else (128,):
+        name = f"Llama-like, 64 points, n=32,000, M={batch:,}"
+        cases.append(Case(name, *with_batch(LLAMA, batch), transformers))
+    return cases
+
+
+def on_cuda(full: bool) -> list[Case]:
+    options = {"device_type": "cuda", "precision": "high"}
+    than_naive = [Promise(ours, "naive", 1.5) for ours in ("cuda", "triton")]
+    mlp = with_batch(PAPER_MLP, 128)
+    small = options | {"promises": (*than_naive, *CUDA_NO_SLOWER)}
+    cases = [
+        Case("3x800 (the paper's), n=10, M=128, TF32", *mlp, ON_CUDA, **small),
+        Case(
+            "3x800 (the paper's), n=10, M=128, TF32, graph replay",
+            *mlp,
+            STORED,
+            graph=True,
+            **small,
+        ),
+    ]
+    for name, network, at_least in (
+        ("48 layers of 4,096", DEEP_MLP, 8.0),
+        ("48 layers of 2,049 to 4,096", UNEQUAL_MLP, 4.0),
+    ):
+        promises = (Promise("triton", "naive", at_least), *CUDA_NO_SLOWER)
+        rest = {"promises": promises} | options
+        cases.append(
+            Case(f"{name}, n=1,000, M=512, TF32", *with_batch(network, 512), ON_CUDA, **rest)
+        )
+    options["promises"] = CUDA_NO_SLOWER
+    cases.append(
+        Case("VGG-16 on ImageNet, n=1,000, M=32, TF32", *with_batch(VGG16, 32), ALL[:4], **options)
+    )
+    for batch in (1024, 4096, 8192) if full else (1024, 8192):
+        name = f"GPT-2 small, 36 points, n=50,257, M={batch:,}, TF32"
+        cases.append(Case(name, *with_batch(GPT2_SMALL, batch), ALL[:4], **options))
+    options["dtype"], options["precision"] = torch.bfloat16, "highest"
+    for batch in (1024, 8192) if full else (1024,):
+        name = f"Llama-like, 64 points, n=32,000, M={batch:,}, bf16"
+        cases.append(Case(name, *with_batch(LLAMA, batch), ALL[:4], **options))
+    return cases
+
+
+def cases(device_type: str, full: bool) -> list[Case]:
+    return on_cpu(full) if device_type == "cpu" else on_cuda(full)
+
+
+def test_networks(compete, case, name):
+    compete(case, name)

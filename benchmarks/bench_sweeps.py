@@ -1,0 +1,114 @@
+"""How does the cost grow with the batch, the error, the layer and the number of layers?
+
+The batch sweeps have one layer so large that its matrix is far beyond any cache.
+"""
+
+from shapes import CUDA_NO_SLOWER, Case, Promise, layer_name
+
+LAYER = {"cpu": 100_000, "cuda": 200_000}
+
+
+def settings(device_type: str, series: str) -> dict:
+    """Of all cases of a sweep: on a GPU stored fp32 matrices may be multiplied in TF32."""
+    precision = "high" if device_type == "cuda" else "highest"
+    return {"device_type": device_type, "series": series, "precision": precision}
+
+
+def tf32(device_type: str) -> tuple[str, ...]:
+    """What a name says about that."""
+    return ("TF32",) if device_type == "cuda" else ()
+
+
+def batch(device_type: str, full: bool) -> list[Case]:
+    size, rivals = LAYER[device_type], ("views", "stored", "randn blocks")
+    if device_type == "cpu":
+        counts = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if full else (1, 8, 32, 128, 512)
+        rivals, promises = (*rivals, "scikit-learn"), cpu_promises
+    else:
+        counts = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+        counts, promises = counts if full else (*counts[::2], 128, 2048), cuda_promises
+    options = settings(device_type, "batch")
+    return [
+        Case(
+            layer_name(size, m, 1000, *tf32(device_type)),
+            (size,),
+            m,
+            1000,
+            rivals,
+            promises=promises(m),
+            x=m,
+            **options,
+        )
+        for m in counts
+    ]
+
+
+def cpu_promises(m: int) -> tuple[Promise, ...]:
+    at_least = {512: 1 / 1.10, 128: 1 / 1.25, 8: 1.0}
+    promises = [Promise("cpp", "views", at_least[m])] if m in at_least else []
+    return (*promises, *([Promise("cpp", "randn blocks", 3.0)] if m == 128 else []))
+
+
+def cuda_promises(m: int) -> tuple[Promise, ...]:
+    if m > 128:
+        return CUDA_NO_SLOWER
+    return (
+        Promise("triton", "views", 1.1, 1.4),
+        Promise("triton", "randn blocks", 3.0, 5.0),
+        Promise("cuda", "views", 1.4, 1.8),
+        *CUDA_NO_SLOWER,
+    )
+
+
+def error_size(device_type: str, full: bool) -> list[Case]:
+    size = LAYER[device_type] // 5
+    counts = (10, 30, 100, 300, 1000, 3000, 10_000) if full else (10, 100, 1000, 10_000)
+    rivals, options = ("views", "stored", "fill"), settings(device_type, "n")
+    return [
+        Case(layer_name(size, 32, n, *tf32(device_type)), (size,), 32, n, rivals, x=n, **options)
+        for n in counts
+    ]
+
+
+def layer_size(device_type: str, full: bool) -> list[Case]:
+    largest = 64 * 224**2  # VGG-16's on ImageNet; its stored matrix is measured with the network
+    m, options = 4, settings(device_type, "size")
+    return [
+        Case(
+            layer_name(size, m, 1000, *tf32(device_type)),
+            (size,),
+            m,
+            1000,
+            () if size == largest else ("views",),
+            x=size,
+            **options,
+        )
+        for size in (1_000, 10_000, 300_000, 1_000_000, largest)
+    ]
+
+
+def layers(device_type: str, full: bool) -> list[Case]:
+    options = settings(device_type, "layers")
+    return [
+        Case(
+            ", ".join(
+                (f"{count:,} unequal layers of about 4,096", "n=1,000, M=32", *tf32(device_type))
+            ),
+            tuple(range(4096, 4096 - count, -1)),
+            32,
+            1000,
+            ("naive", "stored", "views"),
+            x=count,
+            **options,
+        )
+        for count in ((1, 4, 12, 48, 192, 1024) if full else (1, 4, 12, 48))
+    ]
+
+
+def cases(device_type: str, full: bool) -> list[Case]:
+    sweeps = (batch, error_size, layer_size, layers)
+    return [case for sweep in sweeps for case in sweep(device_type, full)]
+
+
+def test_sweeps(compete, case, name):
+    compete(case, name)

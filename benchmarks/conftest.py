@@ -1,0 +1,159 @@
+"""Every bench_*.py asks one question: its `cases(device_type, full)` are the shapes, and each
+contender of a shape is a benchmark of pytest-benchmark, in the shape's group.
+
+All contenders of a shape are timed in turn when the first of them comes up (race.py); each
+benchmark then reports its own times, through a clock that goes forward by them. At the end
+everything is held against the machine's limits (roofs.py) and written (report.py, figures.py).
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import contenders
+import provenance
+import pytest
+import race
+import report
+import torch
+from shapes import Case
+
+
+class Clock:
+    """A timer that stands still until it is told how much time has passed."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("dfa_kernels")
+    group.addoption("--full", action="store_true", help="more shapes, more rounds")
+    group.addoption("--device", default=None, help="cpu or cuda; by default cuda where it is")
+    group.addoption("--report", type=Path, help="write results to this JSON file, figures beside")
+
+
+def device_type(config: pytest.Config) -> str:
+    chosen = config.getoption("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.startswith("cuda") and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: there is no GPU that torch can use")
+    return torch.device(chosen).type
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    config = metafunc.config
+    cases = metafunc.module.cases(device_type(config), config.getoption("full"))
+    parameters = [
+        pytest.param(
+            case,
+            name,
+            id=selectable(f"{case.name}-{name}"),
+            marks=[pytest.mark.promised] * bool(case.promises),
+        )
+        for case in cases
+        for name in contenders.names(case)
+    ]
+    metafunc.parametrize(("case", "name"), parameters)
+
+
+def selectable(name: str) -> str:
+    """A name in characters that -k takes: "M=4, n=1,000" is M-4-n-1000."""
+    return re.sub(r"[^\w.+]+", "-", re.sub(r"(?<=\d),(?=\d)", "", name))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(group=item.callspec.params["case"].name, timer=CLOCK))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Session(config), "dfa_kernels session")
+
+
+CLOCK = Clock()
+
+
+class Session:
+    """What one run has measured, its progress, and its report."""
+
+    def __init__(self, config: pytest.Config):
+        self.config = config
+        self.console = report.console()
+        self.race = race.Race(race.FULL if config.getoption("full") else race.QUICK)
+        self.names: dict[str, list[str]] = {}  # of the selected contenders, by case
+        self.cases: dict[str, Case] = {}
+        self.outcomes: dict[str, dict[str, race.Result | Exception]] = {}
+        self.benchmarks: list[tuple[race.Result, dict]] = []
+        self.origin: dict = {}
+        self.began = time.perf_counter()
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items:
+            case, name = item.callspec.params["case"], item.callspec.params["name"]
+            self.names.setdefault(case.name, []).append(name)
+        # Now, so that a file edited during the run is not taken for what was measured.
+        self.origin = provenance.origin(device_type(self.config))
+
+    def outcome(self, case: Case, name: str) -> race.Result | Exception:
+        """Of one contender, after a race of all of them if there has been none."""
+        if case.name not in self.outcomes:
+            elapsed = time.perf_counter() - self.began
+            place = f"{len(self.outcomes) + 1}/{len(self.names)}"
+            self.console.print(f"\n[dim]{elapsed:5.0f} s[/]  {place}  [bold]{case.name}[/]")
+            outcome = self.race.run(case, self.names[case.name])
+            self.outcomes[case.name], self.cases[case.name] = outcome, case
+            results = report.case_results(case, outcome, self.race.machine[case.threads])
+            self.console.print(report.progress(results))
+        return self.outcomes[case.name][name]
+
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
+        """Rows of the tables stand for the dots."""
+        if report.failed:
+            return None
+        return ("left out" if report.skipped else "passed" * (report.when == "call"), "", "")
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_sessionfinish(self):
+        for result, extra_info in self.benchmarks:
+            machine = self.race.machine[result.case.threads]
+            extra_info.update(report.row(result, machine))
+        yield
+        if not self.outcomes:
+            return
+        full = self.config.getoption("full")
+        measured = report.measured(self.outcomes, self.cases, self.race.machine)
+        measured = self.origin | measured
+        measured |= {"full": full, "seconds": time.perf_counter() - self.began}
+        report.show(self.console, measured)
+        path = self.config.getoption("report")
+        if path is not None:
+            provenance.save(path, measured)
+            self.console.print(f"written: {path}")
+            for drawn in report.figures(measured, path.parent):
+                self.console.print(f"drawn: {drawn}")
+
+
+@pytest.fixture
+def compete(request: pytest.FixtureRequest, benchmark):
+    """Runs a contender of a case: its times go to pytest-benchmark, or it is skipped or fails."""
+    session = request.config.pluginmanager.getplugin("dfa_kernels session")
+
+    def run(case: Case, name: str) -> None:
+        outcome = session.outcome(case, name)
+        if isinstance(outcome, race.LeftOut):
+            pytest.skip(outcome.reason)
+        if isinstance(outcome, Exception):
+            raise outcome
+        times = iter(outcome.times)
+
+        def pass_time() -> None:
+            CLOCK.now += next(times)
+
+        session.benchmarks.append((outcome, benchmark.extra_info))
+        benchmark.pedantic(pass_time, rounds=len(outcome.times))
+
+    return run

@@ -1,0 +1,397 @@
+"""The ways to get all layers' signals that are held against each other.
+
+Those that store a matrix store U itself, so that all of them can be checked against the same rows;
+"randn blocks" is checked against its own. Filling what is kept between calls is not timed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property, partial
+
+import gate
+import torch
+from roofs import NAMES, PRECISIONS, Work, sources
+from shapes import Case
+from torch import Tensor
+
+from dfa_kernels import feedback_matrix, project
+
+# Passes over bf16 operands that a fused GPU kernel makes of an fp32 error.
+PASSES = {"highest": 3, "high": 2, "medium": 1}
+
+
+class Storage:
+    """The matrix U of a case, made once for all contenders that store it."""
+
+    def __init__(self, case: Case, backend: str):
+        self.case, self.backend = case, backend
+
+    def block(self, rows: int) -> Tensor:
+        """U[:rows], in memory of its own."""
+        case = self.case
+        options = {"distribution": case.distribution, "dtype": case.dtype}
+        options |= {"device": case.device_type, "backend": self.backend}
+        return feedback_matrix(rows, case.n, **options)
+
+    @cached_property
+    def shared(self) -> Tensor:
+        """U[:l_max]."""
+        return self.block(max(self.case.sizes))
+
+    @property
+    def is_made(self) -> bool:
+        """Whether `shared` has been asked for."""
+        return "shared" in vars(self)
+
+
+class Contender:
+    """One way: `prepare` once, then call for a signal [M, l_i] of each layer."""
+
+    name: str
+    slices_are_scaled = True  # else all have the scale of the largest layer
+
+    def __init__(self, case: Case):
+        self.case = case
+        self.union = max(case.sizes)  # rows of the shared matrix
+        self.stored_bytes = 0  # matrices
+        self.kept_bytes = 0  # whatever else is kept between calls
+        self.prepared: Callable[[], list[Tensor]]
+
+    def __call__(self) -> list[Tensor]:
+        return self.prepared()
+
+    def prepare(self, error: Tensor, storage: Storage) -> None:
+        raise NotImplementedError
+
+    def work(self) -> Work:
+        raise NotImplementedError
+
+    def check(self, error: Tensor, signals: list[Tensor]) -> None:
+        """Raise gate.Wrong if the signals are not those of its matrix."""
+        case = self.case
+        relative = gate.tolerance(case.dtype, case.precision, case.n)
+        gate.check_signals(signals, error, case.sizes, self.scales(), self.row, relative)
+
+    def scales(self) -> list[float]:
+        sizes = self.case.sizes if self.slices_are_scaled else [self.union] * len(self.case.sizes)
+        return [1 / math.sqrt(size * self.case.n) for size in sizes]
+
+    def row(self, index: int) -> Tensor:
+        """A row of the matrix that it multiplies with, [n] float64 on the CPU."""
+        return gate.exact_row(index, self.case.n, self.case.distribution)
+
+    def arithmetic(self) -> str:
+        if self.case.dtype == torch.float32 and self.case.device_type == "cuda":
+            return PRECISIONS[self.case.precision]
+        return NAMES[self.case.dtype]
+
+
+class Seeded(Contender):
+    """Ours: nothing stored."""
+
+    def __init__(self, case: Case, backend: str):
+        super().__init__(case)
+        self.name = self.backend = backend
+
+    def prepare(self, error: Tensor, storage: Storage) -> None:
+        sizes, options = list(self.case.sizes), {"distribution": self.case.distribution}
+        self.prepared = lambda: project(error, sizes, backend=self.backend, **options)
+
+    def work(self) -> Work:
+        case = self.case
+        fused = self.backend in ("cuda", "triton") and case.dtype == torch.float32
+        passes = PASSES[case.precision] if fused else 1
+        return Work(
+            written=case.written_bytes,
+            multiplications=passes * case.batch * self.union * case.n,
+            arithmetic="bf16" if fused else self.arithmetic(),
+            entries=self.union * case.n,
+            source=self.backend,
+            distribution=case.distribution,
+        )
+
+
+class Naive(Contender):
+    """A matrix for each layer; a product and a scaling for each."""
+
+    name = "naive"
+
+    def __init__(self, case: Case):
+        super().__init__(case)
+        self.stored_bytes = sum(case.sizes) * case.n * case.dtype.itemsize
+
+    def prepare(self, error: Tensor, storage: Storage) -> None:
+        matrices = [storage.block(size) for size in self.case.sizes]
+        pairs = list(zip(matrices, self.scales(), strict=True))
+        self.prepared = lambda: [(error @ u.T).mul_(scale) for u, scale in pairs]
+
+    def work(self) -> Work:
+        case = self.case
+        return Work(
+            calls=2 * len(case.sizes),
+            written=case.all_signals_bytes,
+            read=self.stored_bytes,
+            multiplications=case.batch * sum(case.sizes) * case.n,
+            arithmetic=self.arithmetic(),
+        )
+
+
+class Stored(Contender):
+    """One matrix for all layers: one product, and a scaled copy of a slice for each layer."""
+
+    name = "stored"
+
+    def __init__(self, case: Case):
+        super().__init__(case)
+        self.stored_bytes = self.union * case.n * case.dtype.itemsize
+
+    def product(self) -> Callable[[Tensor, Tensor], list[Tensor]]:
+        pairs = list(zip(self.case.sizes, self.scales(), strict=True))
+
+        def signals(error: Tensor, transposed: Tensor) -> list[Tensor]:
+            product = error @ transposed
+            return [product[:, :size] * scale for size, scale in pairs]
+
+        return signals
+
+    def prepare(self, error: Tensor, storage: Storage) -> None:
+        self.prepared = partial(self.product(), error, storage.shared.T)
+
+    def work(self) -> Work:
+        case = self.case
+        return Work(
+            calls=1 + len(case.sizes),
+            written=case.all_signals_bytes,
+            read=self.stored_bytes,
+            multiplications=case.batch * self.union * case.n,
+            arithmetic=self.arithmetic(),
+        )
+
+
+class Views(Stored):
+    """One matrix, scaled beforehand for the largest layer: a product into memory kept; views."""
+
+    name = "views"
+    slices_are_scaled = False
+
+    def prepare(self, error: Tensor, storage: Storage) -> None:
+        case = self.case
+        error, transposed = error * self.scales()[0], storage.shared.T
+        out = error.new_zeros(case.batch, self.union)
+        self.kept_bytes = out.nbytes
+
+        def signals() -> list[Tensor]:
+            torch.mm(error, transposed, out=out)
+            return [out[:, :size] for size in case.sizes]
+
+        self.prepared = signals
+
+    def work(self) -> Work:
+        case = self.case
+        return Work(
+            written=case.batch * self.union * case.dtype.itemsize,
+            read=self.stored_bytes,
+            multiplications=case.batch * self.union * case.n,
+            arithmetic=self.arithmetic(),
+        )
+
+
+class Compiled(Stored):
+    """`stored` under torch.compile."""
+
+    name = "compiled"
+
+    def prepare(self, error: Tensor, storage: Storage) -> None:
+        torch.compiler.reset()
+        compiled = torch.compile(self.product(), fullgraph=True, dynamic=False)
+        self.prepared = partial(compiled, error, storage.shared.T)
+
+    def work(self) -> Work:
+        return Work(**(vars(super().work()) | {"calls": 1}))
+
+
+class RandnBlocks(Contender):
+    """Blocks of rows by torch.randn from a generator that is seeded again for each, multiplied."""
+
+    name = "randn blocks"
+
+    def __init__(self, case: Case):
+        super().__init__(case)
+        entries = 2**22 if case.device_type == "cpu" else 2**27
+        self.rows = max(min(entries // case.n, self.union), 1)
+        self.generator = torch.Generator(case.device_type)
+
+    def block(self, index: int) -> Tensor:
+        case = self.case
+        self.generator.manual_seed(index)
+        rows = min(self.rows, self.union - index * self.rows)
+        options = {"dtype": case.dtype, "device": case.device_type, "generator": self.generator}
+        return torch.randn(rows, case.n, **options)
+
+    def row(self, index: int) -> Tensor:
+        return self.block(index // self.rows)[index % self.rows].double().cpu()
+
+    def prepare(self, error: Tensor, storage: Storage) -> None:
+        pairs = list(zip(self.case.sizes, self.scales(), strict=True))
+
+        def signals() -> list[Tensor]:
+            out = [error.new_empty(len(error), size) for size in self.case.sizes]
+            for index, first in enumerate(range(0, self.union, self.rows)):
+                product = error @ self.block(index).T
+                for signal, (size, scale) in zip(out, pairs, strict=True):
+                    if first < size:
+                        rows = min(product.shape[1], size - first)
+                        torch.mul(product[:, :rows], scale, out=signal[:, first : first + rows])
+            return out
+
+        self.prepared = signals
+
+    def work(self) -> Work:
+        case = self.case
+        return Work(
+            calls=-(-self.union // self.rows),
+            written=case.all_signals_bytes,
+            multiplications=case.batch * self.union * case.n,
+            arithmetic=self.arithmetic(),
+            entries=self.union * case.n,
+            source="torch.randn",
+        )
+
+
+class ScikitLearn(Views):
+    """GaussianRandomProjection.transform with U, scaled, as its components; views of the result."""
+
+    name = "scikit-learn"
+
+    def prepare(self, error: Tensor, storage: Storage) -> None:
+        from sklearn.random_projection import GaussianRandomProjection
+
+        batch = (error * self.scales()[0]).numpy()
+        model = GaussianRandomProjection(n_components=1).fit(batch)
+        model.components_ = storage.shared.numpy()
+
+        def signals() -> list[Tensor]:
+            out = torch.from_numpy(model.transform(batch))
+            return [out[:, :size] for size in self.case.sizes]
+
+        self.prepared = signals
+
+
+class Replayed(Contender):
+    """Another contender, replayed from a CUDA graph."""
+
+    def __init__(self, inner: Contender):
+        super().__init__(inner.case)
+        self.inner, self.name = inner, inner.name
+        self.stored_bytes, self.slices_are_scaled = inner.stored_bytes, inner.slices_are_scaled
+
+    def prepare(self, error: Tensor, storage: Storage) -> None:
+        self.inner.prepare(error, storage)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.inner()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            signals = self.inner()
+
+        def replay() -> list[Tensor]:
+            graph.replay()
+            return signals
+
+        self.prepared = replay
+
+    def work(self) -> Work:
+        return Work(**(vars(self.inner.work()) | {"calls": 1, "launch": "replay"}))
+
+
+class Fill(Contender):
+    """Writes the bytes of the signals and nothing else: what an output-bound case is held to."""
+
+    name = "fill"
+
+    def prepare(self, error: Tensor, storage: Storage) -> None:
+        sizes = sorted(set(self.case.sizes))
+        self.prepared = lambda: [error.new_full((len(error), size), 1) for size in sizes]
+
+    def check(self, error: Tensor, signals: list[Tensor]) -> None:
+        if not all((signal == 1).all() for signal in signals):
+            raise gate.Wrong("not filled")
+
+    def work(self) -> Work:
+        return Work(calls=len(set(self.case.sizes)), written=self.case.written_bytes)
+
+
+class SeededMatrix(Contender):
+    """The matrix itself, from a backend of ours."""
+
+    def __init__(self, case: Case, backend: str):
+        super().__init__(case)
+        self.name = backend
+
+    def prepare(self, error: Tensor, storage: Storage) -> None:
+        case, rows = self.case, self.case.sizes[0]
+        options = {"distribution": case.distribution, "dtype": case.dtype, "backend": self.name}
+        device = case.device_type
+        self.prepared = lambda: [feedback_matrix(rows, case.n, device=device, **options)]
+
+    def check(self, error: Tensor, signals: list[Tensor]) -> None:
+        case = self.case
+        options = {"distribution": case.distribution, "dtype": case.dtype, "backend": "torch"}
+
+        def definition(index: int) -> Tensor:
+            return feedback_matrix(1, case.n, row_offset=index, device="cpu", **options)[0]
+
+        gate.check_entries(signals[0], definition)
+
+    def work(self) -> Work:
+        entries = self.case.sizes[0] * self.case.n
+        options = {"source": self.name, "distribution": self.case.distribution}
+        return Work(written=self.case.written_bytes, entries=entries, **options)
+
+
+class RandnMatrix(Contender):
+    """As many normal fp32 numbers from torch.randn."""
+
+    name = "torch.randn"
+
+    def prepare(self, error: Tensor, storage: Storage) -> None:
+        rows, n, device = self.case.sizes[0], self.case.n, self.case.device_type
+        self.prepared = lambda: [torch.randn(rows, n, device=device)]
+
+    def check(self, error: Tensor, signals: list[Tensor]) -> None:
+        gate.check_normal(signals[0])
+
+    def work(self) -> Work:
+        entries = self.case.sizes[0] * self.case.n
+        return Work(written=4 * entries, entries=entries, source="torch.randn")
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (Naive, Stored, Views, Compiled, RandnBlocks, ScikitLearn, Fill, RandnMatrix)
+}
+
+
+def names(case: Case) -> list[str]:
+    """Who takes part: the available backends, then the rivals.
+
+    The definition is left out of series, which are about the fast path, and of graphs.
+    """
+    ours = sources(case.device_type)
+    if case.graph or (case.series and len(ours) > 1):
+        ours.remove("torch")
+    return [*ours, *case.rivals]
+
+
+def contender(name: str, case: Case) -> Contender:
+    """One of a case's contenders by name."""
+    if name in KINDS:
+        entrant = KINDS[name](case)
+    else:
+        entrant = SeededMatrix(case, name) if case.matrix else Seeded(case, name)
+    return Replayed(entrant) if case.graph else entrant

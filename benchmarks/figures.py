@@ -1,0 +1,151 @@
+"""Figures of a run: cost as the shape grows, memory against depth, and a roofline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from roofs import BEYOND_CACHES, bandwidth
+
+from dfa_kernels.ops import BACKENDS
+
+AXES = {"batch": "batch M", "n": "length of the error n", "size": "layer size", "layers": "layers"}
+
+
+def series(results: dict) -> dict[str, list[dict]]:
+    """The cases of every series, by x."""
+    found: dict[str, list[dict]] = {}
+    for case in results["cases"]:
+        if case["series"]:
+            found.setdefault(case["series"], []).append(case)
+    return {name: sorted(cases, key=lambda case: case["x"]) for name, cases in found.items()}
+
+
+def draw(results: dict, folder: Path) -> list[Path]:
+    """Draw what the results have, into a folder; returns the files."""
+    found = series(results)
+    where = f"{results['device']}, {results['date']}" if "device" in results else ""
+    drawings = []
+    if found:
+        drawings.append(("time.png", time(found)))
+    if "layers" in found:
+        drawings.append(("memory.png", memory(found["layers"])))
+    batches = {name: cases for name, cases in found.items() if name.startswith("batch")}
+    if batches:
+        drawings.append(("roofline.png", roofline(batches, results)))
+    paths = []
+    for name, figure in drawings:
+        figure.suptitle(where, fontsize=8)
+        figure.savefig(folder / name, dpi=150)
+        plt.close(figure)
+        paths.append(folder / name)
+    return paths
+
+
+def _style(name: str, names: list[str]) -> dict:
+    """A contender looks the same in every panel; ours are thick."""
+    ours = name in BACKENDS
+    return {"color": f"C{names.index(name) % 10}", "linewidth": 2.5 if ours else 1.2}
+
+
+def _names(cases: list[dict]) -> list[str]:
+    return list(dict.fromkeys(name for case in cases for name in case["contenders"]))
+
+
+def time(found: dict[str, list[dict]]):
+    """Time as one thing about the shape grows; dashed, the limit of each contender's own work."""
+    rows = -(-len(found) // 2)
+    figure, panels = plt.subplots(
+        rows, min(len(found), 2), figsize=(11, 4.2 * rows), squeeze=False, layout="constrained"
+    )
+    names = _names([case for cases in found.values() for case in cases])
+    for panel, (title, cases) in zip(panels.flat, found.items(), strict=False):
+        for name in _names(cases):
+            timed = [case for case in cases if name in case["contenders"]]
+            x = [case["x"] for case in timed]
+            style = _style(name, names)
+            of = [case["contenders"][name] for case in timed]
+            panel.plot(x, [1e3 * row["seconds"] for row in of], "o-", label=name, ms=3, **style)
+            if name in BACKENDS or name == "views":
+                bounds = [1e3 * row["bound_seconds"] for row in of]
+                panel.plot(x, bounds, "--", color=style["color"], linewidth=1)
+        panel.set(xscale="log", yscale="log", xlabel=AXES[title.split(",")[0]], ylabel="ms")
+        panel.set_title(f"{title} ({_fixed(title, cases)}; dashed: the limit)", fontsize=9)
+        panel.legend(fontsize=7)
+        panel.grid(alpha=0.3)
+    for panel in panels.flat[len(found) :]:
+        panel.remove()
+    return figure
+
+
+def _fixed(title: str, cases: list[dict]) -> str:
+    """What stays as it is along a series."""
+    facts = {"batch": "M", "n": "n", "largest": "l"}
+    same = {key: {case[key] for case in cases} for key in facts}
+    known = [f"{facts[key]}={value.pop():,}" for key, value in same.items() if len(value) == 1]
+    return ", ".join(known)
+
+
+def memory(cases: list[dict]):
+    """Memory of matrices, signals and workspace against depth; hollow, what would not fit."""
+    figure, panel = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    names = [name for name in _names(cases) if name in (*BACKENDS, "naive", "stored", "views")]
+    for name in names:
+        style = _style(name, names)
+        for timed, options in ((True, {"label": name}), (False, {"mfc": "none", "ls": ":"})):
+            points = []
+            for case in cases:
+                row = case["contenders"].get(name)
+                if timed and row and row["peak_bytes"] is not None:
+                    points.append((case["x"], row["stored_bytes"] + row["peak_bytes"]))
+                left_out = case["left_out"].get(name, {})
+                if not timed and "stored_bytes" in left_out:
+                    points.append((case["x"], left_out["stored_bytes"] + case["signal_bytes"]))
+            if points:
+                x, y = zip(*points, strict=True)
+                panel.plot(x, [value / 1e9 for value in y], marker="o", **options, **style)
+    panel.set(xscale="log", yscale="log", xlabel="layers", ylabel="GB")
+    title = f"memory against depth ({_fixed('layers', cases)}; hollow: not run, by its matrices)"
+    panel.set_title(title, fontsize=9)
+    panel.legend(fontsize=7)
+    panel.grid(alpha=0.3)
+    return figure
+
+
+def roofline(found: dict[str, list[dict]], results: dict):
+    """Arithmetic reached against intensity; hollow, what each contender's limit would allow."""
+    figure, panel = plt.subplots(figsize=(6.5, 4.6), layout="constrained")
+    machine = results["roofs"]["0"]
+    memory = {int(size): rate for size, rate in machine["memory"].items()}
+    stream = bandwidth(memory, BEYOND_CACHES)
+    every = [case for cases in found.values() for case in cases]
+    names, x = _names(every), []
+    for name in names:
+        points = []
+        for case in every:
+            row = case["contenders"].get(name)
+            moved = row and row["work"]["written"] + row["work"]["read"]
+            if row and row["work"]["multiplications"]:
+                flops = 2 * case["batch"] * case["largest"] * case["n"]
+                points.append((flops / moved, flops / row["seconds"], flops / row["bound_seconds"]))
+        if points:
+            intensity, done, allowed = zip(*points, strict=True)
+            color = _style(name, names)["color"]
+            panel.plot(intensity, done, "o", ms=5, color=color, label=name)
+            panel.plot(intensity, allowed, "o", ms=5, mfc="none", color=color)
+            x += intensity
+    ends = [min(x) / 2, max(x) * 2]
+    for kind, rate in machine["multiply"].items():
+        panel.axhline(2 * rate, color="gray", linewidth=0.8)
+        panel.text(ends[0], 2 * rate, f"products in {kind}", fontsize=7, va="bottom")
+    ridge = 2 * max(machine["multiply"].values()) / stream
+    panel.plot([ends[0], ridge], [stream * ends[0], stream * ridge], color="gray", linewidth=0.8)
+    panel.text(ends[0], stream * ends[0], "memory", fontsize=7, va="top")
+    panel.set(xscale="log", yscale="log", xlabel="FLOP a byte moved", ylabel="FLOP/s")
+    panel.set_title("roofline of the batch sweep (hollow: the limit)", fontsize=9)
+    panel.legend(fontsize=7)
+    panel.grid(alpha=0.3)
+    return figure

@@ -1,0 +1,223 @@
+"""What this machine can do at best, and the least time that a piece of work can take on it.
+
+    t >= max(calls x latency, bytes / bandwidth, multiplications / rate, entries / generation rate)
+
+The parts share a core's ports or an SM's, so a bound is reached only where one part is far above
+the others. Bandwidths are measured for several sizes, because small pieces stay in a cache. A rate
+is the best of what was tried, library or ours, and `raise_to` lifts it to the best that anything
+in a run has reached.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from measure import seconds
+
+from dfa_kernels import backends, project, stream
+
+# What the matrix units work in, for a stored fp32 matrix under float32_matmul_precision.
+PRECISIONS = {"highest": "fp32", "high": "tf32", "medium": "tf32"}
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+BEYOND_CACHES = 2**28  # bytes; larger pieces move at the same rate
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that one call must do.
+
+    `multiplications` are multiply-adds, counted once for each pass over the operands; `source` is
+    what makes the entries (a backend, or "torch.randn"); `launch` is "call" or "replay".
+    """
+
+    calls: int = 1
+    written: int = 0
+    read: int = 0
+    multiplications: int = 0
+    arithmetic: str = "fp32"
+    entries: int = 0
+    source: str | None = None
+    distribution: str = "normal"
+    launch: str = "call"
+
+
+@dataclass
+class Roofs:
+    """Seconds a call; bytes, multiply-adds and entries a second.
+
+    write and memory: by the size of what is moved, in bytes. generation: by source, then by
+    distribution.
+    """
+
+    device_type: str
+    threads: int
+    latency: dict[str, float] = field(default_factory=dict)
+    write: dict[int, float] = field(default_factory=dict)
+    memory: dict[int, float] = field(default_factory=dict)
+    multiply: dict[str, float] = field(default_factory=dict)
+    generation: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def best_generation(self, work: Work) -> float:
+        """Entries a second: torch.randn's for torch.randn, else the best backend's."""
+        if work.source == "torch.randn":
+            return self.generation[work.source][work.distribution]
+        return max(
+            rates.get(work.distribution, 0.0)
+            for source, rates in self.generation.items()
+            if source != "torch.randn"
+        )
+
+
+def bandwidth(rates: dict[int, float], size: int) -> float:
+    """The best rate at which as much as `size` bytes has been moved."""
+    return max(rate for moved, rate in rates.items() if moved >= min(size, BEYOND_CACHES))
+
+
+def limits(work: Work, roofs: Roofs) -> dict[str, float]:
+    """Seconds that each part of the work takes at the machine's best rate, by that roof's name."""
+    moved = work.written + work.read
+    parts = {
+        "latency": work.calls * roofs.latency[work.launch],
+        "write bandwidth": work.written / bandwidth(roofs.write, work.written),
+        "memory bandwidth": moved / bandwidth(roofs.memory, moved),
+        "multiplication": work.multiplications / roofs.multiply[work.arithmetic],
+    }
+    if work.entries:
+        parts["generation"] = work.entries / roofs.best_generation(work)
+    return parts
+
+
+def bound(work: Work, roofs: Roofs) -> tuple[float, str]:
+    """The least seconds that the work can take, and the roof that says so."""
+    parts = limits(work, roofs)
+    name = max(parts, key=parts.__getitem__)
+    return parts[name], name
+
+
+def expected_seconds(work: Work, roofs: Roofs) -> float:
+    """As `bound`, with entries at the rate of the very source that makes them."""
+    own = roofs.generation.get(work.source or "", {}).get(work.distribution)
+    return max(bound(work, roofs)[0], work.entries / own if own else 0.0)
+
+
+def raise_to(roofs: Roofs, work: Work, reached: float) -> None:
+    """Lift the roofs to what a call that took `reached` seconds has done."""
+
+    def lift(rates: dict, key: object, amount: float) -> None:
+        rates[key] = max(rates.get(key, 0.0), amount / reached)
+
+    for rates, moved in ((roofs.write, work.written), (roofs.memory, work.written + work.read)):
+        if moved:
+            lift(rates, min(moved, BEYOND_CACHES), moved)
+    lift(roofs.multiply, work.arithmetic, work.multiplications)
+    if work.entries:
+        lift(roofs.generation.setdefault(work.source, {}), work.distribution, work.entries)
+    roofs.latency[work.launch] = min(roofs.latency[work.launch], reached / work.calls)
+
+
+# --- measuring them ---
+
+
+def measure(device_type: str, rounds: int = 5, patience: float = 0.5) -> Roofs:
+    """The roofs of a device, on the CPU with the threads that torch uses now.
+
+    Each takes that many rounds, or the first that come to `patience` seconds.
+    """
+    roofs = Roofs(device_type, torch.get_num_threads())
+
+    def best(call: Callable[[], object], repeats: int = 1) -> float:
+        call()
+        times: list[float] = []
+        while len(times) < rounds and sum(times) * repeats < patience:
+            times.append(seconds(call, device_type, repeats))
+        return min(times)
+
+    _measure_latency(roofs, best)
+    _measure_bandwidth(roofs, best)
+    _measure_multiplication(roofs, best)
+    _measure_generation(roofs, best)
+    return roofs
+
+
+def _measure_latency(roofs: Roofs, best: Callable) -> None:
+    one = torch.empty(1, device=roofs.device_type)
+    roofs.latency["call"] = best(lambda: one.fill_(1), 1000)
+    if roofs.device_type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            one.fill_(1)
+        roofs.latency["replay"] = best(graph.replay, 1000)
+
+
+def _measure_bandwidth(roofs: Roofs, best: Callable) -> None:
+    largest = 28 if roofs.device_type == "cpu" else 31
+    for exponent in range(16, largest + 1, 3):
+        size, repeats = 2**exponent, 2 ** max(0, 24 - exponent)
+        source = torch.ones(size // 4, device=roofs.device_type)
+        target = torch.empty_like(source)
+        roofs.write[size] = size / best(lambda out=target: out.fill_(1), repeats)
+        moves = {
+            size: best(source.sum, repeats),  # reading alone
+            2 * size: best(partial(target.copy_, source), repeats),
+        }
+        for moved, time in moves.items():
+            roofs.memory[moved] = max(roofs.memory.get(moved, 0.0), moved / time)
+        roofs.memory[size] = max(roofs.memory[size], roofs.write[size])
+
+
+def _measure_multiplication(roofs: Roofs, best: Callable) -> None:
+    side = 2048 if roofs.device_type == "cpu" else 8192
+    square = torch.randn(side, side, device=roofs.device_type)
+    settings = [("fp32", torch.float32, "highest"), ("bf16", torch.bfloat16, "highest")]
+    if roofs.device_type == "cuda":
+        settings += [("tf32", torch.float32, "high"), ("fp16", torch.float16, "highest")]
+    before = torch.get_float32_matmul_precision()
+    for name, dtype, precision in settings:
+        torch.set_float32_matmul_precision(precision)
+        operand = square.to(dtype)
+        out = torch.empty_like(operand)
+        roofs.multiply[name] = side**3 / best(partial(torch.mm, operand, operand, out=out))
+    torch.set_float32_matmul_precision(before)
+    # A product of our own may be faster than the library's.
+    if "cpp" in sources(roofs.device_type):
+        error, size = torch.randn(512, 1000), 20_000
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            time = best(partial(project, error.to(dtype), [size], backend="cpp"))
+            roofs.multiply[name] = max(roofs.multiply[name], error.numel() * size / time)
+
+
+def _measure_generation(roofs: Roofs, best: Callable) -> None:
+    """Entries are made, and used once, by the projection of a single error row."""
+    error = torch.randn(1, 1000, device=roofs.device_type)
+    rows = 100_000 if roofs.device_type == "cpu" else 1_000_000
+    for source in sources(roofs.device_type):
+        size = rows // 200 if source == "torch" else rows
+
+        def rate(distribution: str, source: str = source, size: int = size) -> float:
+            options = {"distribution": distribution, "backend": source}
+            dtypes = (torch.float32, torch.bfloat16)
+            calls = (partial(project, error.to(dtype), [size], **options) for dtype in dtypes)
+            return size * error.shape[1] / min(map(best, calls))
+
+        try:
+            roofs.generation[source] = {name: rate(name) for name in stream.BLOCK}
+        except Exception:  # a backend that fails does so in its benchmarks; others go on
+            traceback.print_exc()
+    out = torch.empty(rows // 10, 1000, device=roofs.device_type)
+    roofs.generation["torch.randn"] = {"normal": out.numel() / best(out.normal_)}
+
+
+def sources(device_type: str) -> list[str]:
+    """The backends that are available on a device type; on the CPU not Triton's interpreter."""
+    return [
+        status.name
+        for status in backends()
+        if status.device == device_type
+        and status.available
+        and not (status.name == "triton" and device_type == "cpu")
+    ]

@@ -1,0 +1,98 @@
+"""What is measured: a shape, who takes part, and what has been promised about the outcome."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Promise:
+    """`ours` takes at most 1/at_least of the time of `rival`; `aim` is what is hoped for.
+
+    With the rival "entries/s", `at_least` is how many entries `ours` makes and uses a second.
+    """
+
+    ours: str
+    rival: str
+    at_least: float
+    aim: float | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """All layers' signals of one error [batch, n]: a group of the report.
+
+    The available backends take part, and `rivals`, by their names in contenders.py. `precision`
+    is torch's float32_matmul_precision, for all of them. `graph`: all are replayed from a CUDA
+    graph. `threads`: 0 for torch's own choice. `series` and `x` place the case in a figure.
+    """
+
+    name: str
+    sizes: tuple[int, ...]
+    batch: int
+    n: int
+    rivals: tuple[str, ...]
+    device_type: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    precision: str = "highest"
+    distribution: str = "normal"
+    graph: bool = False
+    threads: int = 0
+    matrix: bool = False  # the matrix itself, [sizes[0], n], and no projection
+    promises: tuple[Promise, ...] = ()
+    series: str | None = None
+    x: int = 0
+
+    @property
+    def written_bytes(self) -> int:
+        """Of all layers' signals, where equal layers are one."""
+        if self.matrix:
+            return self.sizes[0] * self.n * self.dtype.itemsize
+        return self.batch * sum(set(self.sizes)) * self.dtype.itemsize
+
+    @property
+    def all_signals_bytes(self) -> int:
+        """Of a signal for each layer."""
+        return self.batch * sum(self.sizes) * self.dtype.itemsize
+
+
+STORED = ("naive", "stored", "views")
+ALL = (*STORED, "randn blocks", "scikit-learn")
+
+# Hidden layers, and the length of the error.
+PAPER_MLP = ((800,) * 3, 10)
+DEEP_MLP = ((4096,) * 48, 1000)
+UNEQUAL_MLP = (tuple(round(2049 + i * 2047 / 47) for i in range(48)), 1000)  # 2,049 to 4,096
+# VGG-16 on ImageNet: 13 convolutions' outputs at 224 x 224, flattened, and the classifier's.
+VGG16 = (
+    (64 * 224**2,) * 2
+    + (128 * 112**2,) * 2
+    + (256 * 56**2,) * 3
+    + (512 * 28**2,) * 3
+    + (512 * 14**2,) * 3
+    + (4096, 4096),
+    1000,
+)
+# Three points a block: attention's output, the wide layer, the block's output.
+GPT2_SMALL = ((768, 3072, 768) * 12, 50_257)
+# Two points a block: attention's output and the wide layer.
+LLAMA = ((4096, 11_008) * 32, 32_000)
+
+
+def layer_name(size: int, batch: int, n: int, *details: str) -> str:
+    """One layer as the reports name it."""
+    return ", ".join((f"M={batch:,}, n={n:,}, one layer of {size:,}", *details))
+
+
+# What "cuda" promises against "triton" on every shape.
+CUDA_NO_SLOWER = (Promise("cuda", "triton", 1 / 1.05),)
+
+
+def with_batch(
+    network: tuple[tuple[int, ...], int], batch: int
+) -> tuple[tuple[int, ...], int, int]:
+    """A network's layers and error with a batch between them, as `Case` takes them."""
+    sizes, n = network
+    return sizes, batch, n

@@ -1,0 +1,456 @@
+"""The benchmarks' own logic: limits, the check before the times, reports, and a run of a few."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import bench_matrix
+import bench_networks
+import bench_precisions
+import bench_sweeps
+import contenders
+import figures
+import gate
+import pytest
+import race
+import readme_tables
+import report
+import roofs
+import torch
+from conftest import needs
+from roofs import Roofs, Work
+from shapes import ALL, Case, Promise
+
+from dfa_kernels import cli, feedback_matrix, project
+
+ONCE = race.Limits(budget=0.0, patience=60.0, few=2, most=2, slowest=60.0)
+SMALL = Case("small", (70, 40, 70), 5, 30, (*ALL, "fill"), promises=(Promise("cpp", "naive", 2.0),))
+
+
+def machine():
+    """Roofs of no machine, for arithmetic by hand."""
+    return Roofs(
+        "cpu",
+        2,
+        latency={"call": 1e-6, "replay": 1e-7},
+        write={1000: 4e9, 10**6: 8e9, 10**9: 1e9},
+        memory={1000: 9e9, 10**6: 9e9, 10**9: 2e9},
+        multiply={"fp32": 1e11, "bf16": 2e11},
+        generation={
+            "torch": dict.fromkeys(("normal", "uniform", "rademacher"), 1e8),
+            "cpp": dict.fromkeys(("normal", "uniform", "rademacher"), 1e9),
+            "torch.randn": {"normal": 3e8},
+        },
+    )
+
+
+@pytest.fixture(autouse=True)
+def single_calls(monkeypatch):
+    """One call a round: these tests are not about times."""
+    monkeypatch.setattr(race, "ROUND", 0.0)
+
+
+def new_race(limits=ONCE):
+    return race.Race(limits, {0: machine(), 1: machine()})
+
+
+# --- limits ---
+
+
+@pytest.mark.parametrize(
+    ("work", "seconds", "name"),
+    [
+        (Work(calls=3), 3e-6, "latency"),
+        (Work(calls=2, launch="replay"), 2e-7, "latency"),
+        (Work(written=10**9), 1.0, "write bandwidth"),
+        (Work(written=10**6), 10**6 / 8e9, "write bandwidth"),
+        (Work(written=1000), 1e-6, "latency"),  # 1000 bytes at 8e9 a second, the best above
+        (Work(read=10**9, written=10), (10**9 + 10) / 2e9, "memory bandwidth"),
+        (Work(multiplications=10**11), 1.0, "multiplication"),
+        (Work(multiplications=10**11, arithmetic="bf16"), 0.5, "multiplication"),
+        (Work(entries=10**9, source="torch"), 1.0, "generation"),  # the best backend's rate
+        (Work(entries=3 * 10**8, source="torch.randn"), 1.0, "generation"),
+    ],
+)
+def test_bound(work, seconds, name):
+    assert roofs.bound(work, machine()) == (pytest.approx(seconds), name)
+
+
+def test_expected_seconds_go_by_the_source_of_the_entries():
+    work = Work(entries=10**9, source="torch")
+    assert roofs.expected_seconds(work, machine()) == pytest.approx(10.0)
+    assert roofs.expected_seconds(Work(written=10**9), machine()) == pytest.approx(1.0)
+
+
+def test_a_roof_that_was_passed_is_raised():
+    lifted = machine()
+    work = Work(written=10**6, multiplications=10**9, entries=10**8, source="cpp")
+    roofs.raise_to(lifted, work, 1e-3)
+    assert lifted.multiply["fp32"] == pytest.approx(1e12)
+    assert lifted.generation["cpp"]["normal"] == pytest.approx(1e11)
+    assert lifted.write[10**6] == 8e9  # was higher than this
+    assert roofs.bound(work, lifted)[0] == pytest.approx(1e-3)
+
+
+def test_a_backend_that_fails_leaves_the_others_their_roofs(monkeypatch, capsys):
+    def fails(error, sizes, *, backend, **options):
+        if backend == "torch":
+            raise RuntimeError("out of order")
+
+    monkeypatch.setattr(roofs, "project", fails)
+    monkeypatch.setattr(roofs, "sources", lambda device_type: ["torch", "cpp"])
+    measured = Roofs("cpu", 1)
+    roofs._measure_generation(measured, lambda call: (call(), 0.5)[1])
+    assert set(measured.generation) == {"cpp", "torch.randn"}
+    assert "out of order" in capsys.readouterr().err
+    measured.latency, measured.write, measured.memory = machine().latency, {2**28: 1}, {2**28: 1}
+    measured.multiply = machine().multiply
+    assert roofs.expected_seconds(Work(entries=10**9, source="torch"), measured) == 5.0
+
+
+def test_a_slow_large_piece_does_not_become_its_own_roof():
+    lifted = machine()
+    roofs.raise_to(lifted, Work(written=10**10), 100.0)  # a tenth of the rate measured before
+    assert roofs.bound(Work(written=10**10), lifted)[0] == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_a_contender_has_to_do(name):
+    case = Case("", (100, 50), 4, 10, ALL)
+    work = contenders.contender(name, case).work()
+    naive = name == "naive"
+    assert work.multiplications == 4 * 10 * (150 if naive else 100)
+    assert work.written == 4 * 4 * (100 if name in ("views", "scikit-learn") else 150)
+    assert work.read == (0 if name == "randn blocks" else 4 * 10 * (150 if naive else 100))
+    assert work.entries == (1000 if name == "randn blocks" else 0)
+
+
+def test_what_ours_has_to_do():
+    case = Case("", (100, 50, 100), 4, 10, ())
+    work = contenders.contender("cpp", case).work()
+    assert (work.written, work.read, work.entries) == (4 * 4 * 150, 0, 1000)  # equal layers: one
+    on_cuda = dataclasses.replace(case, device_type="cuda", precision="high")
+    work = contenders.contender("triton", on_cuda).work()
+    assert (work.multiplications, work.arithmetic) == (2 * 4 * 1000, "bf16")
+
+
+# --- the check before the times ---
+
+
+def spoil_scale(signals):
+    signals[1].mul_(1.01)
+
+
+def spoil_last_row(signals):
+    signals[0][:, -1] = 0
+
+
+def spoil_with_nan(signals):
+    signals[2][0, 0] = math.nan
+
+
+def spoil_number(signals):
+    signals.pop()
+
+
+def spoil_shape(signals):
+    signals[0] = signals[0][:, 1:]
+
+
+def spoil_seed(signals):
+    signals[1].copy_(signals[1].roll(1, 1))
+
+
+SPOILERS = [spoil_scale, spoil_last_row, spoil_with_nan, spoil_number, spoil_shape, spoil_seed]
+
+
+def signals_and_check():
+    torch.manual_seed(0)
+    error, sizes = torch.randn(5, 30), [70, 40, 66]
+    scales = [1 / math.sqrt(size * 30) for size in sizes]
+    signals = project(error, sizes)
+    relative = gate.tolerance(torch.float32, "highest", 30)
+
+    def row(index):
+        return gate.exact_row(index, 30, "normal")
+
+    return signals, lambda: gate.check_signals(signals, error, sizes, scales, row, relative)
+
+
+def test_right_signals_pass():
+    signals_and_check()[1]()
+
+
+@pytest.mark.parametrize("spoil", SPOILERS)
+def test_wrong_signals_do_not_pass(spoil):
+    signals, check = signals_and_check()
+    spoil(signals)
+    with pytest.raises(gate.Wrong):
+        check()
+
+
+def test_wrong_entries_do_not_pass():
+    matrix = feedback_matrix(20, 30)
+
+    def definition(index):
+        return feedback_matrix(1, 30, row_offset=index, backend="torch")[0]
+
+    gate.check_entries(matrix, definition)
+    matrix[-1, -1] += 1e-6
+    with pytest.raises(gate.Wrong):
+        gate.check_entries(matrix, definition)
+
+
+@pytest.mark.parametrize(("factor", "shift"), [(1.05, 0.0), (1.0, 0.05)])
+def test_numbers_that_are_not_standard_normal_do_not_pass(factor, shift):
+    torch.manual_seed(0)
+    numbers = torch.randn(300, 300)
+    gate.check_normal(numbers)
+    with pytest.raises(gate.Wrong):
+        gate.check_normal(numbers * factor + shift)
+
+
+def test_a_wrong_contender_gets_no_time_and_the_others_do(monkeypatch):
+    class Careless(contenders.Naive):
+        def scales(self):
+            return [1.0] * len(self.case.sizes)
+
+        def check(self, error, signals):
+            contenders.Naive(self.case).check(error, signals)
+
+    monkeypatch.setitem(contenders.KINDS, "naive", Careless)
+    outcome = new_race().run(SMALL, ["torch", "naive", "stored"])
+    assert isinstance(outcome["naive"], gate.Wrong)
+    assert len(outcome["torch"].times) == len(outcome["stored"].times) == 2
+
+
+# --- races ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_contender_is_right_and_timed(dtype):
+    names = [n for n in contenders.names(SMALL) if dtype.itemsize == 4 or n != "scikit-learn"]
+    outcome = new_race().run(dataclasses.replace(SMALL, dtype=dtype), names)
+    for name in names:
+        assert isinstance(outcome[name], race.Result), outcome[name]
+        assert len(outcome[name].times) == 2
+        assert all(time > 0 for time in outcome[name].times)
+    assert outcome["naive"].stored_bytes == 180 * 30 * dtype.itemsize
+    assert outcome["stored"].stored_bytes == 70 * 30 * dtype.itemsize
+    assert outcome["torch"].stored_bytes == 0
+
+
+def test_what_does_not_fit_is_not_run(monkeypatch):
+    monkeypatch.setattr(race, "available_bytes", lambda device_type: 2**20)
+    (outcome,) = new_race().run(SMALL, ["naive"]).values()
+    assert isinstance(outcome, race.LeftOut)
+    assert "fit" in outcome.reason
+    assert outcome.stored_bytes == 4 * 180 * 30
+
+
+def test_what_takes_too_long_is_not_run():
+    limits = dataclasses.replace(ONCE, slowest=1e-7)
+    (outcome,) = new_race(limits).run(SMALL, ["naive"]).values()
+    assert isinstance(outcome, race.LeftOut)
+    assert roofs.expected_seconds(outcome.work, machine()) > 1e-7
+
+
+@pytest.mark.parametrize(
+    ("rounds", "elapsed", "over"),
+    [(0, 99.0, False), (1, 2.0, False), (1, 11.0, True), (3, 0.5, False), (3, 1.5, True)],
+)
+def test_rounds_end(rounds, elapsed, over):
+    assert race.QUICK.are_over(rounds, elapsed) == over
+    assert race.QUICK.are_over(race.QUICK.most, elapsed)
+
+
+def reduced(case):
+    """A GPU's case for the CPU: the same contenders and promises, less of everything."""
+    stand_ins = {"cuda": "cpp", "triton": "torch"}
+    promises = [
+        dataclasses.replace(
+            promise,
+            ours=stand_ins[promise.ours],
+            rival=stand_ins.get(promise.rival, promise.rival),
+        )
+        for promise in case.promises
+    ]
+    return dataclasses.replace(
+        case,
+        sizes=tuple(size // 2000 + 1 for size in case.sizes),
+        batch=min(case.batch, 4),
+        n=min(case.n, 20),
+        rivals=tuple(name for name in case.rivals if name != "compiled"),
+        device_type="cpu",
+        precision="highest",
+        graph=False,
+        promises=tuple(promises),
+    )
+
+
+def test_the_gpu_cases_run_at_reduced_size():
+    here = contenders.names(SMALL)
+    needs("two backends", "cpp" in here)
+    modules = (bench_networks, bench_sweeps, bench_precisions, bench_matrix)
+    cases = [case for module in modules for case in module.cases("cuda", False)]
+    assert len({case.name for case in cases}) == len(cases)
+    runner, promised = new_race(), 0
+    for case in map(reduced, cases):
+        names = ["torch", "cpp", *case.rivals]
+        outcome = runner.run(case, names)
+        results = report.case_results(case, outcome, runner.machine[0])
+        assert not results["left_out"], results["left_out"]
+        assert all(promise["reached"] > 0 for promise in results["promises"])
+        promised += len(results["promises"])
+    assert promised > 50
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_names_of_cases_differ(device_type, full):
+    modules = (bench_networks, bench_sweeps, bench_precisions, bench_matrix)
+    names = [case.name for module in modules for case in module.cases(device_type, full)]
+    assert len(set(names)) == len(names)
+
+
+# --- reports ---
+
+
+@pytest.fixture(scope="module")
+def results():
+    """A run of a few tiny cases, as its JSON comes back."""
+    sweep = [Case(f"M={m}", (64,), m, 20, ("views", "stored"), series="batch", x=m) for m in (1, 4)]
+    layers = [
+        Case(f"{n} layers", tuple(range(30, 30 - n, -1)), 2, 20, ("naive", "stored"), x=n)
+        for n in (1, 3)
+    ]
+    sweep.append(Case("large", (500,), 2, 20, (), series="size", x=500))
+    layers = [dataclasses.replace(case, series="layers") for case in layers]
+    options = {"matrix": True, "threads": 1}
+    cases = [SMALL, *sweep, *layers, Case("matrix", (9,), 1, 9, ("torch.randn",), **options)]
+    runner = new_race()
+    outcomes = {case.name: runner.run(case, contenders.names(case)) for case in cases}
+    naive = contenders.contender("naive", SMALL)
+    naive.stored_bytes = 54 * 10**9
+    outcomes["small"]["naive"] = race.LeftOut("does not fit into memory", naive)
+    outcomes["small"]["stored"] = gate.Wrong("[/of] its norm")
+    measured = report.measured(outcomes, {case.name: case for case in cases}, runner.machine)
+    return json.loads(json.dumps(measured | {"device": "a machine", "date": "a day"}))
+
+
+def test_results_say_what_was_reached(results):
+    for case in results["cases"]:
+        for row in case["contenders"].values():
+            assert row["fraction_of_bound"] == pytest.approx(row["bound_seconds"] / row["seconds"])
+            assert 0 < row["bound_seconds"] <= row["seconds"]  # roofs were raised to it
+    small = results["cases"][0]
+    assert small["left_out"]["naive"]["stored_bytes"] == 54 * 10**9
+    assert small["promises"][0]["reached"] is None
+
+
+def test_ratios_are_of_the_same_rounds():
+    case = {"contenders": {"cpp": {"times": [1.0, 2.0, 8.0]}, "naive": {"times": [3.0, 8.0, 8.0]}}}
+    assert report.ratio(case, "cpp", "naive") == 3.0
+    assert report.ratio(case, "cpp", "stored") is None
+    case["contenders"]["cpp"] |= {"work": {"entries": 100}, "seconds": 4.0}
+    assert report.reached(case, "cpp", "entries/s") == 25.0
+
+
+def test_tables_show_every_contender(results):
+    console = report.console()
+    with console.capture() as captured:
+        for case in results["cases"]:
+            console.print(report.progress(case))
+        report.show(console, results)
+    text = captured.get()
+    for expected in (
+        *ALL,
+        "fill",
+        "torch.randn",
+        "54 GB",
+        "[/of] its norm",
+        "does not fit",
+        "not measured",
+        "2.00x",
+    ):
+        assert expected in text
+
+
+def test_figures_are_drawn(results, tmp_path):
+    drawn = figures.draw(results, tmp_path)
+    assert {path.name for path in drawn} == {"time.png", "memory.png", "roofline.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ("bench_networks", "| small |"),
+        ("bench_layer", "| M=4 |"),
+        ("bench_matrix", "| matrix |"),
+        ("bench_memory", "(54 GB)"),
+        ("bench_memory", "A layer of 500 with n = 20 and M = 2 takes"),
+        ("bench_promises", "not measured | 2.00x |"),
+        ("bench_machine", "GB/s written"),
+    ],
+)
+def test_readme_tables(results, table, expected):
+    lines = getattr(readme_tables, table)(results)
+    assert expected in "\n".join(lines)
+    rows = [line for line in lines if line.startswith("|")]
+    assert len({row.count("|") for row in rows}) <= 1
+
+
+# --- the command ---
+
+
+def test_bench_without_its_source_says_where_it_is(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "dfa_kernels" / "cli.py"))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench"]) == 1
+    assert "checkout" in capsys.readouterr().out
+
+
+def test_bench_without_its_extra_says_what_to_install(monkeypatch, capsys):
+    find_spec = cli.importlib.util.find_spec
+    monkeypatch.setattr(
+        cli.importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "pytest_benchmark" else find_spec(name, *rest),
+    )
+    assert cli.main(["bench"]) == 1
+    assert "pip install dfa-kernels[bench]" in capsys.readouterr().out
+
+
+def test_bench_refuses_two_lengths(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--quick", "--full"])
+    assert "not allowed" in capsys.readouterr().err
+
+
+def test_a_run_of_a_few(tmp_path):
+    needs("pytest-benchmark", importlib.util.find_spec("pytest_benchmark"))
+    path = tmp_path / "results" / "bench.json"
+    command = [sys.executable, "-m", "dfa_kernels", "bench", "--json", str(path)]
+    command += ["--device", "cpu", "--select", "matrix-1000-x-1000-normal-float32"]
+    root = Path(__file__).parent.parent
+    theirs = tmp_path / "pytest-benchmark.json"
+    options = {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": f"--benchmark-json={theirs}"}
+    ran = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, env=os.environ | options
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    measured = json.loads(path.read_text())
+    assert {"device", "date", "commit", "versions", "roofs", "cases"} <= set(measured)
+    assert "torch.randn" in measured["cases"][0]["contenders"]
+    assert "normal float32" in ran.stdout
+    for benchmark in json.loads(theirs.read_text())["benchmarks"]:
+        case = next(case for case in measured["cases"] if case["case"] == benchmark["group"])
+        row = case["contenders"][benchmark["params"]["name"]]
+        assert benchmark["extra_info"] == row
+        assert benchmark["stats"]["median"] == pytest.approx(row["seconds"])

@@ -23,6 +23,8 @@ _DTYPES = {
     torch.float64: tl.float64,
 }
 _OUTPUTS = 4  # passed as arguments of their own; more go through a table
+STAGES = 2  # of the error's way to shared memory
+_NARROW = 2**31 - 2**7  # elements of a tile's outputs that 32 bits can count
 _ADDRESSES = 64  # arguments of one launch that fills the table
 
 
@@ -56,6 +58,11 @@ def tile_for(count: int, distribution: str, terms: int, fragments: bool) -> Tile
     if bucket == 128 and terms > 1:
         return _TILE_OF_TERMS
     return _TILES[bucket]
+
+
+def matrix_tile(distribution: str) -> tuple[int, int, int]:
+    """Rows, columns and warps of a program that fills a part of a matrix."""
+    return (128, 128, 4) if distribution == "rademacher" else (32, 128, 4)
 
 
 def terms_of(error: Tensor) -> int:
@@ -190,13 +197,13 @@ def project(
         terms,
         vector,
         unit,
-        tl.int64 if plan.largest * tile.m >= 2**31 else tl.int32,
+        tl.int32 if plan.largest * tile.m < _NARROW else tl.int64,
         TARGET,
         fragments,
         tile.l,
         tile.m,
         tile.k,
-        2,
+        STAGES,
     )
     run(
         kernels.project_kernel,
@@ -239,7 +246,7 @@ def fill(
     width = stream.BLOCK[distribution]
     shift = column_offset % width
     row_stride = matrix.stride(0)
-    block_rows, block_columns = (128, 128) if width == 128 else (32, 128)
+    block_rows, block_columns, warps = matrix_tile(distribution)
     grid = -(-rows // block_rows) * -(-(shift + columns) // block_columns)
     constants = (
         distribution,
@@ -262,4 +269,4 @@ def fill(
         seed,
     )
     key = (matrix.dtype, matrix.data_ptr() % 16 == 0)
-    run(kernels.matrix_kernel, grid, arguments, constants, 4, key)
+    run(kernels.matrix_kernel, grid, arguments, constants, warps, key)

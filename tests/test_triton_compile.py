@@ -1,0 +1,166 @@
+"""What the Triton kernels compile to, for GPUs that need not be here: no spills, few instructions.
+
+Triton's interpreter may be on in this process, so the kernels are compiled in one of their own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+PROGRAM = '''
+import collections, json, re, subprocess, sys, tempfile
+from pathlib import Path
+
+import torch, triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dfa_kernels import stream
+from dfa_kernels.backends.triton import kernels, launch
+
+cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def compiled(kernel, pointers, constants, warps, capability):
+    names = [parameter.name for parameter in kernel.params]
+    constants = dict(zip(names[-len(constants):], constants))
+    signature, attributes = {}, {}
+    for place, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in pointers:
+            signature[name] = pointers[name]
+            if isinstance(pointers[name], str):
+                attributes[place,] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = parameter.annotation_type
+    source = ASTSource(kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_warps": warps})
+
+
+def inspect(binary):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        text = [
+            subprocess.run([cuobjdump, flag, file.name], check=True, capture_output=True, text=True).stdout
+            for flag in ("-sass", "-res-usage")
+        ]
+    code = [(int(at, 16), line) for at, line in re.findall(r"/\\*([0-9a-f]{4,})\\*/ +(.*?);", text[0])]
+    registers, stack, local = map(
+        int, re.search(r"REG:(\\d+) STACK:(\\d+) .*?LOCAL:(\\d+)", text[1]).groups()
+    )
+    names = collections.Counter(re.sub(r"^@\\S+ +", "", line).split()[0].split(".")[0] for _, line in code)
+    loops = []
+    for at, line in code:
+        jump = re.search(r"\\bBRA\\b.*?0x([0-9a-f]+)", line)
+        if jump and int(jump[1], 16) < at:
+            loops.append([l for a, l in code if int(jump[1], 16) <= a <= at])
+    # The loop over columns is the one with Philox's products.
+    main = max(loops, key=lambda loop: sum("IMAD.WIDE" in line for line in loop), default=[])
+    matrix = sum(bool(re.search(r"\\b(HMMA|HGMMA)\\b", line)) for line in main)
+    return {
+        "registers": registers, "stack": stack, "local": local,
+        "local_instructions": names["LDL"] + names["STL"],
+        "loop": len(main) - matrix, "products": sum("IMAD.WIDE" in line for line in main),
+        "shared": binary.metadata.shared,
+    }
+
+
+found = []
+TL = launch._DTYPES
+for capability, distribution, dtype, terms, count, outputs in json.loads(sys.argv[1]):
+    fragments = capability == 90
+    dtype = getattr(torch, dtype)
+    operand = torch.float16 if dtype == torch.float16 else torch.bfloat16
+    tile = launch.tile_for(count, distribution, terms, fragments)
+    name = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}[str(dtype)[6:]]
+    pointers = {
+        "error": "*" + name, "tiles": "*i64", "layers": "*i64", "scales": "*fp32",
+        "outputs": ("*i64",) if outputs == 0 else ("*" + name,) * outputs,
+    }
+    constants = (
+        distribution, stream.BLOCK[distribution], outputs, TL[dtype], TL[operand], terms,
+        16 // dtype.itemsize, True, tl.int32, "cuda", fragments, tile.l, tile.m, tile.k, launch.STAGES,
+    )
+    binary = compiled(kernels.project_kernel, pointers, constants, tile.warps, capability)
+    result = inspect(binary)
+    result["per_entry"] = result["loop"] * 32 * tile.warps / (tile.l * tile.k)
+    found.append(result)
+for capability in (80, 90):
+    for distribution, dtype, name in (
+        ("normal", torch.bfloat16, "bf16"), ("uniform", torch.float32, "fp32"),
+        ("rademacher", torch.float16, "fp16"), ("normal", torch.float64, "fp64"),
+    ):
+        rows, columns, warps = launch.matrix_tile(distribution)
+        constants = (
+            distribution, stream.BLOCK[distribution], TL[dtype], False, 16 // dtype.itemsize, "cuda",
+            rows, columns,
+        )
+        binary = compiled(kernels.matrix_kernel, {"matrix": "*" + name}, constants, warps, capability)
+        found.append(inspect(binary))
+    table = ("*i64", ("i64",) * launch._ADDRESSES)
+    pointers = dict(zip(("table", "addresses"), table))
+    found.append(inspect(compiled(kernels.addresses_kernel, pointers, (launch._ADDRESSES,), 1, capability)))
+print(json.dumps(found))
+'''
+
+# capability, distribution, dtype of error and signals, terms, error's rows, outputs (0: a table)
+LAUNCHES = [
+    (capability, distribution, dtype, terms, count, 1)
+    for capability in (80, 90)
+    for distribution, dtype, terms in [
+        ("normal", "bfloat16", 0),
+        ("normal", "float16", 0),
+        ("normal", "float32", 3),
+        ("normal", "float32", 2),
+        ("normal", "float32", 1),
+        ("uniform", "bfloat16", 0),
+        ("rademacher", "bfloat16", 0),
+    ]
+    for count in (16, 64, 128)
+]
+LAUNCHES += [(90, "normal", "bfloat16", 0, 32, 4), (90, "normal", "bfloat16", 0, 128, 0)]
+# Issue slots an entry in the loop over columns, without the tensor cores' own: Philox, the
+# distribution, moving entries to where they are multiplied, and the error's part of it.
+LIMIT = {"normal": 24, "uniform": 18, "rademacher": 10}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """What `PROGRAM` found for each of LAUNCHES, then for the other kernels."""
+    program = tmp_path_factory.mktemp("compile") / "program.py"
+    program.write_text(PROGRAM)
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(program), json.dumps(LAUNCHES)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_no_kernel_spills(compiled):
+    for launch, found in zip(LAUNCHES + ["other"] * 100, compiled, strict=False):
+        assert found["stack"] == found["local"] == found["local_instructions"] == 0, (launch, found)
+        assert found["registers"] <= 255
+
+
+def test_entries_take_few_instructions(compiled):
+    """What each launch takes is printed: run with -s."""
+    for launch, found in zip(LAUNCHES, compiled, strict=False):
+        capability, distribution, dtype, terms, count, _ = launch
+        print(
+            f"sm_{capability} {distribution} {dtype} terms {terms} M {count}: "
+            f"{found['per_entry']:.2f} slots an entry, {found['registers']} registers, "
+            f"{found['shared']} bytes shared"
+        )
+        assert found["products"] >= 17  # the loop with Philox was found
+        if terms == 0 and dtype == "bfloat16":
+            assert found["per_entry"] <= LIMIT[distribution], launch

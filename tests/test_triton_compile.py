@@ -7,14 +7,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-PROGRAM = '''
-import collections, json, re, subprocess, sys, tempfile
+PROGRAM = """
+import json, re, subprocess, sys, tempfile
 from pathlib import Path
 
 import torch, triton, triton.language as tl
@@ -50,27 +49,31 @@ def inspect(binary):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        text = [
-            subprocess.run([cuobjdump, flag, file.name], check=True, capture_output=True, text=True).stdout
+        options = {"check": True, "capture_output": True, "text": True}
+        sass, usage = (
+            subprocess.run([cuobjdump, flag, file.name], **options).stdout
             for flag in ("-sass", "-res-usage")
-        ]
-    code = [(int(at, 16), line) for at, line in re.findall(r"/\\*([0-9a-f]{4,})\\*/ +(.*?);", text[0])]
+        )
+    code = re.findall(r"/\\*([0-9a-f]{4,})\\*/ +(.*?);", sass)
+    code = [(int(at, 16), line) for at, line in code]
     registers, stack, local = map(
-        int, re.search(r"REG:(\\d+) STACK:(\\d+) .*?LOCAL:(\\d+)", text[1]).groups()
+        int, re.search(r"REG:(\\d+) STACK:(\\d+) .*?LOCAL:(\\d+)", usage).groups()
     )
-    names = collections.Counter(re.sub(r"^@\\S+ +", "", line).split()[0].split(".")[0] for _, line in code)
+    local_instructions = sum(bool(re.search(r"\\b(LDL|STL)\\b", line)) for _, line in code)
     loops = []
     for at, line in code:
         jump = re.search(r"\\bBRA\\b.*?0x([0-9a-f]+)", line)
         if jump and int(jump[1], 16) < at:
             loops.append([l for a, l in code if int(jump[1], 16) <= a <= at])
-    # The loop over columns is the one with Philox's products.
-    main = max(loops, key=lambda loop: sum("IMAD.WIDE" in line for line in loop), default=[])
-    matrix = sum(bool(re.search(r"\\b(HMMA|HGMMA)\\b", line)) for line in main)
+    def products(loop):
+        return sum(bool(re.search(r"\\b(HMMA|HGMMA)\\b", line)) for line in loop)
+
+    # The loop over columns is the one with the tensor cores' instructions.
+    main = max(loops, key=lambda loop: (products(loop), -len(loop)), default=[])
     return {
         "registers": registers, "stack": stack, "local": local,
-        "local_instructions": names["LDL"] + names["STL"],
-        "loop": len(main) - matrix, "products": sum("IMAD.WIDE" in line for line in main),
+        "local_instructions": local_instructions,
+        "loop": len(main) - products(main), "products": products(main),
         "shared": binary.metadata.shared,
     }
 
@@ -89,11 +92,11 @@ for capability, distribution, dtype, terms, count, outputs in json.loads(sys.arg
     }
     constants = (
         distribution, stream.BLOCK[distribution], outputs, TL[dtype], TL[operand], terms,
-        16 // dtype.itemsize, True, tl.int32, "cuda", fragments, tile.l, tile.m, tile.k, launch.STAGES,
+        16 // dtype.itemsize, True, tl.int32, "cuda", fragments, *tile[:3], launch.STAGES,
     )
     binary = compiled(kernels.project_kernel, pointers, constants, tile.warps, capability)
     result = inspect(binary)
-    result["per_entry"] = result["loop"] * 32 * tile.warps / (tile.l * tile.k)
+    result["per_entry"] = result["loop"] * 32 * tile.warps / (tile.rows * tile.columns)
     found.append(result)
 for capability in (80, 90):
     for distribution, dtype, name in (
@@ -102,16 +105,17 @@ for capability in (80, 90):
     ):
         rows, columns, warps = launch.matrix_tile(distribution)
         constants = (
-            distribution, stream.BLOCK[distribution], TL[dtype], False, 16 // dtype.itemsize, "cuda",
-            rows, columns,
+            distribution, stream.BLOCK[distribution], TL[dtype], False, 16 // dtype.itemsize,
+            "cuda", rows, columns,
         )
-        binary = compiled(kernels.matrix_kernel, {"matrix": "*" + name}, constants, warps, capability)
+        pointers = {"matrix": "*" + name}
+        binary = compiled(kernels.matrix_kernel, pointers, constants, warps, capability)
         found.append(inspect(binary))
-    table = ("*i64", ("i64",) * launch._ADDRESSES)
-    pointers = dict(zip(("table", "addresses"), table))
-    found.append(inspect(compiled(kernels.addresses_kernel, pointers, (launch._ADDRESSES,), 1, capability)))
+    count = launch._ADDRESSES
+    pointers = {"table": "*i64", "addresses": ("i64",) * count}
+    found.append(inspect(compiled(kernels.addresses_kernel, pointers, (count,), 1, capability)))
 print(json.dumps(found))
-'''
+"""
 
 # capability, distribution, dtype of error and signals, terms, error's rows, outputs (0: a table)
 LAUNCHES = [
@@ -126,7 +130,7 @@ LAUNCHES = [
         ("uniform", "bfloat16", 0),
         ("rademacher", "bfloat16", 0),
     ]
-    for count in (16, 64, 128)
+    for count in ((16, 128) if capability == 80 else (16, 64, 128))
 ]
 LAUNCHES += [(90, "normal", "bfloat16", 0, 32, 4), (90, "normal", "bfloat16", 0, 128, 0)]
 # Issue slots an entry in the loop over columns, without the tensor cores' own: Philox, the
@@ -161,6 +165,6 @@ def test_entries_take_few_instructions(compiled):
             f"{found['per_entry']:.2f} slots an entry, {found['registers']} registers, "
             f"{found['shared']} bytes shared"
         )
-        assert found["products"] >= 17  # the loop with Philox was found
+        assert found["products"] > 0
         if terms == 0 and dtype == "bfloat16":
             assert found["per_entry"] <= LIMIT[distribution], launch

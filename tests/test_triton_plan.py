@@ -36,7 +36,7 @@ def test_tiles_cover_every_row_once_and_name_its_layers(offsets, sizes, rows):
         assert (low, high) == (sharing[0], sharing[-1] + 1)
     wanted = {row for o, s in zip(offsets, sizes, strict=True) for row in range(o, o + s)}
     assert sorted(covered) == sorted(wanted)
-    assert plan.union_rows(tuple(offsets), tuple(sizes)) == len(wanted)
+    assert sum(last - first for first, last in plan.unions(offsets, sizes)) == len(wanted)
 
 
 def test_layers_of_one_matrix_are_a_prefix_for_every_tile():
@@ -63,27 +63,22 @@ def test_what_is_kept_is_bounded():
     assert kept[3 * plan._KEPT - 1] == 1 - 3 * plan._KEPT
 
 
-def test_plans_are_made_once_and_differ_by_what_they_are_for():
-    def planned(scales=(1.0, 2.0), factor=1.0, rows=16, capturing=False):
-        arguments = [3, 5], [70, 9], list(scales), factor, rows
-        return plan.plan_for(*arguments, torch.device("cpu"), 0, capturing)
-
-    first = planned()
-    assert planned() is first
-    assert planned(scales=(1.0, 3.0)).scales.tolist() == [1, 3]
-    assert planned(factor=3.0).scales.tolist() == [3, 6]
-    assert len(planned(rows=32).tiles) < len(first.tiles)
-    assert planned(capturing=True) is first
-    with pytest.raises(RuntimeError, match="before capturing a CUDA graph"):
-        planned(scales=(8.0, 9.0), capturing=True)
+def test_a_plan_holds_the_layers_in_its_order():
+    made = plan.plan_for([3, 3], [9, 70], [1.0, 2.0], 3.0, 16, torch.device("cpu"))
+    assert made.order == [1, 0]
+    assert made.layers.tolist() == [[3, 70], [3, 9]]
+    assert made.scales.tolist() == [6, 3]
+    assert made.scales.dtype == torch.float32
 
 
-def test_a_plan_in_a_captured_graph_stays(monkeypatch):
-    arguments = [11], [5], [1.0], 1.0, 16, torch.device("cpu"), 0
-    first = plan.plan_for(*arguments, False)
-    assert plan.plan_for(*arguments, True) is first
-    plan._plans.clear()
-    assert plan.plan_for(*arguments, False) is first
+def test_what_a_graph_reads_is_kept(monkeypatch):
+    monkeypatch.setattr(plan, "_captured", {})
+    made = plan.plan_for([0], [5], [1.0], 1.0, 16, torch.device("cpu"))._replace(readers={0})
+    made.read_by(0, False)
+    assert not plan._captured
+    made.read_by(0, True)
+    made.read_by(0, True)
+    assert list(plan._captured.values()) == [made]
 
 
 @pytest.mark.parametrize("terms", [1, 2, 3])

@@ -20,6 +20,10 @@ pytest.importorskip("triton")
 
 from dfa_kernels.backends.triton import launch, plan, projection
 
+# Of Triton 3.6's interpreter.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Conversion of an array with ndim:DeprecationWarning"
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DISTRIBUTIONS = ["normal", "uniform", "rademacher"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -33,6 +37,12 @@ def random_error(*shape, dtype=torch.float32, seed=0):
 
 def layer_scales(sizes, n):
     return [1 / math.sqrt(size * n) for size in sizes]
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """What a test changes is not kept for another."""
+    monkeypatch.setattr(projection, "_ways", plan.Kept())
 
 
 @pytest.fixture
@@ -131,6 +141,7 @@ def test_operand_order_does_not_matter(monkeypatch):
     error = random_error(5, 70)
     signals = []
     for fragments in (True, False):
+        projection._ways.clear()
         monkeypatch.setattr(launch, "uses_fragments", lambda device, use=fragments: use)
         signals += project(error, [40], backend="triton")
     for signal in signals:
@@ -191,6 +202,7 @@ def test_terms_on_the_host_are_those_of_the_kernel(precision, by_slabs, name):
     error = random_error(9, 1) * torch.logspace(-30, 30, 9, device=DEVICE)[:, None]
     (fused,) = project(error, [20], normalization=1.0, backend="triton")
     by_slabs(64)
+    projection._ways.clear()
     (slab,) = project(error, [20], normalization=1.0, backend="triton")
     assert torch.allclose(fused, slab, rtol=2**-22, atol=0)
 
@@ -221,7 +233,7 @@ def test_nan_inf_and_huge_numbers_as_in_a_matrix_product(precision, name):
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_by_slabs(by_slabs, dtype, distribution, columns):
-    """In one part of the columns and in several; one layer, and several that share rows or do not."""
+    """In one part of the columns and in several; one layer, and several that share rows or not."""
     by_slabs(columns)
     error = random_error(5, 37, dtype=dtype)
     for sizes, offsets in ([70], [3]), (SIZES, OFFSETS), ([30, 30], [0, 15]):
@@ -252,6 +264,7 @@ def test_the_choice_is_the_cheaper_one_and_is_logged(monkeypatch, caplog):
     assert cost[65_536].fused > 1.5 * cost[65_536].by_slabs
     error = random_error(300, 4)
     for estimate, way in ((projection.Cost(1, 2), "fused"), (projection.Cost(2, 1), "by slabs")):
+        projection._ways.clear()
         monkeypatch.setattr(projection.Cost, "of", lambda *_, estimate=estimate: estimate)
         with caplog.at_level(logging.DEBUG, "dfa_kernels"):
             signals = project(error, [5], backend="triton")
@@ -310,6 +323,9 @@ def test_autocast_and_gradients():
 
 def test_calls_leave_a_bounded_trace():
     for size in range(1, 20):
-        project(random_error(1, 4), [size], normalization=size / 7, backend="triton")
-    assert len(plan._plans) <= plan._KEPT
-    assert len(launch._tables) <= plan._KEPT
+        for _ in range(2):
+            project(random_error(1, 4), [size], normalization=size / 7, backend="triton")
+        assert len(projection._ways) == size
+    assert isinstance(projection._ways, plan.Kept)
+    assert isinstance(launch._tables, plan.Kept)
+    assert isinstance(launch._fills, plan.Kept)

@@ -1,4 +1,4 @@
-"""The "triton" backend: fused kernels for CUDA and ROCm tensors; see `projection` for what runs when.
+"""The "triton" backend: fused kernels for CUDA and ROCm tensors; `projection` says what runs.
 
 Under Triton's interpreter (TRITON_INTERPRET=1 before Triton is imported) the same kernels serve CPU
 tensors, slowly, for tests. Triton is imported when the backend is first asked about.

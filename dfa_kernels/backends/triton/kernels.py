@@ -2,7 +2,7 @@
 
 Sizes, seeds and strides are never specialised, so none of them compiles anything. The compile-time
 arguments are dtypes, the distribution, tile sizes, and VECTOR: a power of two that divides the
-numbers that the addresses of the error are made of, so that loads of that many elements are aligned.
+numbers that addresses are made of, so that accesses of that many elements are aligned.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _accumulate(
 
 @triton.jit
 def _rounded(values, DTYPE: tl.constexpr, TARGET: tl.constexpr):
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         values = to_bfloat16(values, TARGET)
     return values.to(DTYPE)
 
@@ -158,7 +158,7 @@ def project_kernel(
     for layer in range(tl.load(tile + 2), tl.load(tile + 3)):
         first = tl.load(layers + 2 * layer)
         size = tl.load(layers + 2 * layer + 1)
-        # Rows of the tile before the layer's first: negative where the layer began in an earlier one.
+        # Rows of the tile before the layer's first; negative for a layer begun in another tile.
         before = first - first_row
         output = _address(outputs, layer, OUTPUTS).to(tl.pointer_type(OUTPUT_DTYPE))
         output += first_m * size - before
@@ -209,9 +209,8 @@ def matrix_kernel(
         block.to(tl.uint32), first_row + r, key0, key1, DISTRIBUTION, TARGET, tl.float32
     )
     if DISTRIBUTION == "uniform" and not LATTICE:
-        if DTYPE == tl.float64:
-            values = values.to(tl.float64) * SQRT3
-        else:
-            values = values * SQRT3
+        if tl.float64 == DTYPE:
+            values = values.to(tl.float64)
+        values = values * SQRT3
     inside = (r < rows) & (c >= 0) & (c < columns)
     tl.store(matrix + r * row_stride + c, _rounded(values, DTYPE, TARGET), mask=inside)

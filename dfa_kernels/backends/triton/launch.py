@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -31,9 +32,9 @@ _ADDRESSES = 64  # arguments of one launch that fills the table
 class Tile(NamedTuple):
     """Shape of a program's tile: rows of U, rows of the error, columns at a time, and warps."""
 
-    l: int
-    m: int
-    k: int
+    rows: int
+    error_rows: int
+    columns: int
     warps: int
 
 
@@ -93,24 +94,37 @@ def uses_fragments(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
-_compiled: dict[tuple, Any] = {}
+def current_stream(device: torch.device) -> int:
+    """The number of a device's current stream; 0 in the interpreter."""
+    return 0 if INTERPRETED else triton.runtime.driver.active.get_current_stream(device.index)
 
 
-def run(kernel: Any, grid: int, arguments: tuple, constants: tuple, warps: int, key: tuple) -> None:
-    """Launch on the current device and stream.
+class Launch:
+    """Launches of a kernel with one grid and one set of compile-time arguments.
 
-    `key` says what is compiled: it must differ wherever Triton would compile anew. So a launch
-    after the first goes straight to the compiled kernel, past the search of Triton's own cache.
+    After the first, they go straight to the compiled kernel, past Triton's search for it. So all
+    must be on one device, with arguments of the same types and pointers as aligned.
     """
-    if not INTERPRETED:
-        key = (kernel, warps, torch.cuda.current_device(), *constants, *key)
-        compiled = _compiled.get(key)
-        if compiled is not None:
-            compiled[(grid, 1, 1)](*arguments, *constants)
+
+    def __init__(self, kernel: Any, grid: int, constants: tuple, warps: int) -> None:
+        self._first = functools.partial(kernel[(grid,)], num_warps=warps)
+        self._grid = grid
+        self._constants = constants
+        self._again: Any = None
+
+    def __call__(self, stream_id: int, *arguments: Any) -> None:
+        """Launch on the current device and stream, which is `stream_id`."""
+        if self._again is not None:
+            self._again(*arguments, *self._constants, stream=stream_id)
             return
-    compiled = kernel[(grid,)](*arguments, *constants, num_warps=warps)
-    if not INTERPRETED:
-        _compiled[key] = compiled
+        compiled = self._first(*arguments, *self._constants)
+        if not INTERPRETED:
+            self._again = compiled[(self._grid, 1, 1)]
+
+
+@functools.cache
+def _write_addresses(device: torch.device) -> Launch:
+    return Launch(kernels.addresses_kernel, 1, (_ADDRESSES,), 1)
 
 
 def _vector(tensor: Tensor, *numbers: int) -> int:
@@ -126,10 +140,11 @@ def _vector(tensor: Tensor, *numbers: int) -> int:
 
 
 _tables = Kept()
+_fills = Kept()
 
 
-def _outputs(signals: list[Tensor], stream_id: int, capturing: bool) -> tuple[tuple, int]:
-    """The kernel's argument `outputs`, and how many of its parts are signals; 0: it is a table.
+def _outputs(signals: list[Tensor], stream_id: int, capturing: bool) -> tuple[Tensor, ...]:
+    """The kernel's argument `outputs`: the signals, or one table of their addresses.
 
     Signals are tensors of their own, so a call has new addresses, and they must reach the device
     without a copy from the host: that would wait, or leave a captured graph reading host memory
@@ -139,8 +154,7 @@ def _outputs(signals: list[Tensor], stream_id: int, capturing: bool) -> tuple[tu
     pool.
     """
     if len(signals) <= _OUTPUTS:
-        padded = signals + signals[-1:] * (triton.next_power_of_2(len(signals)) - len(signals))
-        return tuple(padded), len(padded)
+        return tuple(signals)
     addresses = tuple(signal.data_ptr() for signal in signals)
     key = (signals[0].device, stream_id, addresses)
     table = None if capturing else _tables.get(key)
@@ -149,68 +163,44 @@ def _outputs(signals: list[Tensor], stream_id: int, capturing: bool) -> tuple[tu
         table = signals[0].new_empty(len(addresses + padding), dtype=torch.int64)
         for left in range(0, len(addresses), _ADDRESSES):
             some = (addresses + padding)[left : left + _ADDRESSES]
-            run(kernels.addresses_kernel, 1, (table[left:], some), (_ADDRESSES,), 1, ())
+            _write_addresses(table.device)(stream_id, table[left:], some)
         if not capturing:
             _tables.keep(key, table)
-    return (table,), 0
+    return (table,)
 
 
-def project(
-    error: Tensor,
-    row_offsets: list[int],
-    sizes: list[int],
-    scales: list[float],
-    seed: int,
-    column_offset: int,
-    distribution: str,
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    """The fused projection, on the error's device, which is current. The error is not fp64."""
-    count, columns = error.shape
-    signals = [error.new_empty(count, size, dtype=dtype) for size in sizes]
-    if count == 0:
-        return signals
-    terms = terms_of(error)
-    fragments = uses_fragments(error.device)
-    tile = tile_for(count, distribution, terms, fragments)
-    stream_id, capturing = 0, False
-    if not INTERPRETED:
-        stream_id = triton.runtime.driver.active.get_current_stream(error.device.index)
-        capturing = torch.cuda.is_current_stream_capturing()
-    factor = math.sqrt(3) if distribution == "uniform" else 1.0
-    plan = plan_for(
-        row_offsets, sizes, scales, factor, tile.l, error.device, stream_id, capturing
-    )
-    outputs, by_value = _outputs([signals[i] for i in plan.order], stream_id, capturing)
-    width = stream.BLOCK[distribution]
-    shift = column_offset % width
-    row_stride, column_stride = error.stride()
-    unit = column_stride == 1
-    vector = _vector(error, row_stride, columns, shift) if unit else 1
-    tile_count = plan.tiles.shape[0]
-    constants = (
-        distribution,
-        width,
-        by_value,
-        _DTYPES[dtype],
-        _DTYPES[operand_of(error)],
-        terms,
-        vector,
-        unit,
-        tl.int32 if plan.largest * tile.m < _NARROW else tl.int64,
-        TARGET,
-        fragments,
-        tile.l,
-        tile.m,
-        tile.k,
-        STAGES,
-    )
-    run(
-        kernels.project_kernel,
-        tile_count * -(-count // tile.m),
-        (
-            error,
-            outputs,
+class Fused:
+    """The fused projection of errors of one shape, one layout and one device into a set of layers.
+
+    Everything that does not change from call to call is worked out here, once. The error is not
+    fp64. Calls must be made on its device.
+    """
+
+    def __init__(
+        self,
+        error: Tensor,
+        row_offsets: list[int],
+        sizes: list[int],
+        scales: list[float],
+        column_offset: int,
+        distribution: str,
+        dtype: torch.dtype,
+    ) -> None:
+        count, columns = error.shape
+        terms = terms_of(error)
+        fragments = uses_fragments(error.device)
+        tile = tile_for(count, distribution, terms, fragments)
+        factor = math.sqrt(3) if distribution == "uniform" else 1.0
+        plan = plan_for(row_offsets, sizes, scales, factor, tile.rows, error.device)
+        width = stream.BLOCK[distribution]
+        shift = column_offset % width
+        row_stride, column_stride = error.stride()
+        unit = column_stride == 1
+        tile_count = plan.tiles.shape[0]
+        self._plan = plan
+        self._shapes = [(count, size) for size in sizes]
+        self._dtype = dtype
+        self._before_seed = (
             plan.tiles,
             plan.layers,
             plan.scales,
@@ -219,15 +209,35 @@ def project(
             columns,
             shift,
             column_offset // width,
-            seed,
-            row_stride,
-            column_stride,
-        ),
-        constants,
-        tile.warps,
-        (error.dtype, error.data_ptr() % 16 == 0),
-    )
-    return signals
+        )
+        self._strides = row_stride, column_stride
+        constants = (
+            distribution,
+            width,
+            len(sizes) if len(sizes) <= _OUTPUTS else 0,
+            _DTYPES[dtype],
+            _DTYPES[operand_of(error)],
+            terms,
+            _vector(error, row_stride, columns, shift) if unit else 1,
+            unit,
+            tl.int32 if max(sizes) * tile.error_rows < _NARROW else tl.int64,
+            TARGET,
+            fragments,
+            *tile[:3],
+            STAGES,
+        )
+        grid = tile_count * -(-count // tile.error_rows)
+        self._launch = Launch(kernels.project_kernel, grid, constants, tile.warps)
+
+    def __call__(self, error: Tensor, seed: int) -> list[Tensor]:
+        """One signal [M, size] per layer."""
+        signals = [error.new_empty(shape, dtype=self._dtype) for shape in self._shapes]
+        stream_id = current_stream(error.device)
+        capturing = not INTERPRETED and torch.cuda.is_current_stream_capturing()
+        self._plan.read_by(stream_id, capturing)
+        outputs = _outputs([signals[i] for i in self._plan.order], stream_id, capturing)
+        self._launch(stream_id, error, outputs, *self._before_seed, seed, *self._strides)
+        return signals
 
 
 def fill(
@@ -258,15 +268,11 @@ def fill(
         block_rows,
         block_columns,
     )
-    arguments = (
-        matrix,
-        rows,
-        columns,
-        row_stride,
-        shift,
-        column_offset // width,
-        row_offset,
-        seed,
-    )
-    key = (matrix.dtype, matrix.data_ptr() % 16 == 0)
-    run(kernels.matrix_kernel, grid, arguments, constants, warps, key)
+    key = (matrix.device, grid, matrix.data_ptr() % 16 == 0, *constants)
+    launch = _fills.get(key)
+    if launch is None:
+        launch = Launch(kernels.matrix_kernel, grid, constants, warps)
+        _fills.keep(key, launch)
+    first_block = column_offset // width
+    numbers = (rows, columns, row_stride, shift, first_block, row_offset, seed)
+    launch(current_stream(matrix.device), matrix, *numbers)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_KEPT = 256  # plans and tables of addresses that are kept, the last used ones
+_KEPT = 256
 
 
 class Plan(NamedTuple):
@@ -24,8 +24,22 @@ class Plan(NamedTuple):
     layers: Tensor
     scales: Tensor
     order: list[int]
-    largest: int  # size
-    streams: set[int]  # those that have read it
+    readers: set[int]
+
+    def read_by(self, stream: int, capturing: bool) -> None:
+        """Keep it as long as a launch on the current stream, `stream`, may read it.
+
+        A launch that a CUDA graph captures reads it whenever the graph is replayed.
+        """
+        if stream not in self.readers and self.tiles.is_cuda:
+            self.readers.add(stream)
+            for tensor in (self.tiles, self.layers, self.scales):
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        if capturing:
+            _captured[id(self)] = self
+
+
+_captured: dict[int, Plan] = {}
 
 
 def unions(row_offsets: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:
@@ -83,17 +97,13 @@ def cut_into_tiles(
 
 
 class Kept(dict):
-    """A bounded dictionary: the oldest entries go. What a CUDA graph was captured with stays."""
+    """A bounded dictionary: the oldest entries go."""
 
     def keep(self, key: Hashable, value: object) -> None:
         """Remember `value`."""
         while len(self) >= _KEPT:
             del self[next(iter(self))]
         self[key] = value
-
-
-_plans = Kept()
-_captured: dict[Hashable, Plan] = {}  # graphs read these as long as they are replayed
 
 
 def plan_for(
@@ -103,38 +113,17 @@ def plan_for(
     factor: float,
     rows: int,
     device: torch.device,
-    stream: int,
-    capturing: bool,
 ) -> Plan:
-    """The plan of a set of layers, in tiles of `rows` rows, made and copied once.
+    """The plan of a set of layers, in tiles of `rows` rows. `factor` multiplies every scale.
 
-    `factor` multiplies every scale. Raises RuntimeError where a plan would have to be copied to the
-    device while a CUDA graph is captured.
+    Raises RuntimeError while a CUDA graph is captured, because plans are copied from the host.
     """
-    key = (device, rows, factor, tuple(row_offsets), tuple(sizes), tuple(scales))
-    plan = _plans.get(key) or _captured.get(key)
-    if plan is None:
-        if capturing:
-            raise RuntimeError(
-                "project: call it once with these sizes, row_offsets and normalization before "
-                "capturing a CUDA graph, so that what the kernel reads is on the device"
-            )
-        tiles, order = cut_into_tiles(row_offsets, sizes, rows)
-        layers = torch.tensor([(row_offsets[i], sizes[i]) for i in order])
-        products = torch.tensor([scales[i] * factor for i in order], dtype=torch.float64)
-        plan = Plan(
-            tiles.to(device),
-            layers.to(device),
-            products.float().to(device),
-            order,
-            max(sizes),
-            {stream},
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "project: call it once with an error and layers like these before capturing a CUDA "
+            "graph, so that what the kernel reads is on the device"
         )
-        _plans.keep(key, plan)
-    if capturing:
-        _captured[key] = plan
-    elif stream not in plan.streams:  # they may be dropped while it still reads them
-        plan.streams.add(stream)
-        for tensor in (plan.tiles, plan.layers, plan.scales):
-            tensor.record_stream(torch.cuda.current_stream(device))
-    return plan
+    tiles, order = cut_into_tiles(row_offsets, sizes, rows)
+    layers = torch.tensor([(row_offsets[i], sizes[i]) for i in order])
+    products = torch.tensor([scales[i] * factor for i in order], dtype=torch.float64)
+    return Plan(tiles.to(device), layers.to(device), products.float().to(device), order, set())

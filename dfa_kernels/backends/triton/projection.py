@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from dfa_kernels.backends import slabs
 from dfa_kernels.backends.triton import launch
-from dfa_kernels.backends.triton.plan import union_rows
+from dfa_kernels.backends.triton.plan import Kept, unions
 
 _log = logging.getLogger("dfa_kernels")
 
@@ -56,10 +57,10 @@ class Cost(NamedTuple):
         """
         generation, products = _GENERATION[distribution], max(terms, 1)
         # What is shorter than the fused kernel's tile takes its time too.
-        entries = rows * -(-columns // tile.k) * tile.k
-        tiles = -(-count // tile.m)
+        entries = rows * -(-columns // tile.columns) * tile.columns
+        tiles = -(-count // tile.error_rows)
         made = entries * tiles / generation * (1 + terms / 5)
-        multiplied = 2 * entries * tiles * tile.m * products / _MULTIPLICATION
+        multiplied = 2 * entries * tiles * tile.error_rows * products / _MULTIPLICATION
         slab_rows, slab_columns = slab_shape(columns, products)
         slab_count = -(-rows // slab_rows) * -(-columns // slab_columns)
         by_slabs = rows * columns / generation + slab_count * _SLAB_SECONDS
@@ -86,32 +87,70 @@ def project(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """scales[i] * error @ U[rows of layer i, columns].T: [M, n] -> one [M, sizes[i]] per layer."""
-    arguments = (error, row_offsets, sizes, scales, seed, column_offset, distribution, dtype)
+    key = (
+        error.shape,
+        error.stride(),
+        error.dtype,
+        error.device,
+        error.data_ptr() % 16 == 0,
+        tuple(row_offsets),
+        tuple(sizes),
+        tuple(scales),
+        column_offset,
+        distribution,
+        dtype,
+        torch.get_float32_matmul_precision(),
+    )
     elsewhere = error.is_cuda and error.device.index != torch.cuda.current_device()
-    with torch.cuda.device(error.device) if elsewhere else contextlib.nullcontext():
-        if error.dtype == torch.float64:
-            return _in_float64(*arguments)
-        count, columns = error.shape
-        terms = launch.terms_of(error)
-        tile = launch.tile_for(count, distribution, terms, launch.uses_fragments(error.device))
-        if count <= tile.m and columns <= _FUSED_COLUMNS:  # both ways make every entry once
-            _log.debug("project: fused, an error of %d x %d", count, columns)
-            return launch.project(*arguments)
-        rows = union_rows(tuple(row_offsets), tuple(sizes))
-        scaled_apart = len(sizes) > 1 or dtype != launch.operand_of(error)
-        cost = Cost.of(tile, count, columns, rows, distribution, terms, scaled_apart)
-        fused = columns <= _FUSED_COLUMNS and cost.fused <= cost.by_slabs
-        _log.debug(
-            "project: %s, by estimates of %.3g ms fused and %.3g ms by slabs, for an error of "
-            "%d x %d and %d rows of U",
-            "fused" if fused else "by slabs",
-            1e3 * cost.fused,
-            1e3 * cost.by_slabs,
-            count,
-            columns,
-            rows,
-        )
-        return launch.project(*arguments) if fused else project_by_slabs(*arguments)
+    with torch.cuda.device(error.device) if elsewhere else _HERE:
+        way = _ways.get(key)
+        if way is None:
+            way = _way(error, row_offsets, sizes, scales, column_offset, distribution, dtype)
+            _ways.keep(key, way)
+        return way(error, seed)
+
+
+_HERE = contextlib.nullcontext()
+_ways = Kept()
+
+
+def _way(
+    error: Tensor,
+    row_offsets: list[int],
+    sizes: list[int],
+    scales: list[float],
+    column_offset: int,
+    distribution: str,
+    dtype: torch.dtype,
+) -> Callable[[Tensor, int], list[Tensor]]:
+    """The function of an error and a seed that projects errors like this one; logged."""
+    layers = (row_offsets, sizes, scales)
+    options = (column_offset, distribution, dtype)
+    count, columns = error.shape
+    if count == 0:
+        return lambda error, seed: [error.new_empty(0, size, dtype=dtype) for size in sizes]
+    if error.dtype == torch.float64:
+        return lambda error, seed: _in_float64(error, *layers, seed, *options)
+    terms = launch.terms_of(error)
+    tile = launch.tile_for(count, distribution, terms, launch.uses_fragments(error.device))
+    scaled_apart = len(sizes) > 1 or dtype != launch.operand_of(error)
+    rows = sum(last - first for first, last in unions(row_offsets, sizes))
+    cost = Cost.of(tile, count, columns, rows, distribution, terms, scaled_apart)
+    one_tile = count <= tile.error_rows  # both ways make every entry once
+    fused = columns <= _FUSED_COLUMNS and (one_tile or cost.fused <= cost.by_slabs)
+    _log.debug(
+        "project: %s, by estimates of %.3g ms fused and %.3g ms by slabs, for an error of "
+        "%d x %d and %d rows of U",
+        "fused" if fused else "by slabs",
+        1e3 * cost.fused,
+        1e3 * cost.by_slabs,
+        count,
+        columns,
+        rows,
+    )
+    if fused:
+        return launch.Fused(error, *layers, *options)
+    return lambda error, seed: project_by_slabs(error, *layers, seed, *options)
 
 
 def _in_float64(

@@ -69,6 +69,10 @@ def test_a_plan_holds_the_layers_in_its_order():
     assert made.layers.tolist() == [[3, 70], [3, 9]]
     assert made.scales.tolist() == [6, 3]
     assert made.scales.dtype == torch.float32
+    again = plan.plan_for([3, 3], [9, 70], [1.0, 2.0], 3.0, 16, torch.device("cpu"))
+    assert again is made
+    other = plan.plan_for([3, 3], [9, 70], [1.0, 2.0], 3.0, 32, torch.device("cpu"))
+    assert len(other.tiles) < len(made.tiles)
 
 
 def test_what_a_graph_reads_is_kept(monkeypatch):

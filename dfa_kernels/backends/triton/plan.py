@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -31,12 +30,12 @@ class Plan(NamedTuple):
 
         A launch that a CUDA graph captures reads it whenever the graph is replayed.
         """
-        if stream not in self.readers and self.tiles.is_cuda:
+        if capturing:
+            _captured[id(self)] = self
+        elif stream not in self.readers and self.tiles.is_cuda:
             self.readers.add(stream)
             for tensor in (self.tiles, self.layers, self.scales):
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
-        if capturing:
-            _captured[id(self)] = self
 
 
 _captured: dict[int, Plan] = {}
@@ -51,12 +50,6 @@ def unions(row_offsets: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, 
         else:
             merged.append((first, first + size))
     return merged
-
-
-@functools.lru_cache(maxsize=_KEPT)
-def union_rows(row_offsets: tuple[int, ...], sizes: tuple[int, ...]) -> int:
-    """How many rows of U the layers have between them."""
-    return sum(last - first for first, last in unions(row_offsets, sizes))
 
 
 def cut_into_tiles(
@@ -106,6 +99,9 @@ class Kept(dict):
         self[key] = value
 
 
+_plans = Kept()
+
+
 def plan_for(
     row_offsets: list[int],
     sizes: list[int],
@@ -116,14 +112,21 @@ def plan_for(
 ) -> Plan:
     """The plan of a set of layers, in tiles of `rows` rows. `factor` multiplies every scale.
 
-    Raises RuntimeError while a CUDA graph is captured, because plans are copied from the host.
+    Raises RuntimeError where one would have to be copied from the host while a CUDA graph is
+    captured.
     """
+    key = (device, rows, factor, tuple(row_offsets), tuple(sizes), tuple(scales))
+    plan = _plans.get(key)
+    if plan is not None:
+        return plan
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "project: call it once with an error and layers like these before capturing a CUDA "
-            "graph, so that what the kernel reads is on the device"
+            "project: call it once with these layers before capturing a CUDA graph, so that what "
+            "the kernel reads is on the device"
         )
     tiles, order = cut_into_tiles(row_offsets, sizes, rows)
     layers = torch.tensor([(row_offsets[i], sizes[i]) for i in order])
     products = torch.tensor([scales[i] * factor for i in order], dtype=torch.float64)
-    return Plan(tiles.to(device), layers.to(device), products.float().to(device), order, set())
+    plan = Plan(tiles.to(device), layers.to(device), products.float().to(device), order, set())
+    _plans.keep(key, plan)
+    return plan

@@ -80,19 +80,21 @@ def inspect(binary):
 
 found = []
 TL = launch._DTYPES
-for capability, distribution, dtype, terms, count, outputs in json.loads(sys.argv[1]):
+for capability, distribution, dtype, terms, count, outputs, split in json.loads(sys.argv[1]):
     fragments = capability == 90
     dtype = getattr(torch, dtype)
     operand = torch.float16 if dtype == torch.float16 else torch.bfloat16
     tile = launch.tile_for(count, distribution, terms, fragments)
     name = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}[str(dtype)[6:]]
     pointers = {
-        "error": "*" + name, "tiles": "*i64", "layers": "*i64", "scales": "*fp32",
+        "error": "*bf16" if split else "*" + name, "scales": "*fp32",
+        "tiles": "*i64", "layers": "*i64",
         "outputs": ("*i64",) if outputs == 0 else ("*" + name,) * outputs,
     }
     constants = (
         distribution, stream.BLOCK[distribution], outputs, TL[dtype], TL[operand], terms,
-        16 // dtype.itemsize, True, tl.int32, "cuda", fragments, *tile[:3], launch.STAGES,
+        split, 8 if split else 16 // dtype.itemsize, True, tl.int32, "cuda", fragments,
+        *tile[:3], launch.STAGES,
     )
     binary = compiled(kernels.project_kernel, pointers, constants, tile.warps, capability)
     result = inspect(binary)
@@ -111,15 +113,19 @@ for capability in (80, 90):
         pointers = {"matrix": "*" + name}
         binary = compiled(kernels.matrix_kernel, pointers, constants, warps, capability)
         found.append(inspect(binary))
+    pointers = {"error": "*fp32", "terms": "*bf16"}
+    constants = (3, "cuda", launch._SPLIT_COLUMNS)
+    found.append(inspect(compiled(kernels.split_kernel, pointers, constants, 4, capability)))
     count = launch._ADDRESSES
     pointers = {"table": "*i64", "addresses": ("i64",) * count}
     found.append(inspect(compiled(kernels.addresses_kernel, pointers, (count,), 1, capability)))
 print(json.dumps(found))
 """
 
-# capability, distribution, dtype of error and signals, terms, error's rows, outputs (0: a table)
+# capability, distribution, dtype of error and signals, terms, error's rows, outputs (0: a table),
+# whether the terms were made beforehand
 LAUNCHES = [
-    (capability, distribution, dtype, terms, count, 1)
+    (capability, distribution, dtype, terms, count, 1, False)
     for capability in (80, 90)
     for distribution, dtype, terms in [
         ("normal", "bfloat16", 0),
@@ -132,7 +138,16 @@ LAUNCHES = [
     ]
     for count in ((16, 128) if capability == 80 else (16, 64, 128))
 ]
-LAUNCHES += [(90, "normal", "bfloat16", 0, 32, 4), (90, "normal", "bfloat16", 0, 128, 0)]
+LAUNCHES += [
+    (90, "normal", "bfloat16", 0, 32, 4, False),
+    (90, "normal", "bfloat16", 0, 128, 0, False),
+]
+LAUNCHES += [
+    (capability, "normal", "float32", terms, count, 1, True)
+    for capability in (80, 90)
+    for terms in (2, 3)
+    for count in (16, 64, 128)
+]
 # Issue slots an entry in the loop over columns, without the tensor cores' own: Philox, the
 # distribution, moving entries to where they are multiplied, and the error's part of it.
 LIMIT = {"normal": 24, "uniform": 18, "rademacher": 10}
@@ -159,9 +174,10 @@ def test_no_kernel_spills(compiled):
 def test_entries_take_few_instructions(compiled):
     """What each launch takes is printed: run with -s."""
     for launch, found in zip(LAUNCHES, compiled, strict=False):
-        capability, distribution, dtype, terms, count, _ = launch
+        capability, distribution, dtype, terms, count, _, split = launch
         print(
-            f"sm_{capability} {distribution} {dtype} terms {terms} M {count}: "
+            f"sm_{capability} {distribution} {dtype} terms {terms}{' beforehand' * split}, "
+            f"M {count}: "
             f"{found['per_entry']:.2f} slots an entry, {found['registers']} registers, "
             f"{found['shared']} bytes shared"
         )

@@ -196,6 +196,22 @@ def test_precision_of_fp32_follows_that_of_products(precision, name, terms):
 
 
 @pytest.mark.parametrize("name", ["highest", "high", "medium"])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_terms_made_beforehand_are_those_of_the_kernel(precision, monkeypatch, name, distribution):
+    """The same bits, whatever the error's layout and first column."""
+    precision(name)
+    wide = random_error(12, 300)
+    for error in wide, wide[:, 3:40], wide[:, ::3], wide.T[:20], wide[:1, :1].expand(17, 9):
+        signals = []
+        for entries in (2**62, 0):
+            monkeypatch.setattr(launch, "_SPLIT_ENTRIES", entries)
+            projection._ways.clear()
+            options = {"distribution": distribution, "column_offset": 5, "error_size": 400}
+            signals += project(error, [150], backend="triton", **options)
+        assert torch.equal(*signals)
+
+
+@pytest.mark.parametrize("name", ["highest", "high", "medium"])
 def test_terms_on_the_host_are_those_of_the_kernel(precision, by_slabs, name):
     """One product shows every term, so both ways give the same bits."""
     precision(name)

@@ -13,6 +13,7 @@ import triton.language as tl
 from dfa_kernels.backends.triton.entries import SQRT3, entries, fragment_order, pinned, to_bfloat16
 
 _INTEGERS = (
+    "width",
     "rows",
     "first_row",
     "tile_count",
@@ -23,7 +24,15 @@ _INTEGERS = (
     "seed",
     "row_stride",
     "column_stride",
+    "term_stride",
 )
+
+
+@triton.jit
+def _cut(error):
+    """The upper 8 bits of fp32 numbers, which bf16 holds, and the rest; infinity leaves none."""
+    head = (error.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return head, tl.where(tl.abs(error) == float("inf"), 0.0, error - head)
 
 
 @triton.jit
@@ -39,20 +48,50 @@ def _accumulate(
     """sums + matrix @ error, an fp32 error as a sum of TERMS numbers of bf16, the smallest first.
 
     All terms but the last are cut off, not rounded: no finite error becomes infinite, and three
-    terms hold all 24 bits. The last is rounded. An infinite error leaves no rest.
+    terms hold all 24 bits. The last is rounded.
     """
     if TERMS == 0:
         operand = error
     elif TERMS == 1:
         operand = to_bfloat16(error, TARGET)
     else:
-        head = (error.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
-        rest = tl.where(tl.abs(error) == float("inf"), 0.0, error - head)
+        head, rest = _cut(error)
         sums = _accumulate(sums, matrix, rest, TERMS - 1, OPERAND, PINNED, TARGET)
         operand = head.to(tl.bfloat16)
     if PINNED and TERMS > 0:
         operand = pinned(operand)
     return tl.dot(matrix, operand.to(OPERAND), sums, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def split_kernel(
+    error,
+    terms,
+    count: tl.int64,
+    columns: tl.int32,
+    shift: tl.int32,
+    row_stride: tl.int64,
+    column_stride: tl.int64,
+    width: tl.int32,
+    TERMS: tl.constexpr,
+    TARGET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """An fp32 error [count, columns] into its terms [TERMS, count, width], after `shift` zeros."""
+    width = width // 8 * 8
+    blocks = tl.cdiv(width, BLOCK)
+    row = tl.program_id(0).to(tl.int64) // blocks
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    column = at - shift
+    here = (column >= 0) & (column < columns)
+    rest = tl.load(error + row * row_stride + column * column_stride, mask=here, other=0.0)
+    for term in tl.static_range(TERMS):
+        if term < TERMS - 1:
+            head, rest = _cut(rest)
+        else:
+            head = rest
+        place = terms + (term * count + row) * width + at
+        tl.store(place, to_bfloat16(head, TARGET), mask=at < width)
 
 
 @triton.jit
@@ -96,12 +135,14 @@ def project_kernel(
     seed: tl.int64,
     row_stride: tl.int64,
     column_stride: tl.int64,
+    term_stride: tl.int64,
     DISTRIBUTION: tl.constexpr,
     WIDTH: tl.constexpr,
     OUTPUTS: tl.constexpr,
     OUTPUT_DTYPE: tl.constexpr,
     OPERAND: tl.constexpr,
     TERMS: tl.constexpr,
+    SPLIT: tl.constexpr,
     VECTOR: tl.constexpr,
     UNIT_STRIDE: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -114,8 +155,9 @@ def project_kernel(
 ):
     """One tile of the union's rows times one tile of the error, into every layer with such rows.
 
-    error [count, columns], of which column 0 is entry `shift` of block `first_block`; tiles, layers
-    and scales: see `plan.Plan`; outputs: see `launch._outputs`.
+    error [count, columns], with SPLIT its terms in bf16 [TERMS, count, columns]; its column 0 is
+    entry `shift` of block `first_block`; tiles, layers and scales: see `plan.Plan`; outputs: see
+    `launch._outputs`.
     """
     program = tl.program_id(0).to(tl.int64)
     tile = tiles + 4 * (program % tile_count)
@@ -144,16 +186,20 @@ def project_kernel(
     for left in tl.range(0, shift + columns, BLOCK_K, num_stages=STAGES):
         column = left - shift + k
         here = (column >= 0) & (column < columns)
-        part = tl.load(at, mask=here[:, None] & in_count[None, :], other=0.0)
-        at += BLOCK_K * column_stride
+        mask = here[:, None] & in_count[None, :]
         block = (first_block + left // WIDTH + blocks).to(tl.uint32)
         matrix = entries(block, row[:, None], key0, key1, DISTRIBUTION, TARGET, OPERAND)
         if FRAGMENTS:
-            part = fragment_order(part)
             matrix = tl.trans(fragment_order(tl.trans(matrix)))
         if PINNED:
             matrix = pinned(matrix)
-        sums = _accumulate(sums, matrix, part, TERMS, OPERAND, PINNED, TARGET)
+        for term in tl.static_range(TERMS if SPLIT else 1):
+            behind = (TERMS - 1 - term) * term_stride if SPLIT else 0
+            part = tl.load(at + behind, mask=mask, other=0.0)
+            if FRAGMENTS:
+                part = fragment_order(part)
+            sums = _accumulate(sums, matrix, part, 0 if SPLIT else TERMS, OPERAND, PINNED, TARGET)
+        at += BLOCK_K * column_stride
 
     for layer in range(tl.load(tile + 2), tl.load(tile + 3)):
         first = tl.load(layers + 2 * layer)

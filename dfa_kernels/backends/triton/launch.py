@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dfa_kernels import stream
 from dfa_kernels.backends.triton import kernels
-from dfa_kernels.backends.triton.plan import Kept, plan_for
+from dfa_kernels.backends.triton.plan import Kept, plan_for, unions
 
 INTERPRETED = not isinstance(kernels.project_kernel, triton.runtime.JITFunction)
 TARGET = "interpreter" if INTERPRETED else "hip" if torch.version.hip else "cuda"
@@ -46,7 +46,10 @@ _TILES = {
     64: Tile(128, 64, 32, 4),
     128: Tile(64, 128, 64, 4),
 }
-# The terms of an fp32 error are made in every program: more rows of U share them.
+# The terms of an fp32 error are made, or read, in every program: more rows of U share them.
+# Where U has so many entries that another launch is worth it, a small kernel makes them beforehand.
+_SPLIT_ENTRIES = 2**25
+_SPLIT_COLUMNS = 256
 _TILE_OF_TERMS = Tile(128, 128, 32, 8)
 
 
@@ -189,14 +192,26 @@ class Fused:
         count, columns = error.shape
         terms = terms_of(error)
         fragments = uses_fragments(error.device)
+        rows = sum(last - first for first, last in unions(row_offsets, sizes))
+        split = terms > 1 and rows * columns >= _SPLIT_ENTRIES
         tile = tile_for(count, distribution, terms, fragments)
         factor = math.sqrt(3) if distribution == "uniform" else 1.0
         plan = plan_for(row_offsets, sizes, scales, factor, tile.rows, error.device)
-        width = stream.BLOCK[distribution]
-        shift = column_offset % width
+        block = stream.BLOCK[distribution]
+        shift = column_offset % block
         row_stride, column_stride = error.stride()
         unit = column_stride == 1
         tile_count = plan.tiles.shape[0]
+        vector = _vector(error, row_stride, columns, shift) if unit else 1
+        self._split = None
+        if split:
+            width = -(-(shift + columns) // 8) * 8
+            self._terms = terms, count, width
+            grid = count * -(-width // _SPLIT_COLUMNS)
+            self._split = Launch(kernels.split_kernel, grid, (terms, TARGET, _SPLIT_COLUMNS), 4)
+            self._split_numbers = count, columns, shift, row_stride, column_stride, width
+            row_stride, column_stride, columns, shift = width, 1, shift + columns, 0
+            unit, columns, vector = True, width, 8
         self._plan = plan
         self._shapes = [(count, size) for size in sizes]
         self._dtype = dtype
@@ -208,17 +223,18 @@ class Fused:
             count,
             columns,
             shift,
-            column_offset // width,
+            column_offset // block,
         )
-        self._strides = row_stride, column_stride
+        self._strides = row_stride, column_stride, count * row_stride
         constants = (
             distribution,
-            width,
+            block,
             len(sizes) if len(sizes) <= _OUTPUTS else 0,
             _DTYPES[dtype],
             _DTYPES[operand_of(error)],
             terms,
-            _vector(error, row_stride, columns, shift) if unit else 1,
+            split,
+            vector,
             unit,
             tl.int32 if max(sizes) * tile.error_rows < _NARROW else tl.int64,
             TARGET,
@@ -235,6 +251,10 @@ class Fused:
         stream_id = current_stream(error.device)
         capturing = not INTERPRETED and torch.cuda.is_current_stream_capturing()
         self._plan.read_by(stream_id, capturing)
+        if self._split is not None:
+            terms = error.new_empty(self._terms, dtype=torch.bfloat16)
+            self._split(stream_id, error, terms, *self._split_numbers)
+            error = terms
         outputs = _outputs([signals[i] for i in self._plan.order], stream_id, capturing)
         self._launch(stream_id, error, outputs, *self._before_seed, seed, *self._strides)
         return signals

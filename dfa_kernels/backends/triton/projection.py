@@ -59,7 +59,7 @@ class Cost(NamedTuple):
         # What is shorter than the fused kernel's tile takes its time too.
         entries = rows * -(-columns // tile.columns) * tile.columns
         tiles = -(-count // tile.error_rows)
-        made = entries * tiles / generation * (1 + terms / 5)
+        made = entries * tiles / generation
         multiplied = 2 * entries * tiles * tile.error_rows * products / _MULTIPLICATION
         slab_rows, slab_columns = slab_shape(columns, products)
         slab_count = -(-rows // slab_rows) * -(-columns // slab_columns)

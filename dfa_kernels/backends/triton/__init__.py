@@ -1,0 +1,80 @@
+"""The "triton" backend: fused kernels for CUDA and ROCm tensors; `projection` says what runs.
+
+Under Triton's interpreter (TRITON_INTERPRET=1 before Triton is imported) the same kernels serve CPU
+tensors, slowly, for tests. Triton is imported when the backend is first asked about.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import types
+
+import torch
+from torch import Tensor
+
+_CAPABILITY = (8, 0)  # bfloat16 on tensor cores
+
+
+@functools.cache
+def _kernels() -> types.ModuleType | str:
+    """The module with the kernels, or why there is none."""
+    try:
+        return importlib.import_module("dfa_kernels.backends.triton.projection")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why this backend cannot serve a device type, or None."""
+    if device_type not in ("cpu", "cuda"):
+        return "it serves CUDA and ROCm devices only"
+    kernels = _kernels()
+    if isinstance(kernels, str):
+        return kernels
+    if device_type == "cpu":
+        if kernels.launch.INTERPRETED:
+            return None
+        return "it serves GPUs (and the CPU in Triton's interpreter, with TRITON_INTERPRET=1)"
+    if kernels.launch.INTERPRETED:
+        return "TRITON_INTERPRET=1 keeps it on the CPU"
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < _CAPABILITY:
+        return "it needs compute capability 8.0"
+    return None
+
+
+def project(
+    error: Tensor,
+    row_offsets: list[int],
+    sizes: list[int],
+    scales: list[float],
+    seed: int,
+    column_offset: int,
+    distribution: str,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """scales[i] * error @ U[rows of layer i, columns].T: [M, n] -> one [M, sizes[i]] per layer."""
+    return _kernels().project(  # type: ignore[union-attr]
+        error, row_offsets, sizes, scales, seed, column_offset, distribution, dtype or error.dtype
+    )
+
+
+def feedback_matrix(
+    rows: int,
+    columns: int,
+    seed: int,
+    row_offset: int,
+    column_offset: int,
+    distribution: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """The block of U with its first entry at (row_offset, column_offset)."""
+    matrix = torch.empty(rows, columns, dtype=dtype, device=device)
+    if matrix.numel() > 0:
+        _kernels().launch.fill(  # type: ignore[union-attr]
+            matrix, seed, row_offset, column_offset, distribution
+        )
+    return matrix

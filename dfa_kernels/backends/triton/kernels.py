@@ -1,0 +1,262 @@
+"""The Triton kernels: the fused projection, and blocks of U.
+
+Sizes, seeds and strides are never specialised, so none of them compiles anything. The compile-time
+arguments are dtypes, the distribution, tile sizes, and VECTOR: a power of two that divides the
+numbers that addresses are made of, so that accesses of that many elements are aligned.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dfa_kernels.backends.triton.entries import SQRT3, entries, fragment_order, pinned, to_bfloat16
+
+_INTEGERS = (
+    "width",
+    "rows",
+    "first_row",
+    "tile_count",
+    "count",
+    "columns",
+    "shift",
+    "first_block",
+    "seed",
+    "row_stride",
+    "column_stride",
+    "term_stride",
+)
+
+
+@triton.jit
+def _cut(error):
+    """The upper 8 bits of fp32 numbers, which bf16 holds, and the rest; infinity leaves none."""
+    head = (error.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return head, tl.where(tl.abs(error) == float("inf"), 0.0, error - head)
+
+
+@triton.jit
+def _accumulate(
+    sums,
+    matrix,
+    error,
+    TERMS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PINNED: tl.constexpr,
+    TARGET: tl.constexpr,
+):
+    """sums + matrix @ error, an fp32 error as a sum of TERMS numbers of bf16, the smallest first.
+
+    All terms but the last are cut off, not rounded: no finite error becomes infinite, and three
+    terms hold all 24 bits. The last is rounded.
+    """
+    if TERMS == 0:
+        operand = error
+    elif TERMS == 1:
+        operand = to_bfloat16(error, TARGET)
+    else:
+        head, rest = _cut(error)
+        sums = _accumulate(sums, matrix, rest, TERMS - 1, OPERAND, PINNED, TARGET)
+        operand = head.to(tl.bfloat16)
+    if PINNED and TERMS > 0:
+        operand = pinned(operand)
+    return tl.dot(matrix, operand.to(OPERAND), sums, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def split_kernel(
+    error,
+    terms,
+    count: tl.int64,
+    columns: tl.int32,
+    shift: tl.int32,
+    row_stride: tl.int64,
+    column_stride: tl.int64,
+    width: tl.int32,
+    TERMS: tl.constexpr,
+    TARGET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """An fp32 error [count, columns] into its terms [TERMS, count, width], after `shift` zeros."""
+    width = width // 8 * 8
+    blocks = tl.cdiv(width, BLOCK)
+    row = tl.program_id(0).to(tl.int64) // blocks
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    column = at - shift
+    here = (column >= 0) & (column < columns)
+    rest = tl.load(error + row * row_stride + column * column_stride, mask=here, other=0.0)
+    for term in tl.static_range(TERMS):
+        if term < TERMS - 1:
+            head, rest = _cut(rest)
+        else:
+            head = rest
+        place = terms + (term * count + row) * width + at
+        tl.store(place, to_bfloat16(head, TARGET), mask=at < width)
+
+
+@triton.jit
+def _rounded(values, DTYPE: tl.constexpr, TARGET: tl.constexpr):
+    if tl.bfloat16 == DTYPE:
+        values = to_bfloat16(values, TARGET)
+    return values.to(DTYPE)
+
+
+@triton.jit
+def _address(outputs, layer, OUTPUTS: tl.constexpr):
+    """Where a layer's signal is: see `launch._outputs`."""
+    if OUTPUTS == 0:
+        address = tl.load(outputs[0] + layer)
+    else:
+        address = outputs[0].to(tl.int64)
+        for place in tl.static_range(1, OUTPUTS):
+            address = tl.where(layer == place, outputs[place].to(tl.int64), address)
+    return address
+
+
+@triton.jit
+def addresses_kernel(table, addresses, COUNT: tl.constexpr):
+    """Write addresses, which are this launch's arguments, to a table on the device."""
+    for place in tl.static_range(COUNT):
+        tl.store(table + place, addresses[place])
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def project_kernel(
+    error,
+    outputs,
+    tiles,
+    layers,
+    scales,
+    tile_count: tl.int64,
+    count: tl.int64,
+    columns: tl.int32,
+    shift: tl.int32,
+    first_block: tl.int64,
+    seed: tl.int64,
+    row_stride: tl.int64,
+    column_stride: tl.int64,
+    term_stride: tl.int64,
+    DISTRIBUTION: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    OUTPUT_DTYPE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    TERMS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNIT_STRIDE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    TARGET: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One tile of the union's rows times one tile of the error, into every layer with such rows.
+
+    error [count, columns], with SPLIT its terms in bf16 [TERMS, count, columns]; its column 0 is
+    entry `shift` of block `first_block`; tiles, layers and scales: see `plan.Plan`; outputs: see
+    `launch._outputs`.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    tile = tiles + 4 * (program % tile_count)
+    first_row = tl.load(tile)
+    rows = tl.load(tile + 1)
+    l = tl.arange(0, BLOCK_L)  # noqa: E741
+    row = first_row + l
+    first_m = program // tile_count * BLOCK_M
+    m = tl.arange(0, BLOCK_M)
+    in_count = m < tl.minimum(count - first_m, BLOCK_M).to(tl.int32)
+
+    columns = columns // VECTOR * VECTOR
+    shift = shift // VECTOR * VECTOR
+    row_stride = row_stride // VECTOR * VECTOR
+    k = tl.arange(0, BLOCK_K)
+    if UNIT_STRIDE:
+        column_stride = tl.full((), 1, tl.int64)
+    at = error + (first_m * row_stride - shift * column_stride)
+    at = at + m[None, :] * row_stride + k[:, None] * column_stride
+
+    PINNED: tl.constexpr = TARGET == "cuda" and not FRAGMENTS
+    key0 = seed.to(tl.uint32)
+    key1 = (seed >> 32).to(tl.uint32)
+    blocks = tl.arange(0, BLOCK_K // WIDTH)[None, :]
+    sums = tl.zeros([BLOCK_L, BLOCK_M], tl.float32)
+    for left in tl.range(0, shift + columns, BLOCK_K, num_stages=STAGES):
+        column = left - shift + k
+        here = (column >= 0) & (column < columns)
+        mask = here[:, None] & in_count[None, :]
+        block = (first_block + left // WIDTH + blocks).to(tl.uint32)
+        matrix = entries(block, row[:, None], key0, key1, DISTRIBUTION, TARGET, OPERAND)
+        if FRAGMENTS:
+            matrix = tl.trans(fragment_order(tl.trans(matrix)))
+        if PINNED:
+            matrix = pinned(matrix)
+        for term in tl.static_range(TERMS if SPLIT else 1):
+            behind = (TERMS - 1 - term) * term_stride if SPLIT else 0
+            part = tl.load(at + behind, mask=mask, other=0.0)
+            if FRAGMENTS:
+                part = fragment_order(part)
+            sums = _accumulate(sums, matrix, part, 0 if SPLIT else TERMS, OPERAND, PINNED, TARGET)
+        at += BLOCK_K * column_stride
+
+    for layer in range(tl.load(tile + 2), tl.load(tile + 3)):
+        first = tl.load(layers + 2 * layer)
+        size = tl.load(layers + 2 * layer + 1)
+        # Rows of the tile before the layer's first; negative for a layer begun in another tile.
+        before = first - first_row
+        output = _address(outputs, layer, OUTPUTS).to(tl.pointer_type(OUTPUT_DTYPE))
+        output += first_m * size - before
+        offset = m[None, :].to(OFFSET) * size.to(OFFSET) + l[:, None].to(OFFSET)
+        low = tl.maximum(before, 0).to(tl.int32)
+        high = tl.minimum(before + size, rows).to(tl.int32)
+        in_layer = (l >= low) & (l < high)
+        signal = _rounded(sums * tl.load(scales + layer), OUTPUT_DTYPE, TARGET)
+        tl.store(output + offset, signal, mask=in_layer[:, None] & in_count[None, :])
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def matrix_kernel(
+    matrix,
+    rows: tl.int64,
+    columns: tl.int64,
+    row_stride: tl.int64,
+    shift: tl.int64,
+    first_block: tl.int64,
+    first_row: tl.int64,
+    seed: tl.int64,
+    DISTRIBUTION: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DTYPE: tl.constexpr,
+    LATTICE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    TARGET: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """A block of U into matrix [rows, columns]; column 0 is entry `shift` of block `first_block`.
+
+    LATTICE leaves out the factor of uniform entries.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(rows, BLOCK_R)
+    top = program % tiles * BLOCK_R
+    left = program // tiles * BLOCK_C
+    columns = columns // VECTOR * VECTOR
+    shift = shift // VECTOR * VECTOR
+    row_stride = row_stride // VECTOR * VECTOR
+    r = top + tl.arange(0, BLOCK_R)[:, None]
+    c = left - shift + tl.arange(0, BLOCK_C)[None, :]
+    block = first_block + left // WIDTH + tl.arange(0, BLOCK_C // WIDTH)[None, :]
+    key0 = seed.to(tl.uint32)
+    key1 = (seed >> 32).to(tl.uint32)
+    values = entries(
+        block.to(tl.uint32), first_row + r, key0, key1, DISTRIBUTION, TARGET, tl.float32
+    )
+    if DISTRIBUTION == "uniform" and not LATTICE:
+        if tl.float64 == DTYPE:
+            values = values.to(tl.float64)
+        values = values * SQRT3
+    inside = (r < rows) & (c >= 0) & (c < columns)
+    tl.store(matrix + r * row_stride + c, _rounded(values, DTYPE, TARGET), mask=inside)

@@ -1,0 +1,298 @@
+"""Launches of the Triton kernels: tile sizes, arguments, and what a launch is compiled for."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dfa_kernels import stream
+from dfa_kernels.backends.triton import kernels
+from dfa_kernels.backends.triton.plan import Kept, plan_for, unions
+
+INTERPRETED = not isinstance(kernels.project_kernel, triton.runtime.JITFunction)
+TARGET = "interpreter" if INTERPRETED else "hip" if torch.version.hip else "cuda"
+_DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+_OUTPUTS = 4  # passed as arguments of their own; more go through a table
+STAGES = 2  # of the error's way to shared memory
+_NARROW = 2**31 - 2**7  # elements of a tile's outputs that 32 bits can count
+_ADDRESSES = 64  # arguments of one launch that fills the table
+
+
+class Tile(NamedTuple):
+    """Shape of a program's tile: rows of U, rows of the error, columns at a time, and warps."""
+
+    rows: int
+    error_rows: int
+    columns: int
+    warps: int
+
+
+# For an error of up to so many rows. Chosen from compiled sm_90 and sm_80 code: no spills, and as
+# many warps on a multiprocessor as the registers of a tile's sums allow.
+_TILES = {
+    16: Tile(128, 16, 32, 4),
+    32: Tile(128, 32, 32, 4),
+    64: Tile(128, 64, 32, 4),
+    128: Tile(64, 128, 64, 4),
+}
+# The terms of an fp32 error are made, or read, in every program: more rows of U share them.
+# Where U has so many entries that another launch is worth it, a small kernel makes them beforehand.
+_SPLIT_ENTRIES = 2**25
+_SPLIT_COLUMNS = 256
+_TILE_OF_TERMS = Tile(128, 128, 32, 8)
+
+
+def tile_for(count: int, distribution: str, terms: int, fragments: bool) -> Tile:
+    """The tile for an error of `count` rows that is the sum of `terms` terms."""
+    if distribution == "rademacher":  # one Philox block is 128 columns of a row
+        return Tile(128, min(max(16, triton.next_power_of_2(count)), 64), 128, 4)
+    most = 128 if fragments else 64
+    bucket = min(max(16, triton.next_power_of_2(count)), most)
+    if bucket == 128 and terms > 1:
+        return _TILE_OF_TERMS
+    return _TILES[bucket]
+
+
+def matrix_tile(distribution: str) -> tuple[int, int, int]:
+    """Rows, columns and warps of a program that fills a part of a matrix."""
+    return (128, 128, 4) if distribution == "rademacher" else (32, 128, 4)
+
+
+def terms_of(error: Tensor) -> int:
+    """How many numbers of bf16 an error is the sum of; 0 if it is an operand as it is.
+
+    As PyTorch's own products do, an fp32 error follows torch.get_float32_matmul_precision().
+    """
+    if error.dtype != torch.float32:
+        return 0
+    return {"highest": 3, "high": 2, "medium": 1}[torch.get_float32_matmul_precision()]
+
+
+def operand_of(error: Tensor) -> torch.dtype:
+    """The dtype of the entries that an error is multiplied with; they are exact in all."""
+    if INTERPRETED:  # its product of bf16 numbers is wrong
+        return torch.float32
+    return torch.float16 if error.dtype == torch.float16 else torch.bfloat16
+
+
+def uses_fragments(device: torch.device) -> bool:
+    """Whether a product takes entries from the registers they were made in (on sm_90).
+
+    There the warps divide a tile's rows of U among them. Before, they divide the error as well, and
+    would make an entry more than once; it goes through shared memory instead.
+    """
+    if INTERPRETED:
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def current_stream(device: torch.device) -> int:
+    """The number of a device's current stream; 0 in the interpreter."""
+    return 0 if INTERPRETED else triton.runtime.driver.active.get_current_stream(device.index)
+
+
+class Launch:
+    """Launches of a kernel with one grid and one set of compile-time arguments.
+
+    After the first, they go straight to the compiled kernel, past Triton's search for it. So all
+    must be on one device, with arguments of the same types and pointers as aligned.
+    """
+
+    def __init__(self, kernel: Any, grid: int, constants: tuple, warps: int) -> None:
+        self._first = functools.partial(kernel[(grid,)], num_warps=warps)
+        self._grid = grid
+        self._constants = constants
+        self._again: Any = None
+
+    def __call__(self, stream_id: int, *arguments: Any) -> None:
+        """Launch on the current device and stream, which is `stream_id`."""
+        if self._again is not None:
+            self._again(*arguments, *self._constants, stream=stream_id)
+            return
+        compiled = self._first(*arguments, *self._constants)
+        if not INTERPRETED:
+            self._again = compiled[(self._grid, 1, 1)]
+
+
+@functools.cache
+def _write_addresses(device: torch.device) -> Launch:
+    return Launch(kernels.addresses_kernel, 1, (_ADDRESSES,), 1)
+
+
+def _vector(tensor: Tensor, *numbers: int) -> int:
+    """The largest power of two, up to 16 bytes, that divides a tensor's address and the numbers.
+
+    All in elements.
+    """
+    most = 16 // tensor.element_size()
+    if tensor.data_ptr() % 16:
+        return 1
+    common = math.gcd(most, *numbers)
+    return common & -common
+
+
+_tables = Kept()
+_fills = Kept()
+
+
+def _outputs(signals: list[Tensor], stream_id: int, capturing: bool) -> tuple[Tensor, ...]:
+    """The kernel's argument `outputs`: the signals, or one table of their addresses.
+
+    Signals are tensors of their own, so a call has new addresses, and they must reach the device
+    without a copy from the host: that would wait, or leave a captured graph reading host memory
+    that is gone. Few signals are arguments. More go into a table, which a small kernel fills from
+    its arguments; the table of addresses that recur, as they do from step to step, is kept for the
+    stream it was filled on. A graph's own addresses never change, and its table is memory of its
+    pool.
+    """
+    if len(signals) <= _OUTPUTS:
+        return tuple(signals)
+    addresses = tuple(signal.data_ptr() for signal in signals)
+    key = (signals[0].device, stream_id, addresses)
+    table = None if capturing else _tables.get(key)
+    if table is None:
+        padding = addresses[-1:] * (-len(addresses) % _ADDRESSES)
+        table = signals[0].new_empty(len(addresses + padding), dtype=torch.int64)
+        for left in range(0, len(addresses), _ADDRESSES):
+            some = (addresses + padding)[left : left + _ADDRESSES]
+            _write_addresses(table.device)(stream_id, table[left:], some)
+        if not capturing:
+            _tables.keep(key, table)
+    return (table,)
+
+
+class Fused:
+    """The fused projection of errors of one shape, one layout and one device into a set of layers.
+
+    Everything that does not change from call to call is worked out here, once. The error is not
+    fp64. Calls must be made on its device.
+    """
+
+    def __init__(
+        self,
+        error: Tensor,
+        row_offsets: list[int],
+        sizes: list[int],
+        scales: list[float],
+        column_offset: int,
+        distribution: str,
+        dtype: torch.dtype,
+    ) -> None:
+        count, columns = error.shape
+        terms = terms_of(error)
+        fragments = uses_fragments(error.device)
+        rows = sum(last - first for first, last in unions(row_offsets, sizes))
+        split = terms > 1 and rows * columns >= _SPLIT_ENTRIES
+        tile = tile_for(count, distribution, terms, fragments)
+        factor = math.sqrt(3) if distribution == "uniform" else 1.0
+        plan = plan_for(row_offsets, sizes, scales, factor, tile.rows, error.device)
+        block = stream.BLOCK[distribution]
+        shift = column_offset % block
+        row_stride, column_stride = error.stride()
+        unit = column_stride == 1
+        tile_count = plan.tiles.shape[0]
+        vector = _vector(error, row_stride, columns, shift) if unit else 1
+        self._split = None
+        if split:
+            width = -(-(shift + columns) // 8) * 8
+            self._terms = terms, count, width
+            grid = count * -(-width // _SPLIT_COLUMNS)
+            self._split = Launch(kernels.split_kernel, grid, (terms, TARGET, _SPLIT_COLUMNS), 4)
+            self._split_numbers = count, columns, shift, row_stride, column_stride, width
+            row_stride, column_stride, columns, shift = width, 1, shift + columns, 0
+            unit, columns, vector = True, width, 8
+        self._plan = plan
+        self._shapes = [(count, size) for size in sizes]
+        self._dtype = dtype
+        self._before_seed = (
+            plan.tiles,
+            plan.layers,
+            plan.scales,
+            tile_count,
+            count,
+            columns,
+            shift,
+            column_offset // block,
+        )
+        self._strides = row_stride, column_stride, count * row_stride
+        constants = (
+            distribution,
+            block,
+            len(sizes) if len(sizes) <= _OUTPUTS else 0,
+            _DTYPES[dtype],
+            _DTYPES[operand_of(error)],
+            terms,
+            split,
+            vector,
+            unit,
+            tl.int32 if max(sizes) * tile.error_rows < _NARROW else tl.int64,
+            TARGET,
+            fragments,
+            *tile[:3],
+            STAGES,
+        )
+        grid = tile_count * -(-count // tile.error_rows)
+        self._launch = Launch(kernels.project_kernel, grid, constants, tile.warps)
+
+    def __call__(self, error: Tensor, seed: int) -> list[Tensor]:
+        """One signal [M, size] per layer."""
+        signals = [error.new_empty(shape, dtype=self._dtype) for shape in self._shapes]
+        stream_id = current_stream(error.device)
+        capturing = not INTERPRETED and torch.cuda.is_current_stream_capturing()
+        self._plan.read_by(stream_id, capturing)
+        if self._split is not None:
+            terms = error.new_empty(self._terms, dtype=torch.bfloat16)
+            self._split(stream_id, error, terms, *self._split_numbers)
+            error = terms
+        outputs = _outputs([signals[i] for i in self._plan.order], stream_id, capturing)
+        self._launch(stream_id, error, outputs, *self._before_seed, seed, *self._strides)
+        return signals
+
+
+def fill(
+    matrix: Tensor,
+    seed: int,
+    row_offset: int,
+    column_offset: int,
+    distribution: str,
+    lattice: bool = False,
+) -> None:
+    """Make the block of U that begins at (row_offset, column_offset); rows may have a stride.
+
+    With `lattice`, uniform entries are made without their factor sqrt(3), which makes them exact.
+    """
+    rows, columns = matrix.shape
+    width = stream.BLOCK[distribution]
+    shift = column_offset % width
+    row_stride = matrix.stride(0)
+    block_rows, block_columns, warps = matrix_tile(distribution)
+    grid = -(-rows // block_rows) * -(-(shift + columns) // block_columns)
+    constants = (
+        distribution,
+        width,
+        _DTYPES[matrix.dtype],
+        lattice,
+        _vector(matrix, row_stride, columns, shift),
+        TARGET,
+        block_rows,
+        block_columns,
+    )
+    key = (matrix.device, grid, matrix.data_ptr() % 16 == 0, *constants)
+    launch = _fills.get(key)
+    if launch is None:
+        launch = Launch(kernels.matrix_kernel, grid, constants, warps)
+        _fills.keep(key, launch)
+    first_block = column_offset // width
+    numbers = (rows, columns, row_stride, shift, first_block, row_offset, seed)
+    launch(current_stream(matrix.device), matrix, *numbers)

@@ -1,0 +1,132 @@
+"""Which tiles of U's rows there are and which layers each is for, as tensors on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_KEPT = 256
+
+
+class Plan(NamedTuple):
+    """A set of layers cut into tiles of rows, on a device.
+
+    tiles int64 [tiles, 4]: first row, number of rows, and the range of layers to look at; layers
+    int64 [layers, 2]: first row and size; scales fp32 [layers]. Layers are in the order of `order`,
+    places in the list of outputs.
+    """
+
+    tiles: Tensor
+    layers: Tensor
+    scales: Tensor
+    order: list[int]
+    readers: set[int]
+
+    def read_by(self, stream: int, capturing: bool) -> None:
+        """Keep it as long as a launch on the current stream, `stream`, may read it.
+
+        A launch that a CUDA graph captures reads it whenever the graph is replayed.
+        """
+        if capturing:
+            _captured[id(self)] = self
+        elif stream not in self.readers and self.tiles.is_cuda:
+            self.readers.add(stream)
+            for tensor in (self.tiles, self.layers, self.scales):
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+
+_captured: dict[int, Plan] = {}
+
+
+def unions(row_offsets: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """The union of the layers' rows as disjoint ranges (first, last), ascending."""
+    merged: list[tuple[int, int]] = []
+    for first, size in sorted(zip(row_offsets, sizes, strict=True)):
+        if merged and first <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], first + size)
+        else:
+            merged.append((first, first + size))
+    return merged
+
+
+def cut_into_tiles(
+    row_offsets: Sequence[int], sizes: Sequence[int], rows: int
+) -> tuple[Tensor, list[int]]:
+    """Tiles [tiles, 4] of at most `rows` rows, and the order of the layers they refer to.
+
+    Every row of the union is in one tile, whatever the layers that contain it. Layers are sorted by
+    first row, the longest first, so those that share rows with a tile are few and neighbours; a
+    tile's range of them is the narrowest that holds them all. Rows end at 2**63, so the end of a
+    range may not fit an int64, and is never stored.
+    """
+    order = sorted(range(len(sizes)), key=lambda i: (row_offsets[i], -sizes[i]))
+    pieces, starts, total = [], [], 0
+    for first, last in unions(row_offsets, sizes):
+        count = -(-(last - first) // rows)
+        piece = torch.zeros(count, 4, dtype=torch.int64)
+        piece[:, 0] = first + rows * torch.arange(count)
+        piece[:, 1] = rows
+        piece[-1, 1] = last - first - rows * (count - 1)
+        pieces.append(piece)
+        starts.append((first, total))
+        total += count
+    tiles = torch.cat(pieces)
+    covered, union = [], -1
+    for layer in order:
+        first, size = row_offsets[layer], sizes[layer]
+        while union + 1 < len(starts) and starts[union + 1][0] <= first:
+            union += 1
+        start, base = starts[union]
+        left, right = (first - start) // rows, (first + size - 1 - start) // rows
+        covered.append(slice(base + left, base + right + 1))
+    for place, span in enumerate(covered):
+        tiles[span, 3] = place + 1
+    for place, span in reversed(list(enumerate(covered))):
+        tiles[span, 2] = place
+    return tiles, order
+
+
+class Kept(dict):
+    """A bounded dictionary: the oldest entries go."""
+
+    def keep(self, key: Hashable, value: object) -> None:
+        """Remember `value`."""
+        while len(self) >= _KEPT:
+            del self[next(iter(self))]
+        self[key] = value
+
+
+_plans = Kept()
+
+
+def plan_for(
+    row_offsets: list[int],
+    sizes: list[int],
+    scales: list[float],
+    factor: float,
+    rows: int,
+    device: torch.device,
+) -> Plan:
+    """The plan of a set of layers, in tiles of `rows` rows. `factor` multiplies every scale.
+
+    Raises RuntimeError where one would have to be copied from the host while a CUDA graph is
+    captured.
+    """
+    key = (device, rows, factor, tuple(row_offsets), tuple(sizes), tuple(scales))
+    plan = _plans.get(key)
+    if plan is not None:
+        return plan
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "project: call it once with these layers before capturing a CUDA graph, so that what "
+            "the kernel reads is on the device"
+        )
+    tiles, order = cut_into_tiles(row_offsets, sizes, rows)
+    layers = torch.tensor([(row_offsets[i], sizes[i]) for i in order])
+    products = torch.tensor([scales[i] * factor for i in order], dtype=torch.float64)
+    plan = Plan(tiles.to(device), layers.to(device), products.float().to(device), order, set())
+    _plans.keep(key, plan)
+    return plan

@@ -2,7 +2,10 @@
 #   make demo    train a network on real data by DFA and compare it with backpropagation
 #   make test    run the tests with coverage
 #   make bench   time the kernels against what they replace; results and figures in bench-<date>/
+#   make paper   run the paper's experiments; ARGS="table2 --quick" and the like
 #   make lint    formatting, lint and types
+#   make gpu-check    on a machine with an NVIDIA GPU: build, tests, sanitizer, benchmarks, profile;
+#                     GPU_PYTHON=python3 takes a Python that has what it needs, ARGS="--only tests" a part
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -28,6 +31,9 @@ test: $(VENV)/test
 bench: $(VENV)/bench
 	$(bin)/dfa-kernels bench $(ARGS)
 
+paper: $(VENV)/paper
+	$(bin)/python -m benchmarks.paper $(ARGS)
+
 lint: $(VENV)/dev
 	$(bin)/ruff check
 	$(bin)/ruff format --check
@@ -39,13 +45,21 @@ format: $(VENV)/dev
 	$(bin)/ruff format
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs -r $(bin)/clang-format -i
 
+ifdef GPU_PYTHON
+gpu-check:
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) benchmarks/gpu_check.py $(ARGS)
+else
+gpu-check: $(VENV)/dev
+	$(bin)/python benchmarks/gpu_check.py $(ARGS)
+endif
+
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
 	$(install_torch)
 	@touch $@
 
 # The package itself is installed in place; $(VENV)/<extra> marks that its extra is installed.
-$(VENV)/demo $(VENV)/test $(VENV)/bench $(VENV)/dev: $(VENV)/torch $(sources)
+$(VENV)/demo $(VENV)/test $(VENV)/bench $(VENV)/paper $(VENV)/dev: $(VENV)/torch $(sources)
 	$(bin)/pip install --quiet "setuptools>=77" ninja
 	$(bin)/pip install --quiet --no-build-isolation --editable ".[$(@F)]"
 	@touch $@
@@ -53,4 +67,4 @@ $(VENV)/demo $(VENV)/test $(VENV)/bench $(VENV)/dev: $(VENV)/torch $(sources)
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench paper lint format gpu-check clean

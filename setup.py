@@ -1,14 +1,18 @@
-"""Builds the package, with the compiled extension `dfa_kernels._C` wherever it can be built.
+"""Builds the package, with the compiled extensions wherever they can be built.
 
-Without torch in the build environment or without a C++ compiler the package is pure Python, and
-one line says what was left out. `pip install --no-build-isolation .` builds against the torch that
-is installed; the binary then serves every Python >= 3.10 and every torch >= 2.10.
+`dfa_kernels._C` holds the CPU kernels, `dfa_kernels._CUDA` those for NVIDIA GPUs; the latter is
+built where torch is a CUDA build and its toolkit is there (CUDA_HOME), whether or not a GPU is.
+What cannot be built is left out, and one line says so; what remains is a working package. `pip
+install --no-build-isolation .` builds against the torch that is installed; the binaries then serve
+every Python >= 3.10 and every torch >= 2.10.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,9 +30,12 @@ COMPILE_ARGUMENTS = [
     "-Wno-maybe-uninitialized",
 ]
 
+# Binaries for sm_80 (and 8.6, 8.9) and sm_90; what is newer compiles the latter's PTX.
+CUDA_ARCHITECTURES = "8.0;9.0+PTX"
+
 
 def why_not() -> str | None:
-    """Why the extension cannot be built here, or None."""
+    """Why no extension can be built here, or None."""
     try:
         import torch
     except (ImportError, OSError):
@@ -41,34 +48,87 @@ def why_not() -> str | None:
     return None
 
 
-def extension() -> dict:
-    """The arguments of `setup` for the extension."""
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+def find_toolkit() -> str | None:
+    """Set CUDA_HOME where nvcc says it is, if nobody did; why there is no toolkit, or None.
+
+    Torch takes the folder above nvcc's, which is wrong where that is a link or a script.
+    """
+    if "CUDA_HOME" not in os.environ and shutil.which("nvcc"):
+        command = ["nvcc", "--dryrun", "-c", "-x", "cu", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True).stderr
+        top = re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)
+        if top:
+            os.environ["CUDA_HOME"] = os.path.realpath(top[1])
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if CUDA_HOME is None or shutil.which(os.path.join(CUDA_HOME, "bin", "nvcc")) is None:
+        return f"there is no CUDA toolkit (CUDA_HOME is {CUDA_HOME})"
+    return None
+
+
+def left_out(what: str, reason: object) -> None:
+    """Say what the package does without."""
+    print(f"dfa_kernels: left out the {what} kernels: {reason}", file=sys.stderr)
+
+
+def extensions() -> dict:
+    """The arguments of `setup` for the extensions."""
+    import torch
+
+    no_toolkit = find_toolkit() if torch.version.cuda is not None else None
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     class BuildIfPossible(BuildExtension):
-        """A failed build leaves the package without its extension, and says so."""
+        """Builds each extension by itself; one that fails is left out."""
 
         def run(self) -> None:
-            try:
-                super().run()
-            except Exception as error:
-                self.extensions = []
-                print(f"dfa_kernels: left out the compiled kernels: {error}", file=sys.stderr)
+            wanted, compiler, inplace, built = self.extensions, self.compiler, self.inplace, []
+            for extension in wanted:
+                self.extensions, self.compiler, self.inplace = [extension], compiler, inplace
+                try:
+                    super().run()
+                    built.append(extension)
+                except Exception as error:
+                    left_out("CUDA" if extension.name.endswith("_CUDA") else "compiled", error)
+            self.extensions, self.inplace = built, inplace
 
-    sources = [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
-    module = CppExtension(
-        "dfa_kernels._C",
-        [str(source.relative_to(ROOT)) for source in sources],
-        depends=[str(header.relative_to(ROOT)) for header in sorted(ROOT.glob("csrc/**/*.h"))],
-        py_limited_api=True,
-        define_macros=[
-            ("Py_LIMITED_API", "0x030A0000"),  # Python 3.10
-            ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # torch 2.10
-        ],
-        extra_compile_args=COMPILE_ARGUMENTS,
-    )
+    common = {
+        "depends": [str(header.relative_to(ROOT)) for header in sorted(ROOT.glob("csrc/**/*.h"))],
+        "py_limited_api": True,
+    }
+    macros = [
+        ("Py_LIMITED_API", "0x030A0000"),  # Python 3.10
+        ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # torch 2.10
+    ]
+
+    def sources(*patterns: str) -> list[str]:
+        return [str(p.relative_to(ROOT)) for one in patterns for p in sorted(ROOT.glob(one))]
+
+    modules = [
+        CppExtension(
+            "dfa_kernels._C",
+            sources("csrc/bindings.cpp", "csrc/cpu/*.cpp"),
+            define_macros=macros,
+            extra_compile_args=COMPILE_ARGUMENTS,
+            **common,
+        )
+    ]
+    if torch.version.cuda is not None:
+        if no_toolkit is not None:
+            left_out("CUDA", no_toolkit)
+        else:
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+            modules.append(
+                CUDAExtension(
+                    "dfa_kernels._CUDA",
+                    sources("csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
+                    define_macros=[*macros, ("USE_CUDA", None)],  # for torch's stream of the shim
+                    extra_compile_args={"cxx": COMPILE_ARGUMENTS, "nvcc": ["-std=c++17", "-O3"]},
+                    **common,
+                )
+            )
     return {
-        "ext_modules": [module],
+        "ext_modules": modules,
         "cmdclass": {"build_ext": BuildIfPossible},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
@@ -76,5 +136,5 @@ def extension() -> dict:
 
 reason = why_not()
 if reason is not None:
-    print(f"dfa_kernels: left out the compiled kernels: {reason}", file=sys.stderr)
-setup(**({} if reason else extension()))
+    left_out("compiled", reason)
+setup(**({} if reason else extensions()))

@@ -213,6 +213,100 @@ def training_step(measured: dict) -> list[str]:
     return lines
 
 
+def size(count: float) -> str:
+    """Bytes to read."""
+    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    return next((f"{count / u:.3g} {name}" for name, u in units if count >= u), f"{count:.0f} B")
+
+
+def peak(cell: dict) -> str:
+    """A measured peak, or why there is none."""
+    if "does not fit" in cell:
+        return f"does not fit ({size(cell['does not fit'])})"
+    return size(max(cell["peak"], 0)) if "peak" in cell else "not measured"
+
+
+def paper_table1(measured: dict) -> list[str]:
+    """`python -m benchmarks.paper table1`: bytes of feedback matrices, and measured peaks."""
+    ways = ("naive", "shared", "seeded")
+    lines = [
+        "| network | one per layer | peak | one, shared | peak | seeded | peak |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in measured["rows"]:
+        cells = [f"{size(row[way]['stored'])} | {peak(row[way])}" for way in ways]
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    return lines
+
+
+def paper_practices(measured: dict) -> list[str]:
+    """`python -m benchmarks.paper table2 table4`: accuracy, alignment, and the paper's claims."""
+    rows = {(row["practice"], row["mode"]): row for row in measured["rows"]}
+    practices = dict.fromkeys(row["practice"] for row in measured["rows"])
+    layers = rows[next(iter(practices)), "dfa"]["alignment"]
+
+    def percent(practice: str, mode: str) -> str:
+        if (practice, mode) not in rows:
+            return ""
+        accuracy = rows[practice, mode]["test_accuracy"]
+        return f"{100 * accuracy['mean']:.1f} ({100 * accuracy['deviation']:.1f})"
+
+    lines = [
+        f"| {measured['data']}: test accuracy, % | BP | DFA | shallow | {' | '.join(layers)} |",
+        f"|---|---:|---:|---:|{'---:|' * len(layers)}",
+    ]
+    for practice in practices:
+        angles = rows[practice, "dfa"]["alignment"].values()
+        cosines = (f"{angle['mean']:.2f} ({angle['deviation']:.2f})" for angle in angles)
+        accuracies = (percent(practice, mode) for mode in ("backprop", "dfa", "shallow"))
+        name = practice.replace("|", "\\|")
+        lines.append(f"| {name} | {' | '.join((*accuracies, *cosines))} |")
+    found: dict[str, list[str]] = {"yes": [], "no": [], "unclear": []}
+    for claim in measured["claims"]:
+        found[claim["holds"]].append(f"{claim['better']} over {claim['worse']}")
+    names = {"yes": "As the paper says", "no": "The other way round", "unclear": "Unclear"}
+    held = (f"{names[key]}: {', '.join(claims)}." for key, claims in found.items() if claims)
+    return [*lines, "", "Alignment by practice. " + " ".join(held)]
+
+
+def paper_figure4(measured: dict) -> list[str]:
+    """`python -m benchmarks.paper figure4`: beside what was published for other data."""
+    rows = {(row["practice"], row["mode"]): row for row in measured["rows"]}
+    published, agreement = measured["published"], measured["rank_agreement"]
+    data, theirs = measured["data"], published["data"]
+    lines = [
+        f"| b | {data}: accuracy, cos(beta) | {theirs}, as published | {data}: b units, DFA | BP |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    numbers = zip(
+        *(published[key] for key in ("bottlenecks", "test_accuracy", "alignment")), strict=True
+    )
+    for size_of, accuracy, angle in numbers:
+        masked = rows[f"masked {size_of}", "dfa"]
+        cells = [f"{100 * masked['test_accuracy']['mean']:.1f}, "]
+        cells[0] += f"{masked['alignment']['layer 2']['mean']:.3f}"
+        cells.append(f"{accuracy:.1f}, {angle:.3f}")
+        for mode in ("dfa", "backprop"):
+            cells.append(f"{100 * rows[f'narrow {size_of}', mode]['test_accuracy']['mean']:.1f}")
+        lines.append(f"| {size_of} | {' | '.join(cells)} |")
+    found = {key: "none" if v is None else f"{v:+.2f}" for key, v in agreement.items()}
+    ranks = f"{found['test_accuracy']} for accuracy, {found['alignment']} for alignment"
+    return [*lines, "", f"Rank correlation of the first two columns over b: {ranks}."]
+
+
+def paper_vgg16(measured: dict) -> list[str]:
+    """`python -m benchmarks.paper vgg16`: peak memory and time of a training step."""
+    side, batch = measured["resolution"], measured["batch"]
+    lines = [
+        f"| VGG-16, {side}x{side}, batch {batch} | matrices | peak memory | a step |",
+        "|---|---:|---:|---:|",
+    ]
+    for row in measured["rows"]:
+        seconds = f"{row['seconds']:.2f} s" if "seconds" in row else ""
+        lines.append(f"| {row['name']} | {size(row['stored'])} | {peak(row)} | {seconds} |")
+    return lines
+
+
 def render(readme: str) -> str:
     """The README with every table made anew."""
 

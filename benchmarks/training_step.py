@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dfa_kernels import DFA, DFALayer, backends, feedback_matrix
+from dfa_kernels import DFA, DFALayer, feedback_matrix, ops
 
 CASES = {  # inputs, hidden layers, batch, n
     "8 x 1024, n = 10": (784, [1024] * 8, 512, 10),
@@ -95,7 +95,7 @@ def main():
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     arguments = parser.parse_args()
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
-    backend = next(b.name for b in backends() if b.automatic and b.device == device.type)
+    backend = ops.choose("training_step", device.type, None)  # DFA_KERNELS_BACKEND's, if set
     print(f"{device}, {dtype}, {torch.get_num_threads()} threads, backend {backend}")
     measured = []
     for name, case in (CASES if device.type == "cpu" else CASES | ACCELERATOR_CASES).items():

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "entries.h"
@@ -10,7 +11,7 @@ namespace dfa {
 
 enum class Type { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
-constexpr int64_t type_bytes(Type type) {
+DFA_HOST_DEVICE constexpr int64_t type_bytes(Type type) {
   return type == Type::kFloat64 ? 8 : type == Type::kFloat32 ? 4 : 2;
 }
 
@@ -44,5 +45,24 @@ void project_cpu(const Stream& stream, const ErrorMatrix& error, std::vector<Ran
 // U itself, [rows, columns] row-major, unit variance.
 void feedback_matrix_cpu(const Stream& stream, uint64_t row_offset, int64_t rows, int64_t columns,
                          Type type, void* out);
+
+// The same on a GPU; strides count elements.
+struct StridedMatrix {
+  const void* data;
+  int64_t rows, columns, row_stride, column_stride;
+  Type type;  // not kFloat64
+};
+
+// Device memory that lives until what is launched on the stream so far is done.
+using Allocate = std::function<void*(int64_t bytes)>;
+
+// On the current device; `cuda_stream` is a cudaStream_t. `terms`: bf16 terms of an fp32 error, 1
+// to 3; 1 for the other types. Nothing waits for the GPU.
+void project_cuda(const Stream& stream, const StridedMatrix& error, std::vector<Range> ranges,
+                  Type out_type, int terms, const Allocate& allocate, void* cuda_stream);
+
+// `lattice`: uniform entries as their exact lattice, without sqrt(3).
+void feedback_matrix_cuda(const Stream& stream, uint64_t row_offset, int64_t rows, int64_t columns,
+                          Type type, bool lattice, void* out, void* cuda_stream);
 
 }  // namespace dfa

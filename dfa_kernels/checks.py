@@ -39,10 +39,10 @@ def integers(
             f"{function}: {argument} must be a sequence of ints, "
             f"got {type(values).__name__} {values!r}"
         )
-    return [
-        integer(function, f"{argument}[{i}]", value, low=low, high=high)
-        for i, value in enumerate(listed)
-    ]
+    for i, value in enumerate(listed):
+        if type(value) is not int or not low <= value <= high:  # thousands of layers are common
+            listed[i] = integer(function, f"{argument}[{i}]", value, low=low, high=high)
+    return listed
 
 
 def rows(function: str, argument: str, first: int, count: int) -> None:

@@ -5,6 +5,8 @@
     project_adjoint             the transpose of project
     feedback_matrix.<backend>   a block of U
     cpu_isa                     the instruction set of backend "cpp"
+    cuda_fused, cuda_lattice    the two ways of backend "cuda": its fused kernel, and for its slabs
+        a block of U without the sqrt(3) of uniform entries
 
 Arguments are trusted here; `functional` checks them. `seed` is the two's complement of the seed.
 """
@@ -48,6 +50,8 @@ for _name in BACKENDS:
     _library.define(f"project.{_name}{_SCHEMAS['project']}) -> Tensor[]")
     _library.define(f"feedback_matrix.{_name}{_SCHEMAS['feedback_matrix']}) -> Tensor")
 _library.define("cpu_isa(str? force) -> str")
+_library.define(f"cuda_fused{_SCHEMAS['project']}, int terms) -> Tensor[]")
+_library.define(f"cuda_lattice{_SCHEMAS['feedback_matrix']}) -> Tensor")
 
 
 # --- which backend serves what ---

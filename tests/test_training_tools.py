@@ -1,6 +1,7 @@
 """The trainer under the tools of training: accumulation, mixed precision, checkpointing, devices,
 data parallelism. For torch.compile see test_compile.py."""
 
+import datetime
 import functools
 
 import pytest
@@ -195,7 +196,13 @@ def test_layers_on_other_devices_need_a_device_to_project_on():
 
 
 def worker(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(minutes=2),  # rather than half an hour
+    )
     try:
         model = perceptron(seed=3, dtype=torch.float64)
         parallel = DistributedDataParallel(model)

@@ -10,9 +10,9 @@
 #include <memory>
 #include <new>
 
+#include "../plan.h"
 #include "kernels.h"
 #include "pack.h"
-#include "plan.h"
 
 namespace dfa {
 namespace {

@@ -1,8 +1,177 @@
-"""The "cuda" backend: hand-written CUDA kernels, compiled from `csrc/cuda`."""
+"""The "cuda" backend: hand-written CUDA kernels, compiled from `csrc/cuda`, for sm_80 and newer.
+
+Importing the extension registers its kernels: the fused projection as `cuda_fused`, and
+`feedback_matrix.cuda`. Here it is decided which of two ways a projection takes:
+
+- **fused**: U is made in registers and multiplied there; nothing of it is ever stored.
+- **slabs**: U is made a slab at a time into a bounded workspace, and cuBLAS multiplies it.
+
+An fp32 error is multiplied on the bf16 tensor cores as a sum of bf16 numbers, as many as
+`torch.get_float32_matmul_precision()` asks for: 3 for "highest", 2 for "high", 1 for "medium". An
+fp64 error is projected by slabs in fp64.
+"""
 
 from __future__ import annotations
+
+import functools
+import logging
+import math
+
+import torch
+from torch import Tensor
+
+from dfa_kernels.backends import slabs
+
+try:
+    import dfa_kernels._CUDA  # noqa: F401
+
+    _missing = None
+except ImportError as error:
+    _missing = f"the compiled CUDA extension is not there ({error})"
+
+_log = logging.getLogger(__name__)
+
+TERMS = {"highest": 3, "high": 2, "medium": 1}
+
+# The cost of one entry of U, in issue slots of a GPU's scheduler. From instruction counts and the
+# data sheet of an H200, not measured.
+_MAKE = 16.0  # to make it
+_ERROR_ROWS = 128  # rows of error that one making serves in the fused kernel (64 with three terms)
+_MULTIPLY_FUSED = 0.04  # per row of error and term, by mma.sync
+_MULTIPLY_SLABS = 0.025  # the same in cuBLAS
+_STORE = 20.0  # to write and read it, with its share of the slab's launches
+_SUM = 30.0  # to write, read and scale one sum, per row of error and column
+# A product this small is not worth launches of its own.
+_SLABS_ENTRIES = 2**24
+# Rows of a slab are a multiple of this, as matrix products like them.
+_SLAB_STEP = 128
 
 
 def unavailable(device_type: str) -> str | None:
     """Why this backend cannot serve a device type, or None."""
-    return "it is not built"
+    if device_type != "cuda":
+        return f"it serves CUDA devices only{f', and {_missing}' if _missing else ''}"
+    return _missing or _unusable()
+
+
+@functools.cache
+def _unusable() -> str | None:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    old = [
+        f"{torch.cuda.get_device_name(i)} is sm_{major}{minor}"
+        for i in range(torch.cuda.device_count())
+        for major, minor in [torch.cuda.get_device_capability(i)]
+        if major < 8
+    ]
+    return f"it needs compute capability 8.0 on every device, but {', '.join(old)}" if old else None
+
+
+def prefers_slabs(rows: int, error_rows: int, columns: int, terms: int) -> bool:
+    """Whether slabs are estimated to be faster than the fused kernel.
+
+    The fused kernel makes U again for every tile of error rows; slabs write and read U and the
+    sums. `rows` is the sum of the layers' sizes.
+    """
+    if rows * columns < _SLABS_ENTRIES or columns == 0:
+        return False
+    tile = _ERROR_ROWS // 2 if terms == 3 else _ERROR_ROWS
+    fused = _MAKE * -(-error_rows // tile) + _MULTIPLY_FUSED * terms * error_rows
+    by_slabs = _MAKE + _STORE + (_MULTIPLY_SLABS * terms + _SUM / columns) * error_rows
+    return by_slabs < fused
+
+
+def split(error: Tensor, terms: int) -> Tensor:
+    """An fp32 error [M, n] as its bf16 terms side by side, the smallest first: [M, terms * n].
+
+    As the fused kernel's `split_bf16` (csrc/cuda/split.h).
+    """
+    parts = []
+    for _ in range(terms):
+        part = error.bfloat16()
+        cut = (error.view(torch.int32) & -0x10000).view(torch.float32).bfloat16()
+        part = torch.where(part.isinf(), cut, part)
+        parts.append(part)
+        error = torch.where(part.isfinite(), error - part.float(), 0.0)
+    return torch.cat(parts[::-1], dim=1)
+
+
+def _multiply(left: Tensor, right: Tensor) -> Tensor:
+    """The product of two 16-bit matrices, summed and returned in fp32."""
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
+def _project_by_slabs(
+    error: Tensor,
+    row_offsets: list[int],
+    sizes: list[int],
+    scales: list[float],
+    seed: int,
+    column_offset: int,
+    distribution: str,
+    dtype: torch.dtype,
+    terms: int,
+) -> list[Tensor]:
+    """The slab way for 16-bit errors, and for fp32 ones as `terms` bf16 numbers each."""
+    count, columns = error.shape
+    signals = [error.new_empty(count, size, dtype=dtype) for size in sizes]
+    operand = split(error, terms) if error.dtype == torch.float32 else error
+    # U once, repeated for the terms, and the sums.
+    row_bytes = 2 * columns * (1 + (terms if terms > 1 else 0)) + 4 * count
+    rows_at_once = max(slabs.WORKSPACE_BYTES // row_bytes, 1)
+    if rows_at_once > _SLAB_STEP:
+        rows_at_once -= rows_at_once % _SLAB_STEP
+    unit = math.sqrt(3) if distribution == "uniform" else 1.0
+    for part in slabs.union_slabs(row_offsets, sizes, scales, rows_at_once):
+        rows = part.last - part.first
+        slab = torch.ops.dfa_kernels.cuda_lattice(
+            rows,
+            columns,
+            seed,
+            part.first,
+            column_offset,
+            distribution,
+            operand.dtype,
+            error.device,
+        )
+        sums = _multiply(operand, (slab.repeat(1, terms) if terms > 1 else slab).T)
+        for layer in part.layers:
+            in_slab, in_layer = part.overlap(layer)
+            out = signals[layer.place][:, in_layer]
+            torch.mul(sums[:, in_slab], layer.scale * unit, out=out)
+    return signals
+
+
+def project(
+    error: Tensor,
+    row_offsets: list[int],
+    sizes: list[int],
+    scales: list[float],
+    seed: int,
+    column_offset: int,
+    distribution: str,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """scales[i] * error @ U[rows of layer i, columns].T: [M, n] -> one [M, sizes[i]] per layer."""
+    layers = (row_offsets, sizes, scales)
+    if error.dtype == torch.float64:
+
+        def generate(
+            rows: int, columns: int, row_offset: int, column_offset: int, dtype: torch.dtype
+        ) -> Tensor:
+            return torch.ops.dfa_kernels.feedback_matrix.cuda(
+                rows, columns, seed, row_offset, column_offset, distribution, dtype, error.device
+            )
+
+        return slabs.project(generate, error, *layers, column_offset, dtype or error.dtype)
+    terms = TERMS[torch.get_float32_matmul_precision()] if error.dtype == torch.float32 else 1
+    by_slabs = prefers_slabs(sum(sizes), error.shape[0], error.shape[1], terms)
+    if _log.isEnabledFor(logging.DEBUG):
+        way = "slabs" if by_slabs else "fused"
+        _log.debug("project %s, %d layers, %d terms: %s", [*error.shape], len(sizes), terms, way)
+    arguments = (error, *layers, seed, column_offset, distribution)
+    if by_slabs:
+        return _project_by_slabs(*arguments, dtype or error.dtype, terms)
+    return torch.ops.dfa_kernels.cuda_fused(*arguments, dtype, terms)

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../projection.h"
+#include "projection.h"
 
 namespace dfa {
 
@@ -16,6 +16,12 @@ class RowPlan {
   struct Task {
     uint64_t row;
     int64_t rows;
+  };
+
+  struct Interval {
+    uint64_t row;
+    int64_t rows;
+    int64_t first_task;
   };
 
   explicit RowPlan(std::vector<Range> ranges) : ranges_(std::move(ranges)) {
@@ -41,6 +47,11 @@ class RowPlan {
 
   int64_t rows() const { return rows_; }
   int64_t tasks() const { return tasks_; }
+
+  // What a kernel needs to find tasks and their layers by itself.
+  const std::vector<Interval>& intervals() const { return intervals_; }
+  const std::vector<Range>& ranges() const { return ranges_; }   // by row_offset
+  const std::vector<uint64_t>& reach() const { return reach_; }  // furthest end of ranges 0..i
 
   Task task(int64_t index) const {
     const auto after = std::upper_bound(
@@ -70,12 +81,6 @@ class RowPlan {
   }
 
  private:
-  struct Interval {
-    uint64_t row;
-    int64_t rows;
-    int64_t first_task;
-  };
-
   void add(uint64_t begin, uint64_t end) {
     while (begin < end) {
       const uint64_t boundary = ((begin >> 32) + 1) << 32;
@@ -94,7 +99,7 @@ class RowPlan {
   }
 
   std::vector<Range> ranges_;
-  std::vector<uint64_t> reach_;  // furthest end of ranges 0..i
+  std::vector<uint64_t> reach_;
   std::vector<Interval> intervals_;
   int64_t rows_ = 0;
   int64_t task_rows_ = 1;

@@ -1,0 +1,114 @@
+"""The command line: see the package's docstring."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks import provenance
+from benchmarks.paper import data, figures, report, table1, vgg16
+from benchmarks.paper.architectures import ARCHITECTURES, STORAGES
+from benchmarks.paper.experiments import EXPERIMENTS
+from benchmarks.paper.training import Store
+
+RUNS = Path(__file__).parents[2] / "paper-runs"
+CHOICES = ("table1", *EXPERIMENTS, "vgg16")
+# Of a stored matrix that --quick still measures.
+QUICK_BYTES = 10**8
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line's arguments."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__)
+    parser.add_argument("what", nargs="*", metavar="what", help=f"{', '.join(CHOICES)}; all")
+    parser.add_argument("--quick", action="store_true", help="one seed and one epoch: it runs")
+    parser.add_argument("--data", type=Path, help="folder of CIFAR-10; the digits without it")
+    parser.add_argument("--seeds", type=int, help="runs of each variant")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--resolution", type=int, help="of VGG-16's images")
+    parser.add_argument("--batch", type=int, help="of VGG-16's images")
+    parser.add_argument(
+        "--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=RUNS, help="finished trainings are kept here and not repeated"
+    )
+    parser.add_argument("--output", type=Path, help="write JSON and PNG to this folder")
+    parsed = parser.parse_args(arguments)
+    unknown = set(parsed.what) - set(CHOICES)
+    if unknown:
+        parser.error(f"what must be among {', '.join(CHOICES)}, got {', '.join(sorted(unknown))}")
+    return parsed
+
+
+def run_experiment(
+    name: str, options: argparse.Namespace, console: Console, progress: Progress
+) -> dict:
+    """Table 2, table 4 or figure 4: its summary, printed and drawn."""
+    experiment = EXPERIMENTS[name]
+    images = data.load(options.data, options.device)
+    jobs = list(experiment.jobs(images.name, options.quick, options.seeds, options.epochs))
+    task = progress.add_task(experiment.title, total=sum(job.settings.epochs for job in jobs))
+    store = Store(options.runs / options.device.type)
+    runs = experiment.run(jobs, images, store, lambda n: progress.advance(task, n))
+    summary = report.summarize(experiment, runs)
+    for table in report.tables(summary):
+        console.print(table)
+    if options.output:
+        draw = figures.figure4 if name == "figure4" else figures.practices
+        draw(summary, options.output / f"paper_{name}.png")
+    return summary
+
+
+def run_table1(options: argparse.Namespace, console: Console, progress: Progress) -> dict:
+    """Table 1: bytes and measured peaks."""
+    task = progress.add_task("Table 1", total=len(ARCHITECTURES) * len(STORAGES))
+    largest = QUICK_BYTES if options.quick else 2**63
+    rows = table1.run(options.device, largest, lambda: progress.advance(task))
+    console.print(report.memory_table(rows))
+    if options.output:
+        figures.memory(rows, options.output / "paper_table1.png")
+    return {"rows": rows}
+
+
+def run_vgg16(options: argparse.Namespace, console: Console, progress: Progress) -> dict:
+    """The VGG-16 demonstration: the paper's resolution on a GPU, half of it on a CPU."""
+    task = progress.add_task("VGG-16", total=len(vgg16.WAYS))
+    gpu = options.device.type == "cuda"
+    resolution = options.resolution or (32 if options.quick else 224 if gpu else 112)
+    batch, steps = options.batch or (32 if gpu else 4), 3 if options.quick else 5
+    rows = vgg16.run(options.device, resolution, batch, steps, lambda: progress.advance(task))
+    summary = {"resolution": resolution, "batch": batch, "steps": steps, "rows": rows}
+    console.print(report.vgg16_table(summary))
+    if options.output:
+        figures.vgg16(summary, options.output / "paper_vgg16.png")
+    return summary
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is asked for, one after the other."""
+    options = parse(arguments)
+    console = Console(width=max(120, Console().width))
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+    others: dict[str, Callable[..., dict]] = {"table1": run_table1, "vgg16": run_vgg16}
+    columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn())
+    columns += (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        for name in options.what or CHOICES:
+            if name in others:
+                summary = others[name](options, console, progress)
+            else:
+                summary = run_experiment(name, options, console, progress)
+            if options.output:
+                summary |= {"threads": torch.get_num_threads(), "quick": options.quick}
+                provenance.write(options.output / f"paper_{name}.json", summary)
+
+
+if __name__ == "__main__":
+    main()

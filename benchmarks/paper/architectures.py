@@ -1,0 +1,99 @@
+"""Layers whose activations get a signal, the length of the error, and VGG-16 itself."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from torch import nn
+
+# Output channels of VGG-16's convolutions; "pool" halves both sides (Simonyan, Zisserman 2014, D).
+VGG16 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool") + (512, 512, 512, "pool") * 2
+VGG16_LINEAR = (4096, 4096)
+
+
+def vgg16_sizes(resolution: int) -> tuple[int, ...]:
+    """channels x height x width after each convolution, then the hidden linear layers."""
+    sizes, side = [], resolution
+    for channels in VGG16:
+        if isinstance(channels, str):
+            side //= 2
+        else:
+            sizes.append(channels * side**2)
+    return (*sizes, *VGG16_LINEAR)
+
+
+def vgg16(resolution: int, classes: int) -> tuple[nn.Sequential, list[str]]:
+    """VGG-16 without its dropout, He initialization, and the names of its 15 hidden activations."""
+    modules: OrderedDict[str, nn.Module] = OrderedDict()
+    points: list[str] = []
+    pools, channels, side = 0, 3, resolution
+    for width in VGG16:
+        if isinstance(width, str):
+            pools, side = pools + 1, side // 2
+            modules[f"pool {pools}"] = nn.MaxPool2d(2)
+            continue
+        points.append(f"relu {len(points) + 1}")
+        modules[f"convolution {len(points)}"] = nn.Conv2d(channels, width, 3, padding=1)
+        modules[points[-1]] = nn.ReLU()
+        channels = width
+    modules["flatten"] = nn.Flatten()
+    inputs = channels * side**2
+    for width in VGG16_LINEAR:
+        points.append(f"relu {len(points) + 1}")
+        modules[f"linear {len(points)}"] = nn.Linear(inputs, width)
+        modules[points[-1]] = nn.ReLU()
+        inputs = width
+    modules["output"] = nn.Linear(inputs, classes)
+    model = nn.Sequential(modules)
+    he_initialization(model)
+    return model, points
+
+
+def he_initialization(model: nn.Module) -> None:
+    """Weights of variance 2 / fan-in, zero biases (He et al. 2015)."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.zeros_(module.bias)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a projection needs to know of a network."""
+
+    name: str
+    sizes: tuple[int, ...]
+    n: int
+
+    def feedback_bytes(self, storage: str) -> int:
+        """Bytes of feedback matrices in fp32: one per layer, one for all, or none."""
+        entries = {"naive": sum(self.sizes), "shared": max(self.sizes), "seeded": 0}
+        return 4 * self.n * entries[storage]
+
+    def signal_bytes(self, storage: str, batch: int) -> int:
+        """Bytes of what the projection of [batch, n] returns, in fp32.
+
+        Stored matrices give each layer its own signal, and the shared one first the longest; ours
+        gives equal layers one tensor.
+        """
+        entries = {
+            "naive": sum(self.sizes),
+            "shared": sum(self.sizes) + max(self.sizes),
+            "seeded": sum(set(self.sizes)),
+        }
+        return 4 * batch * entries[storage]
+
+
+STORAGES = ("naive", "shared", "seeded")
+ARCHITECTURES = (
+    Architecture("3 x 800, n = 10", (800,) * 3, 10),
+    # The paper's CNN for 32 x 32 images: its three pooled convolutions and a linear layer.
+    Architecture("3 convolutions, 32 x 32, n = 10", (7200, 3136, 576, 128), 10),
+    Architecture("48 x 4,096, n = 1,000", (4096,) * 48, 1000),
+    Architecture("VGG-16, ImageNet, n = 1,000", vgg16_sizes(224), 1000),
+    # Of each block the attention's output, the wide layer and the block's output.
+    Architecture("GPT-2 small, 36 points, n = 50,257", (768, 3072, 768) * 12, 50_257),
+    # Of each block the attention's output and the wide layer.
+    Architecture("Llama-like, 64 points, n = 32,000", (4096, 11_008) * 32, 32_000),
+)

@@ -1,0 +1,174 @@
+"""Runs made a table, in the paper's layout, and held against what the paper says."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+
+from rich.table import Table
+from scipy.stats import spearmanr, t
+
+from benchmarks.paper import published
+from benchmarks.paper.experiments import Claim, Experiment
+from benchmarks.paper.networks import Practice
+from benchmarks.paper.training import Job
+from benchmarks.readme_tables import peak, size
+
+Runs = list[tuple[Job, dict]]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean and sample standard deviation, 0 for a single value."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "deviation": deviation}
+
+
+def row_of(practice: Practice, mode: str, results: list[dict]) -> dict:
+    """Seeds put together. An angle's deviation is the one over a batch (eq. 6), not over seeds."""
+    row: dict = {"practice": practice.name, "mode": mode, "seeds": len(results)}
+    for part in ("train_accuracy", "test_accuracy"):
+        row[part] = spread([result[part] for result in results])
+    if mode == "dfa":
+        row["alignment"] = {
+            layer: {
+                key: statistics.fmean(result["alignment"][layer][of] for result in results)
+                for key, of in (("mean", "mean"), ("deviation", "std"))
+            }
+            for layer in results[0]["alignment"]
+        }
+    return row
+
+
+def seed_alignments(runs: Runs) -> dict[str, dict[int, float]]:
+    """By practice and seed: the alignment, averaged over layers."""
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for job, result in runs:
+        if job.mode == "dfa":
+            angles = [angle["mean"] for angle in result["alignment"].values()]
+            found[job.practice.name][job.seed] = statistics.fmean(angles)
+    return dict(found)
+
+
+def hold(claim: Claim, alignments: dict[str, dict[int, float]]) -> dict:
+    """Whether a claim of the paper holds here: the difference, seed by seed.
+
+    "yes" or "no" where its 95 % confidence interval (Student's t) leaves out zero, else "unclear",
+    as with a single seed.
+    """
+    better, worse = alignments[claim.better], alignments[claim.worse]
+    difference = spread([better[seed] - worse[seed] for seed in better])
+    count = len(better)
+    error = difference["deviation"] / math.sqrt(count) * t.ppf(0.975, count - 1)  # nan for one
+    clear = abs(difference["mean"]) > error
+    holds = ("yes" if difference["mean"] > 0 else "no") if clear else "unclear"
+    return {"better": claim.better, "worse": claim.worse, "difference": difference, "holds": holds}
+
+
+def rank_agreement(rows: list[dict]) -> dict[str, float | None]:
+    """Figure 4's order of masked bottlenecks here and as published: Spearman's rank correlation.
+
+    None where all are equal. Narrow layers have no published counterpart, and two vectors of few
+    components are never far from aligned.
+    """
+    chosen = {row["practice"]: row for row in rows if row["mode"] == "dfa"}
+    ours = [chosen[f"masked {size}"] for size in published.BOTTLENECKS]
+    accuracies = [row["test_accuracy"]["mean"] for row in ours]
+    angles = [row["alignment"]["layer 2"]["mean"] for row in ours]
+    pairs = {
+        "test_accuracy": (accuracies, published.TEST_ACCURACY),
+        "alignment": (angles, published.ALIGNMENT),
+    }
+    return {
+        name: float(spearmanr(mine, theirs).statistic) if len(set(mine)) > 1 else None
+        for name, (mine, theirs) in pairs.items()
+    }
+
+
+def summarize(experiment: Experiment, runs: Runs) -> dict:
+    """What is kept of an experiment."""
+    grouped: dict[tuple[Practice, str], list[dict]] = defaultdict(list)
+    for job, result in runs:
+        grouped[job.practice, job.mode].append(result)
+    rows = [row_of(practice, mode, results) for (practice, mode), results in grouped.items()]
+    alignments = seed_alignments(runs)
+    summary = {
+        "title": experiment.title,
+        "data": runs[0][0].data,
+        "settings": vars(runs[0][0].settings),
+        "run_commits": sorted({result["commit"] for _, result in runs}),
+        "rows": rows,
+        "claims": [hold(claim, alignments) for claim in experiment.claims],
+    }
+    if experiment.name == "figure4":
+        summary["rank_agreement"] = rank_agreement(rows)
+        summary["published"] = {
+            "data": "CIFAR-10",
+            "bottlenecks": published.BOTTLENECKS,
+            "test_accuracy": published.TEST_ACCURACY,
+            "alignment": published.ALIGNMENT,
+        }
+    return summary
+
+
+MODES = {"backprop": "BP", "shallow": "shallow", "dfa": "DFA"}
+
+
+def percent(value: dict[str, float]) -> str:
+    """Mean (standard deviation) of an accuracy."""
+    return f"{100 * value['mean']:.1f} ({100 * value['deviation']:.1f})"
+
+
+def cosine(value: dict[str, float]) -> str:
+    """Mean (standard deviation) of an angle's cosine."""
+    return f"{value['mean']:.3f} ({value['deviation']:.3f})"
+
+
+def tables(summary: dict) -> list[Table]:
+    """A summary to look at."""
+    layers = next(row["alignment"] for row in summary["rows"] if "alignment" in row)
+    columns = ["practice", "trained by", "train, %", "test, %", *layers]
+    title = f"{summary['title']}, on {summary['data']}: accuracy, and cos(beta) by layer"
+    results = Table(*columns, title=title)
+    for row in summary["rows"]:
+        angles = [cosine(angle) for angle in row.get("alignment", {}).values()]
+        accuracies = [percent(row["train_accuracy"]), percent(row["test_accuracy"])]
+        results.add_row(row["practice"], MODES[row["mode"]], *accuracies, *angles)
+    found = [results]
+    if summary["claims"]:
+        claims = Table("aligns better", "than", "by", "as the paper says", title="Orderings")
+        for claim in summary["claims"]:
+            by = f"{claim['difference']['mean']:+.3f} ({claim['difference']['deviation']:.3f})"
+            claims.add_row(claim["better"], claim["worse"], by, claim["holds"])
+        found.append(claims)
+    if "rank_agreement" in summary:
+        title = "Order of masked bottlenecks, rank correlation with the published on CIFAR-10"
+        agreement = Table("test accuracy", "alignment of layer 2", title=title)
+        values = summary["rank_agreement"].values()
+        agreement.add_row(*("-" if value is None else f"{value:+.2f}" for value in values))
+        found.append(agreement)
+    return found
+
+
+def memory_table(rows: list[dict]) -> Table:
+    """Table 1."""
+    title = "Table 1: feedback matrices in fp32, and the peak of making and using them once, M = 4"
+    storages = ("naive", "shared", "seeded")
+    columns = [*storages, *(f"peak, {storage}" for storage in storages)]
+    found = Table("network", *columns, title=title)
+    for row in rows:
+        stored = [size(row[storage]["stored"]) for storage in storages]
+        found.add_row(row["name"], *stored, *(peak(row[storage]) for storage in storages))
+    return found
+
+
+def vgg16_table(summary: dict) -> Table:
+    """The VGG-16 demonstration."""
+    title = f"VGG-16, {summary['resolution']} x {summary['resolution']}, batch {summary['batch']}"
+    found = Table("trained by", "matrices", "peak memory", "s per step", "losses", title=title)
+    for row in summary["rows"]:
+        losses = ", ".join(f"{loss:.3f}" for loss in row.get("losses", ()))
+        seconds = f"{row['seconds']:.3f}" if "seconds" in row else "-"
+        found.add_row(row["name"], size(row["stored"]), peak(row), seconds, losses)
+    return found

@@ -1,0 +1,168 @@
+// The checks of the operator boundary, for every compiled backend. Their texts are those of
+// dfa_kernels/checks.py.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "projection.h"
+
+namespace dfa {
+
+using torch::headeronly::DeviceType;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kMaxColumns = int64_t{1} << 34;
+constexpr uint64_t kMaxRows = uint64_t{1} << 63;
+constexpr int64_t kMaxInteger = std::numeric_limits<int64_t>::max();
+
+// STD_TORCH_CHECK would put this file's path into the user's message.
+template <class... Parts>
+void check(bool holds, const Parts&... parts) {
+  if (holds) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// As Python writes it.
+inline std::string name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Bool:
+      return "torch.bool";
+    case ScalarType::Byte:
+      return "torch.uint8";
+    case ScalarType::Char:
+      return "torch.int8";
+    case ScalarType::Short:
+      return "torch.int16";
+    case ScalarType::Int:
+      return "torch.int32";
+    case ScalarType::Long:
+      return "torch.int64";
+    case ScalarType::ComplexFloat:
+      return "torch.complex64";
+    case ScalarType::ComplexDouble:
+      return "torch.complex128";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
+
+inline void check_integer(int64_t value, int64_t low, int64_t high, const char* op,
+                          const char* argument) {
+  check(low <= value && value <= high, op, ": ", argument, " must be in [", low, ", ", high,
+        "], got ", value);
+}
+
+inline void check_element(int64_t value, int64_t low, const char* op, const char* argument,
+                          size_t index) {
+  check(low <= value, op, ": ", argument, "[", index, "] must be in [", low, ", ", kMaxInteger,
+        "], got ", value);
+}
+
+inline Type type_of(ScalarType type, const char* op, const char* argument) {
+  switch (type) {
+    case ScalarType::Float:
+      return Type::kFloat32;
+    case ScalarType::BFloat16:
+      return Type::kBFloat16;
+    case ScalarType::Half:
+      return Type::kFloat16;
+    case ScalarType::Double:
+      return Type::kFloat64;
+    default:
+      check(false, op, ": ", argument, " must be float16, bfloat16, float32 or float64, got ",
+            name(type));
+  }
+  return Type::kFloat32;
+}
+
+inline Stream stream_of(int64_t seed, int64_t column_offset, int64_t columns,
+                        const std::string& distribution, const char* op) {
+  check_integer(column_offset, 0, kMaxColumns, op, "column_offset");
+  check(columns <= kMaxColumns - column_offset, op,
+        ": column_offset must leave the columns below 2**34, got ", column_offset, " with ",
+        columns, " columns");
+  Stream stream{static_cast<uint64_t>(seed), Distribution::kNormal, column_offset};
+  if (distribution == "normal") return stream;
+  stream.distribution = Distribution::kUniform;
+  if (distribution == "uniform") return stream;
+  stream.distribution = Distribution::kRademacher;
+  check(distribution == "rademacher", op,
+        ": distribution must be one of 'normal', 'uniform', 'rademacher', got '", distribution,
+        "'");
+  return stream;
+}
+
+inline void check_rows(int64_t row_offset, int64_t rows, const char* op, const char* argument) {
+  check(static_cast<uint64_t>(row_offset) + static_cast<uint64_t>(rows) <= kMaxRows, op, ": ",
+        argument, " must leave the rows below 2**63, got ", row_offset, " with ", rows, " rows");
+}
+
+// Bytes of a matrix that the allocator can be asked for; beyond them, arithmetic on sizes would
+// overflow first.
+inline void check_fits(int64_t rows, int64_t columns, const char* op) {
+  constexpr int64_t kMaxElements = std::numeric_limits<int64_t>::max() / 16;
+  check(rows == 0 || columns <= kMaxElements / rows, op, ": output must fit in memory, got [", rows,
+        ", ", columns, "]");
+}
+
+// The arguments of `project`, checked: the part of U, the types, and the layers without outputs.
+struct ProjectArguments {
+  Stream stream;
+  Type error_type;
+  ScalarType out_dtype;
+  Type out_type;
+  std::vector<Range> ranges;
+};
+
+inline ProjectArguments check_project(const Tensor& error, const std::vector<int64_t>& row_offsets,
+                                      const std::vector<int64_t>& sizes,
+                                      const std::vector<double>& scales, int64_t seed,
+                                      int64_t column_offset, const std::string& distribution,
+                                      std::optional<ScalarType> dtype) {
+  const char* const op = "project";
+  check(error.dim() == 2, op, ": error must have 2 dimensions, got ", error.dim());
+  check(row_offsets.size() == sizes.size(), op, ": row_offsets must have one entry per size (",
+        sizes.size(), "), got ", row_offsets.size());
+  check(scales.size() == sizes.size(), op, ": scales must have one entry per size (", sizes.size(),
+        "), got ", scales.size());
+  ProjectArguments checked{};
+  checked.error_type = type_of(error.scalar_type(), op, "error");
+  checked.out_dtype = dtype.value_or(error.scalar_type());
+  checked.out_type = type_of(checked.out_dtype, op, "dtype");
+  checked.stream = stream_of(seed, column_offset, error.size(1), distribution, op);
+  const bool uniform = checked.stream.distribution == Distribution::kUniform;
+  const double unit = uniform ? kSqrt3 : 1.0;  // of the lattice
+  checked.ranges.reserve(sizes.size());
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    check_element(sizes[i], 1, op, "sizes", i);
+    check_element(row_offsets[i], 0, op, "row_offsets", i);
+    check_rows(row_offsets[i], sizes[i], op, "row_offsets");
+    check_fits(error.size(0), sizes[i], op);
+    checked.ranges.push_back(
+        {static_cast<uint64_t>(row_offsets[i]), sizes[i], scales[i] * unit, nullptr});
+  }
+  return checked;
+}
+
+// The same for `feedback_matrix`, but for its device.
+inline Stream check_feedback_matrix(int64_t rows, int64_t columns, int64_t seed, int64_t row_offset,
+                                    int64_t column_offset, const std::string& distribution) {
+  const char* const op = "feedback_matrix";
+  check_integer(rows, 0, kMaxInteger, op, "rows");
+  check_integer(columns, 0, kMaxColumns, op, "columns");
+  check_integer(row_offset, 0, kMaxInteger, op, "row_offset");
+  check_rows(row_offset, rows, op, "row_offset");
+  return stream_of(seed, column_offset, columns, distribution, op);
+}
+
+}  // namespace dfa

@@ -1,0 +1,130 @@
+// The fused projection, from the host's side: which kernel, with which table, on what error.
+#include <limits>
+
+#include "prepare.h"
+#include "shapes.h"
+
+namespace dfa {
+namespace {
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+FusedKernel kernel_of(Distribution distribution, Operand operand, int shape) {
+  switch (distribution) {
+    case Distribution::kNormal:
+      return fused_normal(operand, shape);
+    case Distribution::kUniform:
+      return fused_uniform(operand, shape);
+    case Distribution::kRademacher:
+      return fused_rademacher(operand, shape);
+  }
+  throw std::logic_error("dfa_kernels: unknown distribution");
+}
+
+struct Choice {
+  FusedKernel kernel;
+  int resident;
+};
+
+Choice choose(const Work& work, Operand operand, const DeviceLimits& limits) {
+  Choice best{};
+  double least = std::numeric_limits<double>::infinity();
+  for (int shape = 0; shape < kShapes; ++shape) {
+    const FusedKernel kernel = kernel_of(work.distribution, operand, shape);
+    const int bytes = kernel.shared_bytes(work.terms);
+    if (kernel.kernel == nullptr || bytes > limits.shared_bytes) continue;
+    const int resident = resident_blocks(kernel.kernel, kernel.threads(), bytes);
+    if (resident == 0) continue;
+    const double cycles = estimated_cycles(work, kernel, resident, limits.processors);
+    if (cycles < least) {
+      least = cycles;
+      best = {kernel, resident};
+    }
+  }
+  if (best.resident == 0) {
+    throw std::runtime_error("dfa_kernels: no tile fits this GPU's shared memory");
+  }
+  return best;
+}
+
+bool usable_as_it_is(const StridedMatrix& error, int64_t head) {
+  return error.type != Type::kFloat32 && head == 0 && error.columns > 0 && error.columns % 8 == 0 &&
+         error.column_stride == 1 && reinterpret_cast<uintptr_t>(error.data) % 16 == 0 &&
+         (error.rows == 1 || error.row_stride % 8 == 0);
+}
+
+void set_error(const StridedMatrix& error, int64_t head, int terms, const Allocate& allocate,
+               const DeviceLimits& limits, void* stream, FusedParameters& p) {
+  p.rows = error.rows;
+  p.terms = terms;
+  p.columns = std::max<int64_t>(1, divide_up(head + error.columns, 8)) * 8;
+  p.chunks = static_cast<int32_t>(divide_up(p.columns, kChunkColumns));
+  if (usable_as_it_is(error, head)) {
+    p.error = static_cast<const uint16_t*>(error.data);
+    p.row_stride = error.row_stride;
+    p.term_stride = 0;
+    return;
+  }
+  auto* out = static_cast<uint16_t*>(allocate(2 * terms * error.rows * p.columns));
+  const PrepareParameters prepared{error.data,          error.rows, error.columns, error.row_stride,
+                                   error.column_stride, error.type, terms,         head,
+                                   p.columns,           out};
+  const int64_t blocks = divide_up(error.rows * (p.columns / 8), 256);
+  launch(prepare, prepared, std::min<int64_t>(blocks, 8 * limits.processors), 256, 0, stream);
+  p.error = out;
+  p.row_stride = p.columns;
+  p.term_stride = error.rows * p.columns;
+}
+
+void set_table(const RowPlan& plan, const Allocate& allocate, void* stream, LayerTable& table) {
+  const std::vector<uint64_t> words = table_words(plan);
+  table.layers = static_cast<int32_t>(plan.ranges().size());
+  table.intervals = static_cast<int32_t>(plan.intervals().size());
+  table.far = nullptr;
+  if (words.size() <= kNearWords) {
+    std::copy(words.begin(), words.end(), table.near);
+    return;
+  }
+  auto* far = static_cast<uint64_t*>(allocate(static_cast<int64_t>(8 * words.size())));
+  for (size_t done = 0; done < words.size(); done += kUploadWords) {
+    UploadParameters part{};
+    part.to = far + done;
+    part.count = static_cast<int32_t>(std::min<size_t>(kUploadWords, words.size() - done));
+    std::copy_n(words.begin() + static_cast<std::ptrdiff_t>(done), part.count, part.words);
+    launch(upload, part, 1, 256, 0, stream);
+  }
+  table.far = far;
+}
+
+}  // namespace
+
+void project_cuda(const Stream& stream, const StridedMatrix& error, std::vector<Range> ranges,
+                  Type out_type, int terms, const Allocate& allocate, void* cuda_stream) {
+  if (ranges.empty() || error.rows == 0) return;
+  const DeviceLimits limits = device_limits();
+  const Operand operand = error.type == Type::kFloat16 ? Operand::kHalf
+                          : terms == 3                 ? Operand::kExact
+                                                       : Operand::kBFloat16;
+  const int64_t width =
+      stream.distribution == Distribution::kRademacher ? kRademacherBlockColumns : kBlockColumns;
+  int64_t layer_rows = 0;
+  for (const Range& range : ranges) layer_rows += range.size;
+  RowPlan plan(std::move(ranges));
+
+  FusedParameters p{};
+  p.keys = RoundKeys(stream.seed);
+  p.out_type = out_type;
+  p.first_block = static_cast<uint32_t>(stream.column_offset / width);
+  set_error(error, stream.column_offset % width, terms, allocate, limits, cuda_stream, p);
+  const Work work{stream.distribution, plan.rows(), layer_rows, p.rows, p.columns, terms};
+  const Choice choice = choose(work, operand, limits);
+  plan.cut(choice.kernel.rows);
+  p.row_tiles = plan.tasks();
+  p.items = p.row_tiles * divide_up(p.rows, choice.kernel.errors);
+  set_table(plan, allocate, cuda_stream, p.table);
+  const int64_t blocks = int64_t{limits.processors} * choice.resident;
+  launch(choice.kernel.kernel, p, std::min(p.items, blocks), choice.kernel.threads(),
+         choice.kernel.shared_bytes(terms), cuda_stream);
+}
+
+}  // namespace dfa

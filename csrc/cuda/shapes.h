@@ -1,0 +1,124 @@
+// The tiles there are, and which one a projection takes.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <type_traits>
+
+#include "fused.h"
+
+namespace dfa {
+
+// One compiled kernel, or none.
+struct FusedKernel {
+  void (*kernel)(FusedParameters);
+  int rows, errors, warps, fragments;  // of U, of the error; F of its shape
+  int sum_bytes;                       // shared memory beside the error's
+
+  int threads() const { return 32 * warps; }
+  int shared_bytes(int terms) const { return kStages * terms * errors * kChunkBytes + sum_bytes; }
+};
+
+// From the largest tile of error rows to the smallest; the last is for few rows of U.
+constexpr int kShapes = 5;
+using LargeShape = Shape<16, 2, 8, 1>;  // 128 error rows by 256
+using MediumShape = Shape<8, 2, 4, 3>;  // 64 by 128
+using SmallShape = Shape<4, 2, 4, 3>;   // 32 by 128
+using SingleShape = Shape<1, 2, 4, 4>;  // 8 by 128
+using NarrowShape = Shape<4, 1, 2, 8>;  // 32 by 32
+// Exact sums take twice the registers.
+using ExactMediumShape = Shape<8, 2, 4, 2>;
+using ExactNarrowShape = Shape<4, 1, 2, 6>;
+
+template <class S, Distribution kDistribution, Operand kOperand>
+FusedKernel fused_kernel() {
+  return {fused<S, kDistribution, kOperand>, S::kRows, S::kErrors, S::kWarps, S::kF,
+          S::kWarps * S::kSumFloats * 4};
+}
+
+template <Distribution kDistribution, Operand kOperand>
+FusedKernel fused_kernel_of(int shape) {
+  constexpr bool kExact = kOperand == Operand::kExact;
+  switch (shape) {
+    case 0:
+      if constexpr (kExact)
+        return {};
+      else
+        return fused_kernel<LargeShape, kDistribution, kOperand>();
+    case 1:
+      return fused_kernel<std::conditional_t<kExact, ExactMediumShape, MediumShape>, kDistribution,
+                          kOperand>();
+    case 2:
+      return fused_kernel<SmallShape, kDistribution, kOperand>();
+    case 3:
+      return fused_kernel<SingleShape, kDistribution, kOperand>();
+    default:
+      return fused_kernel<std::conditional_t<kExact, ExactNarrowShape, NarrowShape>, kDistribution,
+                          kOperand>();
+  }
+}
+
+template <Distribution kDistribution>
+FusedKernel fused_kernel_of(Operand operand, int shape) {
+  switch (operand) {
+    case Operand::kBFloat16:
+      return fused_kernel_of<kDistribution, Operand::kBFloat16>(shape);
+    case Operand::kHalf:
+      return fused_kernel_of<kDistribution, Operand::kHalf>(shape);
+    case Operand::kExact:
+      return fused_kernel_of<kDistribution, Operand::kExact>(shape);
+  }
+  throw std::logic_error("dfa_kernels: unknown operand");
+}
+
+// Each is compiled in a file of its own.
+FusedKernel fused_normal(Operand operand, int shape);
+FusedKernel fused_uniform(Operand operand, int shape);
+FusedKernel fused_rademacher(Operand operand, int shape);
+
+struct Work {
+  Distribution distribution;
+  int64_t rows;        // of U, in the union of the layers
+  int64_t layer_rows;  // the sum of the layers' sizes
+  int64_t errors;      // rows of the error
+  int64_t columns;
+  int terms;
+};
+
+// Issue slots per entry made, counted in the compiled loops (tests/test_cuda_build.py prints them).
+constexpr double kSlots[] = {17, 8, 4};  // by Distribution
+// Cycles of a scheduler's tensor core per m16n8k16 by mma.sync on sm_90: an estimate, not measured.
+constexpr double kMatrixCycles = 6;
+// Issue slots per 32 elements written: an estimate, as the rest here.
+constexpr double kWriteSlots = 8;
+// Warps that one scheduler needs to issue every cycle, and cycles to fill and drain a tile.
+constexpr double kEnoughWarps = 2;
+constexpr double kTileCycles = 2000;
+
+// Cycles the work takes on a GPU of `processors` that hold `resident` blocks each: the larger of
+// what is issued and what the tensor cores take, for as many tiles as the busiest processor has.
+inline double estimated_cycles(const Work& work, const FusedKernel& kernel, int resident,
+                               int processors) {
+  const auto tiles = [](int64_t total, int64_t size) {
+    return static_cast<double>((total + size - 1) / size);
+  };
+  const double items = tiles(work.rows, kernel.rows) * tiles(work.errors, kernel.errors);
+  const double busiest = tiles(static_cast<int64_t>(items), processors);
+  const double blocks = std::min<double>(resident, busiest);
+  const double schedulers_warps = blocks * kernel.warps / 4;
+  // Of one warp and one tile.
+  const double entries =
+      tiles(work.columns, kBlock32) * kBlock32 * 16 * kernel.fragments / 32;  // of a lane
+  const double fragments = kernel.errors / kFragmentErrors;
+  const double matrix = entries / 8 * fragments * work.terms;  // mma instructions
+  const double loads = entries / 16 / kernel.fragments * fragments * work.terms;
+  const double copies = static_cast<double>(work.layer_rows) / static_cast<double>(work.rows);
+  const double writes = copies * 16 * kernel.fragments * kernel.errors / 32 * kWriteSlots;
+  const double issued =
+      entries * kSlots[static_cast<int>(work.distribution)] + matrix + loads + writes;
+  const double busy = std::max(issued, matrix * kMatrixCycles) * kernel.warps / 4;
+  return busiest * (busy / std::min(1.0, schedulers_warps / kEnoughWarps) + kTileCycles / blocks);
+}
+
+}  // namespace dfa

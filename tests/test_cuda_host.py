@@ -1,0 +1,421 @@
+"""The CUDA kernels and their host code, run on the CPU by the emulator in `cuda_host`.
+
+The kernels' own source is compiled by the host compiler with the address and undefined-behaviour
+sanitizers; only the primitives of csrc/cuda/device.h are emulated.
+"""
+
+import math
+import os
+import shutil
+import struct
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+from conftest import EPSILON, needs
+
+COMPILER = shutil.which("g++")
+needs("g++", COMPILER is not None)
+
+HOST = Path(__file__).parent / "cuda_host"
+SOURCES = [HOST / "main.cpp", *sorted((HOST.parents[1] / "csrc" / "cuda").glob("*.cu"))]
+DISTRIBUTIONS = ("normal", "uniform", "rademacher")
+TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # as dfa::Type
+UNIT = {"normal": 1.0, "uniform": math.sqrt(3), "rademacher": 1.0}
+ORDERS = ({}, {"DFA_EMULATE_LATE": "1"}, {"DFA_EMULATE_BACKWARDS": "1", "DFA_EMULATE_LATE": "1"})
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    """The program, compiled."""
+    folder = tmp_path_factory.mktemp("emulator")
+    flags = ["-std=c++17", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
+    flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{HOST}"]
+
+    def build(source):
+        target = folder / f"{source.name}.o"
+        subprocess.run([COMPILER, *flags, "-x", "c++", "-c", source, "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(build, SOURCES))
+    program = folder / "emulator"
+    subprocess.run([COMPILER, *flags, *objects, "-o", program], check=True)
+    return program
+
+
+def run(emulator, request, order):
+    done = subprocess.run(
+        [emulator], input=request, capture_output=True, env={**os.environ, **order}
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout
+
+
+def words(*values):
+    return struct.pack(f"<{len(values)}q", *(v - 2**64 if v >= 2**63 else v for v in values))
+
+
+def as_tensors(data, dtype, shapes):
+    flat = torch.frombuffer(bytearray(data), dtype=dtype)
+    return [
+        part.view(shape)
+        for part, shape in zip(flat.split([math.prod(s) for s in shapes]), shapes, strict=True)
+    ]
+
+
+class Projection:
+    """One call of project_cuda."""
+
+    def __init__(
+        self,
+        error,
+        sizes,
+        *,
+        scales=None,
+        row_offsets=None,
+        seed=3,
+        distribution="normal",
+        column_offset=0,
+        dtype=None,
+        terms=None,
+        misaligned=0,
+    ):
+        self.error, self.sizes, self.dtype = error, sizes, dtype or error.dtype
+        self.scales = scales or [1 / math.sqrt(size * 3) for size in sizes]
+        self.where = {"seed": seed, "distribution": distribution, "column_offset": column_offset}
+        self.where["row_offsets"] = row_offsets or [0] * len(sizes)
+        self.terms = terms or (3 if error.dtype == torch.float32 else 1)
+        self.misaligned = misaligned
+
+    def request(self):
+        error, storage = self.error, self.error.untyped_storage()
+        head = words(
+            0,
+            self.where["seed"],
+            DISTRIBUTIONS.index(self.where["distribution"]),
+            self.where["column_offset"],
+            *error.shape,
+            *error.stride(),
+            TYPES.index(error.dtype),
+            TYPES.index(self.dtype),
+            self.terms,
+            self.misaligned,
+            storage.nbytes(),
+        )
+        layers = [len(self.sizes)]
+        unit = UNIT[self.where["distribution"]]
+        for row, size, scale in zip(
+            self.where["row_offsets"], self.sizes, self.scales, strict=True
+        ):
+            layers += [row, size, *struct.unpack("<q", struct.pack("<d", scale * unit))]
+        return head + bytes(storage) + words(*layers)
+
+    def signals(self, data):
+        """(launches, threads and shared bytes of the last one), and one signal a layer."""
+        shapes = [(self.error.shape[0], size) for size in self.sizes]
+        return struct.unpack("<3q", data[:24]), as_tensors(data[24:], self.dtype, shapes)
+
+    def size(self):
+        return 24 + self.error.shape[0] * sum(self.sizes) * self.dtype.itemsize
+
+    def check(self, signals):
+        """Against float64, to the bound of a sum in fp32 whose every addition is cut off.
+
+        Of an fp32 error, `terms` bf16 terms leave out 2^-(8 * terms).
+        """
+        exact = reference_project(self, self.error)
+        magnitudes = reference_project(self, self.error.abs(), absolute=True)
+        left_out = 2.0 ** -(8 * self.terms) if self.error.dtype == torch.float32 else 0.0
+        additions = self.terms * (self.error.shape[1] // 16 + 2)
+        relative = left_out + (2 * additions + 3) * EPSILON[torch.float32]
+        info = torch.finfo(self.dtype)
+        for signal, expected, magnitude in zip(signals, exact, magnitudes, strict=True):
+            bound = relative * magnitude + EPSILON[self.dtype] * expected.abs()
+            bound += info.smallest_normal * info.eps
+            difference = (signal.double() - expected).abs()
+            assert (difference <= bound).all(), f"off by {(difference / bound).max():.3g} bounds"
+
+
+def reference_project(case, error, absolute=False):
+    where = dict(case.where)
+    row_offsets = where.pop("row_offsets")
+    signals = []
+    for size, scale, row in zip(case.sizes, case.scales, row_offsets, strict=True):
+        u = reference.lattice(size, error.shape[1], row_offset=row, **where)
+        u = torch.from_numpy(u) * UNIT[where["distribution"]] * scale
+        signals.append(error.double() @ (u.abs() if absolute else u).T)
+    return signals
+
+
+def run_all(emulator, cases, order=ORDERS[1], check=True):
+    data = run(emulator, b"".join(case.request() for case in cases), order)
+    found = []
+    for case in cases:
+        part, data = data[: case.size()], data[case.size() :]
+        found.append(case.signals(part))
+        if check:
+            case.check(found[-1][1])
+    assert not data
+    return found
+
+
+def random_error(rows, columns, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator).to(dtype)
+
+
+FAR = [2**62, 3, 20, 2**32 - 4, 2**63 - 1, 2**32 - 4, 60]  # row offsets, in no order
+FAR_SIZES = [5, 40, 5, 9, 1, 9, 3]
+# csrc/cuda/shapes.h: threads and rows of the error -> bytes of staged sums
+TILES = {(256, 128): 36864, (128, 64): 18432, (128, 32): 18432, (128, 8): 4608, (64, 32): 5120}
+
+
+def tile_of(case, log):
+    """Threads and error rows of the tile that a launch took, by its shared memory."""
+    _, threads, shared = log
+    (errors,) = (
+        errors
+        for (of_tile, errors), sums in TILES.items()
+        if of_tile == threads and shared == 2 * case.terms * errors * 128 + sums
+    )
+    return threads, errors
+
+
+@pytest.mark.parametrize("dtype", TYPES[:3], ids=str)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_every_tile(emulator, distribution, dtype):
+    """Several tiles in turn, several chunks of columns, three layers that overlap."""
+    shapes = [(1, 300, 37), (8, 70, 128), (20, 40, 300), (33, 500, 10), (60, 400, 33)]
+    shapes += [(100, 700, 40), (130, 20, 100)]
+    cases = [
+        Projection(
+            random_error(rows, columns, dtype, seed=i),
+            [size, size // 2 + 1, size],
+            scales=[0.5, 2.0, -1.25],
+            row_offsets=[0, i, 2**32 - 17 * i],
+            distribution=distribution,
+            terms=1 + i % 3 if dtype == torch.float32 else 1,
+        )
+        for i, (rows, size, columns) in enumerate(shapes)
+    ]
+    found = run_all(emulator, cases)
+    tiles = {tile_of(case, log) for case, (log, _) in zip(cases, found, strict=True)}
+    # Two terms of 128 error rows are more shared memory than the emulated GPU has.
+    assert tiles == TILES.keys() - ({(256, 128)} if dtype == torch.float32 else set())
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=["at-once", "late", "late-backwards"])
+def test_in_any_order_of_threads_and_copies(emulator, order):
+    cases = [
+        Projection(random_error(rows, columns), [50, 30], row_offsets=[0, 20], distribution=kind)
+        for rows, columns, kind in ((3, 10, "normal"), (40, 200, "normal"), (9, 300, "rademacher"))
+    ]
+    cases.append(Projection(random_error(100, 200, torch.bfloat16), [700]))
+    run_all(emulator, cases, order)
+
+
+def test_the_maps_of_the_fragments(emulator):
+    assert struct.unpack("<q", run(emulator, words(2), ORDERS[0])) == (1,)
+
+
+# The entries
+
+
+@pytest.mark.parametrize("dtype", TYPES[:3], ids=str)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_projected_identity_is_the_matrix(emulator, distribution, dtype):
+    """Bit for bit, with sums of one term that is not zero; among them all normal entries."""
+    places = [(16, 4096, 0, 0), (9, 40, 7, 2**32 - 3), (40, 50, 2**34 - 40, 2**63 - 50)]
+    places += [(1, 129, 127, 17), (129, 33, 100, 5)]
+    cases = [
+        Projection(
+            torch.eye(columns, dtype=dtype),
+            [size],
+            scales=[1 / UNIT[distribution]],
+            distribution=distribution,
+            column_offset=column,
+            row_offsets=[row],
+            seed=2**64 - 1 - row,
+        )
+        for columns, size, column, row in places
+    ]
+    for case, (_, (signal,)) in zip(cases, run_all(emulator, cases, check=False), strict=True):
+        where = {**case.where, "row_offset": case.where["row_offsets"][0]}
+        del where["row_offsets"]
+        u = reference.lattice(signal.shape[1], signal.shape[0], **where)
+        if distribution == "normal" and signal.shape[0] == 16:
+            k = reference.indices(signal.shape[1], signal.shape[0], **where)
+            assert len(set(k.flatten().tolist())) == 4096
+        assert torch.equal(signal.double(), torch.from_numpy(u).T)
+
+
+def test_feedback_matrices(emulator):
+    """Any shape, place, type and alignment; the slabs' lattice too."""
+    sizes = (1, 7, 8, 9, 65, 140)
+    kinds = [(d, t, False) for d in DISTRIBUTIONS for t in TYPES]
+    kinds += [("uniform", t, True) for t in TYPES]
+    requests, expected = [], []
+    for i, (rows, columns) in enumerate((r, c) for r in sizes for c in sizes):
+        for distribution, dtype, lattice in kinds[i % 4 :: 4]:
+            place = {
+                "seed": 0x9E3779B97F4A7C15,
+                "distribution": distribution,
+                "row_offset": (0, 5, 2**32 - 3, 2**33 - 100, 2**63 - 140)[i % 5],
+                "column_offset": (0, 1, 8, 16, 100, 127, 2**34 - 140)[i % 7],
+            }
+            numbers = DISTRIBUTIONS.index(distribution), TYPES.index(dtype)
+            requests.append(
+                words(1, place["seed"], numbers[0], place["column_offset"], place["row_offset"])
+                + words(rows, columns, numbers[1], lattice, (0, 8, 16)[i % 3])
+            )
+            if lattice:
+                u = torch.from_numpy(reference.lattice(rows, columns, **place)).to(dtype)
+            else:
+                u = reference.matrix(rows, columns, dtype=dtype, **place)
+            expected.append(u)
+    data = run(emulator, b"".join(requests), ORDERS[0])
+    for want in expected:
+        part, data = data[: want.nbytes], data[want.nbytes :]
+        (made,) = as_tensors(part, want.dtype, [want.shape])
+        assert torch.equal(made, want)
+    assert not data
+
+
+# Layers
+
+
+def test_row_offsets_anywhere(emulator):
+    case = Projection(random_error(4, 19), FAR_SIZES, row_offsets=FAR, seed=2**64 - 1)
+    run_all(emulator, [case])
+
+
+@pytest.mark.parametrize("layers", [1, 33, 87, 88, 1100])
+def test_any_number_of_layers_is_one_launch(emulator, layers):
+    """Beyond what kernel arguments hold, the table is uploaded in launches of its own."""
+    generator = torch.Generator().manual_seed(layers)
+    sizes = torch.randint(1, 20 + 300 // layers, (layers,), generator=generator).tolist()
+    shared = [0] * layers
+    own = [sum(sizes[:i]) for i in range(layers)]
+    apart = (torch.randint(0, 15 * layers, (layers,), generator=generator) + 2**40).tolist()
+    error = random_error(2, 8, torch.bfloat16)
+    cases = [Projection(error, sizes, row_offsets=rows) for rows in (shared, own, apart)]
+    for (log, _), case in zip(run_all(emulator, cases), cases, strict=True):
+        covered = set()
+        for row, size in zip(case.where["row_offsets"], sizes, strict=True):
+            covered.update(range(row, row + size))
+        intervals = sum(row - 1 not in covered for row in covered)
+        table = 5 * layers + 3 * intervals
+        assert log[0] == 1 + (-(-table // 500) if table > 440 else 0)
+
+
+# The error
+
+
+def test_an_aligned_16_bit_error_is_read_where_it_lies(emulator):
+    wide = random_error(20, 96, torch.bfloat16)
+    shard = Projection(wide[:, :72], [30], distribution="rademacher", column_offset=256)
+    as_it_is = [Projection(wide, [30]), shard, Projection(wide[:1, 8:16].clone(), [30])]
+    copied = [
+        Projection(wide, [30], misaligned=2),
+        Projection(wide, [30], column_offset=4),
+        Projection(wide[:, :72], [30], distribution="rademacher", column_offset=8),
+        Projection(wide[:, :71], [30]),
+        Projection(wide.T, [30]),
+        Projection(wide[:, ::2], [30]),
+        Projection(wide[0].expand(5, 96), [30]),
+    ]
+    found = run_all(emulator, as_it_is + copied)
+    assert [log[0] for log, _ in found] == [1] * 3 + [2] * 6 + [1]
+
+
+def test_strided_errors_of_32_bits(emulator):
+    wide = random_error(20, 33)
+    views = [wide.T, wide[::2, ::3], wide[:1].expand(9, 33), wide[:, :1]]
+    run_all(emulator, [Projection(view, [30]) for view in views])
+
+
+def test_no_columns_give_zeros(emulator):
+    for dtype in TYPES[:3]:
+        ((_, (signal,)),) = run_all(emulator, [Projection(torch.empty(3, 0, dtype=dtype), [40])])
+        assert torch.equal(signal, torch.zeros(3, 40, dtype=dtype))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3.4e38, 1e-45])
+def test_extreme_errors(emulator, value):
+    """Not finite, near the largest float, or subnormal: what fp32 products would give."""
+    error = torch.zeros(3, 10)
+    error[1, 4] = value
+    case = Projection(error, [40], scales=[0.5])
+    ((_, (signal,)),) = run_all(emulator, [case], check=False)
+    column = torch.from_numpy(reference.lattice(40, 1, seed=3, column_offset=4)).flatten()
+    assert torch.equal(signal[[0, 2]], torch.zeros(2, 40))
+    if math.isnan(value):
+        assert signal[1].isnan().all()
+    else:
+        expected = error[1, 4].double() * column
+        finite = expected.abs() < 3.3e38
+        assert (signal[1][~finite].isinf() | ~expected[~finite].isinf()).all()
+        wanted = (expected * 0.5)[finite]
+        torch.testing.assert_close(signal[1][finite].double(), wanted, rtol=2e-7, atol=3e-45)
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3])
+def test_the_terms_of_an_fp32_error(emulator, terms):
+    """Three are as good as an fp32 matrix product, for all that the tensor cores cut sums off."""
+    case = Projection(random_error(8, 1000), [40], terms=terms, dtype=torch.float64)
+    ((_, (signal,)),) = run_all(emulator, [case])
+    (exact,) = reference_project(case, case.error)
+    (magnitude,) = reference_project(case, case.error.abs(), absolute=True)
+    worst = ((signal - exact).abs() / magnitude).max().item()
+    print(f"{terms} terms: {worst / EPSILON[torch.float32]:.3g} fp32 roundoffs of sum |e||U|")
+    fp32 = case.error @ (exact.new_tensor(reference.lattice(40, 1000, seed=3)).float().T)
+    fp32_worst = ((fp32 * case.scales[0] - exact).abs() / magnitude).max().item()
+    print(f"fp32 matrix product: {fp32_worst / EPSILON[torch.float32]:.3g}")
+    if terms == 3:
+        assert worst < 2 * fp32_worst
+    else:
+        assert 2.0 ** (-8 * terms - 8) < worst < 2.0 ** (-8 * terms)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("error_type", TYPES[:3], ids=str)
+def test_output_types(emulator, error_type, dtype):
+    error = random_error(5, 20, error_type)
+    cases = [Projection(error, [7, 40], row_offsets=[0, 9], dtype=dtype)]
+    run_all(emulator, cases)
+
+
+def test_the_emulator_sees_mistakes(tmp_path):
+    """Copies not waited for, lanes that part, threads that wait for ever, reads outside."""
+    source = """
+        #include "../csrc/cuda/device.h"
+        using namespace dfa;
+        struct Nothing {};
+        alignas(16) char from[16];
+        void no_wait(Nothing) { device::copy_async(device::shared(), from, true); }
+        void parted(Nothing) {
+          device::thread() < 3 ? device::sync_warp() : void(device::ballot(true));
+        }
+        void left(Nothing) { if (device::thread() != 5) device::sync_block(); }
+        void unaligned(Nothing) { device::copy_async(device::shared() + 8, from, true); }
+        void outside(Nothing) { device::shared()[64] = 1; }
+        int main(int, char** a) {
+          void (*kernels[])(Nothing) = {no_wait, parted, left, unaligned, outside};
+          launch(kernels[a[1][0] - '0'], Nothing{}, 1, 32, 64, nullptr);
+        }
+    """
+    program = tmp_path / "mistakes"
+    flags = ["-std=c++17", "-fsanitize=address,undefined", f"-I{HOST}", f"-I{HOST}"]
+    (tmp_path / "m.cpp").write_text(source.replace("../csrc", str(HOST.parents[1] / "csrc")))
+    subprocess.run([COMPILER, *flags, tmp_path / "m.cpp", "-o", program], check=True)
+    messages = ["copies under way", "different operations", "for ever", "unaligned", "overflow"]
+    for i, message in enumerate(messages):
+        done = subprocess.run(
+            [program, str(i)], capture_output=True, env={**os.environ, **ORDERS[1]}
+        )
+        assert done.returncode != 0
+        assert message in done.stderr.decode()

@@ -1,0 +1,199 @@
+"""What only a GPU shows: streams, graphs, launches, memory, and cuRAND as a witness of the stream.
+
+The tests of values run there too, through the fixture `target`.
+"""
+
+import pytest
+import torch
+from conftest import assert_projected
+from torch.profiler import DeviceType, ProfilerActivity, profile
+
+from dfa_kernels import feedback_matrix, project
+from dfa_kernels.backends import slabs
+
+SIZES = [700, 33, 700, 1, 129]
+FUSED = ("cuda", "triton")  # the backends that make entries in registers
+
+
+@pytest.fixture
+def unpoisoned(poison):
+    """Fresh memory as it comes: no fill kernels, no deterministic substitutes."""
+    torch.use_deterministic_algorithms(False)
+
+
+def random_error(*shape, dtype=torch.bfloat16, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+
+
+def kernels_of(call):
+    """The names of the kernels and copies that a call puts on the GPU."""
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
+        call()
+        torch.cuda.synchronize()
+    return [event.name for event in recorded.events() if event.device_type == DeviceType.CUDA]
+
+
+@pytest.mark.usefixtures("unpoisoned")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("sizes", [[800], SIZES, [1 + 37 * i % 4001 for i in range(1100)]])
+def test_all_layers_are_one_launch(gpu_backend, dtype, sizes):
+    if gpu_backend not in FUSED:
+        pytest.skip("it is not a fused backend")
+    error = random_error(64, 1000, dtype=dtype)
+    kernels = kernels_of(lambda: project(error, sizes, backend=gpu_backend))
+    assert len(kernels) == 1, kernels
+
+
+@pytest.mark.usefixtures("unpoisoned")
+@pytest.mark.parametrize("count", [3, 4096])
+def test_nothing_waits_for_the_gpu(gpu_backend, count):
+    error = random_error(count, 100)
+    project(error, SIZES, backend=gpu_backend)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        project(error, SIZES, backend=gpu_backend)
+        project(error, [123, 45], seed=2, backend=gpu_backend)  # layers not seen before
+        feedback_matrix(10, 10, device="cuda", backend=gpu_backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.usefixtures("unpoisoned")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [5, 4096])
+def test_graph_replays_read_the_new_error(gpu_backend, dtype, count):
+    error = random_error(count, 77, dtype=dtype)
+    for sizes in (SIZES, [1 + i % 50 for i in range(1100)]):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what compiles and caches does so before the capture
+            project(error, sizes, seed=3, backend=gpu_backend)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = project(error, sizes, seed=3, backend=gpu_backend)
+        project(error, [8, 9], seed=4, backend=gpu_backend)  # others come between
+        for seed in (1, 2):
+            error.copy_(random_error(count, 77, dtype=dtype, seed=seed))
+            graph.replay()
+            expected = project(error, sizes, seed=3, backend=gpu_backend)
+            assert all(map(torch.equal, captured, expected))
+
+
+@pytest.mark.usefixtures("unpoisoned")
+@pytest.mark.parametrize("count", [5, 4096])
+def test_work_goes_to_the_current_stream(gpu_backend, count):
+    """A projection that did not wait for its stream would read what the sleep holds back."""
+    fresh = random_error(count, 50, dtype=torch.float32)
+    expected = project(fresh, SIZES, backend=gpu_backend)
+    stale = torch.full_like(fresh, torch.nan)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(100_000_000)  # about 50 ms
+        stale.copy_(fresh)
+        found = project(stale, SIZES, backend=gpu_backend)
+        matrix = feedback_matrix(50, 50, device="cuda", backend=gpu_backend)
+        assert not torch.cuda.current_stream().query()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, found, expected))
+    assert torch.equal(matrix, feedback_matrix(50, 50, device="cuda", backend=gpu_backend))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_work_goes_to_the_errors_device(gpu_backend):
+    error = random_error(5, 50).to("cuda:1")
+    signals = project(error, SIZES, backend=gpu_backend)
+    assert torch.cuda.current_device() == 0
+    assert all(signal.device == error.device for signal in signals)
+    expected = project(error.to("cuda:0"), SIZES, backend=gpu_backend)
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(signals, expected, strict=True))
+
+
+@pytest.mark.parametrize("offset", [1, 3, 8])
+def test_the_error_may_begin_anywhere(gpu_backend, offset):
+    """Neither the address nor the rows need any alignment."""
+    storage = random_error(20 * 41 + offset)
+    error = storage[offset:].view(20, 41)
+    scales = [(size * 41) ** -0.5 for size in SIZES]
+    assert_projected(project(error, SIZES, backend=gpu_backend), error, SIZES, scales)
+
+
+@pytest.mark.usefixtures("unpoisoned")
+@pytest.mark.parametrize("count", [32, 2048])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_extra_memory_is_bounded(gpu_backend, count, dtype):
+    """Beyond the signals: the workspace, and the error's terms. The matrix would take 1 GB."""
+    error = random_error(count, 5000, dtype=dtype)
+    project(error[:, :8], [8], backend=gpu_backend)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    (signal,) = project(error, [100_000], backend=gpu_backend)
+    extra = torch.cuda.max_memory_allocated() - before - signal.nbytes
+    error_copies = 2 * 4 * error.numel()
+    assert extra <= 2 * slabs.WORKSPACE_BYTES + error_copies
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unpoisoned")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_more_than_two_to_the_31_elements(gpu_backend, dtype):
+    """VGG-16's largest layer for 1024 images: 3.3e9 elements."""
+    if gpu_backend not in FUSED:
+        pytest.skip("minutes in plain PyTorch")
+    count, size, n = 1024, 3_211_264, 40
+    error = random_error(count, n, dtype=dtype)
+    (signal,) = project(error, [size], normalization=1.0, backend=gpu_backend)
+    for row_offset in (0, 2**31 // count - 5, size - 300):
+        part = signal[:, row_offset : row_offset + 300].contiguous()
+        assert_projected([part], error, [300], [1.0], row_offsets=[row_offset])
+    rows = torch.tensor([0, 668, 669, count - 1])  # 2^31 elements end within row 668
+    u = feedback_matrix(size, n, dtype=torch.float64, device="cuda", backend=gpu_backend)
+    expected = error[rows].double() @ u.T
+    close = {"rtol": 2**-7, "atol": 0.05} if dtype == torch.bfloat16 else {"rtol": 0, "atol": 1e-4}
+    torch.testing.assert_close(signal[rows].double(), expected, **close)
+
+
+@pytest.mark.parametrize("columns", [1000, 1003])
+def test_a_matrix_of_more_than_two_to_the_31_entries(gpu_backend, columns):
+    if gpu_backend not in FUSED:
+        pytest.skip("minutes in plain PyTorch")
+    rows, dtype = 2**31 // 1000 + 4096, torch.bfloat16
+    matrix = feedback_matrix(rows, columns, dtype=dtype, device="cuda", backend=gpu_backend)
+    for row_offset in (0, 2**31 // columns - 2, rows - 8):
+        expected = feedback_matrix(8, columns, row_offset=row_offset, dtype=dtype, backend="torch")
+        assert torch.equal(matrix[row_offset : row_offset + 8].cpu(), expected)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63 + 12345])
+@pytest.mark.parametrize("block", [0, 1, 1000])
+def test_blocks_are_those_of_curand(gpu_backend, seed, block):
+    """torch's CUDA generator is cuRAND's Philox4x32-10; its thread t draws from subsequence t.
+
+    With `random_` over all 64-bit integers each draw is one block: element t is words 0 and 1 of
+    the block of row t, element threads + t its words 2 and 3.
+    """
+    device = torch.cuda.get_device_properties("cuda")
+    threads = device.multi_processor_count * (device.max_threads_per_multi_processor // 256) * 256
+    generator = torch.Generator("cuda").manual_seed(seed)
+    generator.set_offset(4 * block)
+    drawn = torch.empty(2, threads, dtype=torch.int64, device="cuda")
+    drawn.random_(-(2**63), None, generator=generator)
+    words = [(drawn[i // 2] >> (0 if i % 2 else 32)) & 0xFFFFFFFF for i in range(4)]
+    signs = feedback_matrix(
+        threads,
+        128,
+        seed=seed,
+        column_offset=128 * block,
+        distribution="rademacher",
+        device="cuda",
+        backend=gpu_backend,
+    )
+    bits = (
+        (signs < 0).long().view(threads, 4, 16, 2)
+    )  # column 2i is bit i, column 2i + 1 bit 16 + i
+    places = torch.arange(16, device="cuda")[:, None] + torch.tensor([0, 16], device="cuda")
+    found = (bits << places).sum((2, 3))
+    assert torch.equal(found, torch.stack(words, dim=1))

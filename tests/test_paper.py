@@ -1,0 +1,339 @@
+"""The paper's experiments: sizes, claims, resuming, data on disk, and a short run of each."""
+
+import json
+import pickle
+from dataclasses import replace
+from itertools import count
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import readme_tables
+from benchmarks.paper import __main__ as command
+from benchmarks.paper import (
+    architectures,
+    data,
+    figures,
+    memory,
+    networks,
+    published,
+    report,
+    table1,
+    vgg16,
+)
+from benchmarks.paper.architectures import ARCHITECTURES, Architecture, vgg16_sizes
+from benchmarks.paper.experiments import EXPERIMENTS, FIGURE4, TABLE2, TABLE4, Claim
+from benchmarks.paper.networks import Practice
+from benchmarks.paper.training import Job, Settings, Store
+from dfa_kernels.backends import slabs
+
+CPU = torch.device("cpu")
+SHORT = Settings(epochs=1, batch=24, hidden_rate=0.1, output_rate=0.01, side=8)
+
+
+def few_images(side=8):
+    """Two batches of random images."""
+    torch.manual_seed(0)
+    x, y = torch.randn(48, 1, side, side), torch.arange(48) % 10
+    return data.Data("noise", x, y, x, y)
+
+
+def test_vgg16_has_the_known_sizes():
+    sizes = vgg16_sizes(224)
+    assert len(sizes) == 15
+    assert max(sizes) == 3_211_264
+    vgg = next(a for a in ARCHITECTURES if a.name.startswith("VGG"))
+    assert vgg.feedback_bytes("shared") == 12_845_056_000
+    assert round(vgg.feedback_bytes("naive") / 1e9) == 54
+    assert vgg.feedback_bytes("seeded") == 0
+
+
+def test_the_vgg16_that_is_trained_has_those_sizes():
+    with torch.device("meta"):
+        model, points = architectures.vgg16(224, 1000)
+        x, sizes = torch.empty(1, 3, 224, 224), {}
+        for name, module in model.named_children():
+            x = module(x)
+            sizes[name] = x[0].numel()
+    assert tuple(sizes[name] for name in points) == vgg16_sizes(224)
+    # torchvision's vgg16 has as many parameters.
+    assert sum(parameter.numel() for parameter in model.parameters()) == 138_357_544
+
+
+def test_the_paper_cnn_has_the_sizes_of_table_1():
+    model = networks.convolutional((3, 32, 32), 10, Practice("tanh"))
+    x, sizes = torch.zeros(2, 3, 32, 32), []
+    for name, module in model.named_children():
+        x = module(x)
+        if name != "output":
+            sizes.append(x[0].numel())
+    assert tuple(sizes) == ARCHITECTURES[1].sizes
+
+
+@pytest.mark.parametrize(("storage", "stored"), [("naive", 240_000_000), ("seeded", 0)])
+def test_the_measured_peak_is_what_is_stored(storage, stored):
+    architecture = Architecture("three wide layers", (200_000,) * 3, 100)
+    cell = table1.cell(architecture, storage, CPU, largest=2**63)
+    assert cell["stored"] == stored
+    # Beyond it the signals, the library's workspace, and what the allocator keeps.
+    slack = slabs.WORKSPACE_BYTES + 16 * 2**20
+    assert stored <= cell["peak"] <= stored + cell["signals"] + slack
+
+
+def test_what_does_not_fit_says_how_much_it_needs():
+    huge = Architecture("huge", (2**40,), 1000)
+    cell = table1.cell(huge, "shared", CPU, largest=2**63)
+    assert cell[memory.MISSING] >= 4 * 2**40 * 1000
+    assert "does not fit" in report.peak(cell)
+
+
+def test_the_readme_tables_of_memory():
+    lines = readme_tables.paper_table1({"rows": table1.run(CPU, -1, lambda: None)})
+    (vgg,) = [line for line in lines if "VGG" in line]
+    assert vgg.count("not measured") == 3
+    assert "| 54.2 GB |" in vgg
+    assert "| 12.8 GB |" in vgg
+    row = {"name": "naive", "stored": 2e9, "peak": 3e9, "seconds": 0.5}
+    huge = {"name": "huge", "stored": 5e10, memory.MISSING: 6e10}
+    lines = readme_tables.paper_vgg16({"resolution": 112, "batch": 4, "rows": [row, huge]})
+    assert lines[2] == "| naive | 2 GB | 3 GB | 0.50 s |"
+    assert lines[3] == "| huge | 50 GB | does not fit (60 GB) |  |"
+
+
+def test_committed_results_are_of_committed_code():
+    results = sorted((readme_tables.RESULTS).glob("*/paper_*.json"))
+    assert results
+    for path in results:
+        measured = json.loads(path.read_text())
+        commits = [measured["commit"], *measured.get("run_commits", ())]
+        assert all(len(commit) == 40 for commit in commits), path
+        assert not measured["quick"]
+
+
+def test_he_initialization():
+    torch.manual_seed(0)
+    model = networks.perceptron((1, 20, 20), 10, Practice("tanh"))
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    for linear in linears:
+        assert linear.weight.var().item() == pytest.approx(2 / linear.in_features, rel=0.1)
+        assert not linear.bias.any()
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)
+def test_every_variant_trains(experiment, tmp_path):
+    """Two batches each; the rows of a claim exist, and every table can be printed and drawn."""
+    settings = replace(SHORT, side=experiment.settings["digits"].side)
+    jobs = [
+        replace(job, settings=settings, data="noise")
+        for job in experiment.jobs("digits", quick=True, seeds=None, epochs=None)
+    ]
+    store = Store(tmp_path)
+    runs = experiment.run(jobs, few_images(), store, lambda n: None)
+    assert all(0 <= result["test_accuracy"] <= 1 for _, result in runs)
+    for job, result in runs:
+        layers = 4 if experiment is TABLE4 else 3
+        assert len(result.get("alignment", ())) == (layers if job.mode == "dfa" else 0)
+    summary = report.summarize(experiment, runs)
+    assert len(summary["rows"]) == len(jobs)
+    assert len(summary["claims"]) == len(experiment.claims)
+    assert report.tables(summary)[0].row_count == len(jobs)
+    draw = figures.figure4 if experiment is FIGURE4 else figures.practices
+    draw(summary, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    lines = (
+        readme_tables.paper_figure4(summary)
+        if experiment is FIGURE4
+        else (readme_tables.paper_practices(summary))
+    )
+    rows = published.BOTTLENECKS if experiment is FIGURE4 else experiment.rows
+    assert sum(line.startswith("|") for line in lines) == 2 + len(rows)
+
+
+def test_the_variants_are_what_they_are_called():
+    for practice, _ in TABLE2.rows:
+        model = networks.perceptron((1, 8, 8), 10, practice)
+        kinds = [type(module) for module in model.modules()]
+        rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+        assert kinds.count(nn.BatchNorm1d) == 3 * practice.batch_norm
+        assert rates == [practice.dropout[0]] + [practice.dropout[1]] * 3 * any(practice.dropout)
+        assert kinds.count(type(networks.ACTIVATIONS[practice.activation]())) == 3
+
+
+def test_a_masked_layer_learns_only_in_the_fraction():
+    torch.manual_seed(0)
+    model = networks.perceptron((1, 8, 8), 10, Practice("bottleneck", masked=0.25))
+    model(torch.randn(4, 1, 8, 8)).sum().backward()
+    learning = model[1][0].weight.grad.count_nonzero().item()
+    assert learning / 800**2 == pytest.approx(0.25, abs=0.01)
+    assert model[0][2].weight.grad.count_nonzero() > 0.9 * 800 * 64
+
+
+def test_a_narrow_layer_is_narrow():
+    model = networks.perceptron((1, 8, 8), 10, Practice("bottleneck", narrow=5))
+    assert model[1](model[0](torch.zeros(2, 1, 8, 8))).shape == (2, 5)
+
+
+def test_an_interrupted_experiment_continues(tmp_path):
+    jobs = [
+        Job("table2", practice, "dfa", 0, SHORT, "noise")
+        for practice in (Practice("tanh"), Practice("ReLU", activation="ReLU"))
+    ]
+    store, images, epochs = Store(tmp_path), few_images(), count()
+
+    def interrupt(n):
+        if next(epochs) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        TABLE2.run(jobs, images, store, interrupt)
+    assert store.get(jobs[0]) is not None
+    assert store.get(jobs[1]) is None
+    kept = json.loads((tmp_path / jobs[0].file_name).read_text())
+    kept["test_accuracy"] = 0.123
+    (tmp_path / jobs[0].file_name).write_text(json.dumps(kept))
+    first, second = TABLE2.run(jobs, images, store, lambda n: None)
+    assert first[1]["test_accuracy"] == 0.123  # was not trained again
+    assert second[1] != first[1]
+    other = replace(jobs[0], settings=replace(SHORT, hidden_rate=0.2))
+    assert store.get(other) is None
+
+
+def test_a_run_is_repeatable(tmp_path):
+    job = Job("table2", Practice("dropout", dropout=(0.1, 0.5)), "dfa", 3, SHORT, "noise")
+    images = few_images()
+    (once,), (again,) = (
+        TABLE2.run([job], images, Store(tmp_path / name), lambda n: None) for name in "ab"
+    )
+    assert once == again
+
+
+def test_claims_hold_where_the_difference_is_clear():
+    alignments = {
+        "good": {0: 0.50, 1: 0.52, 2: 0.51},
+        "bad": {0: 0.30, 1: 0.31, 2: 0.33},
+        "same": {0: 0.55, 1: 0.46, 2: 0.52},
+    }
+    assert report.hold(Claim("good", "bad"), alignments)["holds"] == "yes"
+    assert report.hold(Claim("bad", "good"), alignments)["holds"] == "no"
+    assert report.hold(Claim("good", "same"), alignments)["holds"] == "unclear"
+    alone = {name: {0: values[0]} for name, values in alignments.items()}
+    assert report.hold(Claim("good", "bad"), alone)["holds"] == "unclear"
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_rank_agreement_is_that_of_the_published_order(sign):
+    rows = [
+        {
+            "practice": f"masked {size}",
+            "mode": "dfa",
+            "test_accuracy": {"mean": sign * accuracy},
+            "alignment": {"layer 2": {"mean": sign * angle**3}},
+        }
+        for size, accuracy, angle in zip(
+            published.BOTTLENECKS, published.TEST_ACCURACY, published.ALIGNMENT, strict=True
+        )
+    ]
+    agreement = report.rank_agreement(rows)
+    assert agreement == pytest.approx({"test_accuracy": sign, "alignment": sign})
+    level = [row | {"test_accuracy": {"mean": 0.9}} for row in rows]
+    assert report.rank_agreement(level)["test_accuracy"] is None
+
+
+def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
+    short = replace(TABLE2, rows=TABLE2.rows[:2], claims=TABLE2.claims[:1])
+    monkeypatch.setitem(EXPERIMENTS, "table2", short)
+    options = ["--quick", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path)]
+    command.main(["table2", *options])
+    printed = capsys.readouterr().out
+    written = json.loads((tmp_path / "paper_table2.json").read_text())
+    assert written["data"] == "digits"
+    assert "on digits" in printed
+    assert [row["practice"] for row in written["rows"]] == ["tanh"] * 3 + ["no norm"]
+    for row in written["rows"]:
+        assert report.percent(row["test_accuracy"]) in printed
+    assert (tmp_path / "paper_table2.png").stat().st_size > 10_000
+    assert written["commit"]
+
+
+def test_the_command_refuses_what_it_does_not_know(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["table3"])
+    assert "table3" in capsys.readouterr().err
+
+
+def test_vgg16_trains_in_every_way(monkeypatch):
+    monkeypatch.setattr(architectures, "VGG16_LINEAR", (64, 64))
+    losses = {
+        way: vgg16.measure(way, resolution=32, batch=1, steps=2, device=CPU)["losses"]
+        for way in vgg16.WAYS
+    }
+    assert all(second < first for first, second in losses.values())
+    assert losses["shared"] == pytest.approx(losses["seeded"], rel=1e-4)
+    assert losses["lean"] == pytest.approx(losses["seeded"], rel=1e-4)
+    assert losses["naive"][1] != pytest.approx(losses["seeded"][1], rel=1e-4)
+
+
+def test_the_vgg16_command_says_what_is_stored(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(vgg16, "WAYS", {"naive": "DFA, a matrix per layer"})
+    command.main(["vgg16", "--quick", "--batch", "2", "--output", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "paper_vgg16.json").read_text())["rows"]
+    assert row["stored"] == 4000 * sum(vgg16_sizes(32))
+    assert row["peak"] > row["stored"]
+    assert report.size(row["stored"]) in capsys.readouterr().out
+
+
+def test_vgg16_with_a_matrix_per_layer_does_not_fit_everywhere(monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: 24 * 2**30)
+    monkeypatch.setattr(vgg16, "WAYS", {"naive": "DFA, a matrix per layer"})
+    (row,) = vgg16.run(CPU, 224, 4, 1, lambda: None)
+    assert row[memory.MISSING] > 54e9
+
+
+def test_digits():
+    images = data.load(None, CPU)
+    assert images.shape == (1, 8, 8)
+    assert len(images.train_y) + len(images.test_y) == 1797
+    assert images.resized(16).shape == (1, 16, 16)
+
+
+def write_cifar10(folder, count):
+    """Random images in the files that CIFAR-10 comes in; returns what each holds."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    parts = {}
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        pixels = rng.integers(0, 256, (count, 3 * 32 * 32), dtype=np.uint8)
+        labels = rng.integers(0, 10, count).tolist()
+        parts[name] = (pixels, labels)
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": labels}))
+    names = {"label_names": [str(i) for i in range(10)]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(names))
+    return parts
+
+
+def test_cifar10_from_a_folder(tmp_path, monkeypatch):
+    try:
+        from torchvision.datasets import CIFAR10
+    except (ImportError, RuntimeError):
+        pytest.skip("no torchvision for this torch")
+    parts = write_cifar10(tmp_path / CIFAR10.base_folder, 4)
+    # The sums are the real files'.
+    for name in ("train_list", "test_list"):
+        monkeypatch.setattr(CIFAR10, name, [(file, None) for file, _ in getattr(CIFAR10, name)])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": None})
+    images = data.load(tmp_path, CPU)
+    assert images.name == "CIFAR-10"
+    assert images.train_x.shape == (20, 3, 32, 32)
+    assert images.test_x.shape == (4, 3, 32, 32)
+    pixels, labels = parts["test_batch"]
+    assert images.test_y.tolist() == labels
+    red = torch.tensor(pixels[2, : 32 * 32].reshape(32, 32) / 255)
+    expected = ((red - 0.4914) / 0.2023).float()
+    torch.testing.assert_close(images.test_x[2, 0], expected)
+
+
+def test_cifar10_that_cannot_be_had_says_why(tmp_path):
+    with pytest.raises(SystemExit, match=r"torchvision|no CIFAR-10 there"):
+        data.load(tmp_path, CPU)

@@ -108,7 +108,18 @@ class Session:
             self.outcomes[case.name], self.cases[case.name] = outcome, case
             results = report.case_results(case, outcome, self.race.machine[case.threads])
             self.console.print(report.progress(results))
+            self.save()  # a run that is killed keeps what it has measured
         return self.outcomes[case.name][name]
+
+    def save(self) -> dict:
+        """Write everything measured so far to the file that was asked for, and return it."""
+        measured = report.measured(self.outcomes, self.cases, self.race.machine)
+        measured["full"] = self.config.getoption("full")
+        measured["seconds"] = time.perf_counter() - self.began
+        measured = self.origin | measured
+        if self.config.getoption("report") is not None:
+            provenance.save(self.config.getoption("report"), measured)
+        return measured
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
         """Rows of the tables stand for the dots."""
@@ -124,14 +135,10 @@ class Session:
         yield
         if not self.outcomes:
             return
-        full = self.config.getoption("full")
-        measured = report.measured(self.outcomes, self.cases, self.race.machine)
-        measured = self.origin | measured
-        measured |= {"full": full, "seconds": time.perf_counter() - self.began}
+        measured = self.save()
         report.show(self.console, measured)
         path = self.config.getoption("report")
         if path is not None:
-            provenance.save(path, measured)
             self.console.print(f"written: {path}")
             for drawn in report.figures(measured, path.parent):
                 self.console.print(f"drawn: {drawn}")

@@ -18,9 +18,9 @@ import figures
 import gate
 import pytest
 import race
-import readme_tables
 import report
 import roofs
+import speed_tables
 import torch
 from conftest import needs
 from roofs import Roofs, Work
@@ -400,7 +400,7 @@ def test_figures_are_drawn(results, tmp_path):
     ],
 )
 def test_readme_tables(results, table, expected):
-    lines = getattr(readme_tables, table)(results)
+    lines = getattr(speed_tables, table)(results)
     assert expected in "\n".join(lines)
     rows = [line for line in lines if line.startswith("|")]
     assert len({row.count("|") for row in rows}) <= 1

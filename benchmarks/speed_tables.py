@@ -1,0 +1,148 @@
+"""The README's tables of `python -m dfa_kernels bench`; see readme_tables.py."""
+
+from __future__ import annotations
+
+from report import best_of_ours, bytes_text, memory, ratio, time_text
+from roofs import BEYOND_CACHES, bandwidth
+
+RIVALS = {
+    "views": "mm alone",
+    "stored": "stored matrix",
+    "naive": "matrix per layer",
+    "randn blocks": "randn blocks",
+    "scikit-learn": "scikit-learn",
+    "torch.randn": "torch.randn",
+    "compiled": "stored, compiled",
+    "fill": "fill",
+}
+
+
+def comparison(cases: list[dict]) -> list[str]:
+    """Our fastest backend in every case: its time, its limit, how many times faster it is."""
+    cases = [case for case in cases if best_of_ours(case)]
+    rivals = [
+        name
+        for name in RIVALS
+        if any(name in (*case["contenders"], *case["left_out"]) for case in cases)
+    ]
+    titles = ["case", "ours", "time", "of its limit, which is", *(RIVALS[name] for name in rivals)]
+    lines = [f"| {' | '.join(titles)} |", "|---|---|---:|---|" + "---:|" * len(rivals)]
+    for case in cases:
+        ours = best_of_ours(case)
+        row = case["contenders"][ours]
+        cells = [case["case"], f"`{ours}`", time_text(row["seconds"])]
+        cells.append(f"{row['fraction_of_bound']:.0%}, {row['limit']}")
+        cells += [faster(case, ours, rival) for rival in rivals]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def faster(case: dict, ours: str, rival: str) -> str:
+    """How many times faster `ours` is, or why that is not known."""
+    times = ratio(case, ours, rival)
+    if times is not None:
+        return f"{times:.2f}x"
+    why = case["left_out"].get(rival, {})
+    if why.get("reason") == "does not fit into memory":
+        return f"{bytes_text(why['stored_bytes'])} do not fit"
+    return f"over {time_text(why['least_seconds'])}" if "least_seconds" in why else ""
+
+
+def bench_networks(measured: dict) -> list[str]:
+    """`bench_networks.py`: every network's signals against what they replace."""
+    return comparison([case for case in measured["cases"] if _is_network(case)])
+
+
+def bench_layer(measured: dict) -> list[str]:
+    """One large layer by batch, dtype and distribution."""
+    single = [case for case in measured["cases"] if case["layers"] == 1 and not case["matrix"]]
+    return comparison([c for c in single if (c["series"] or "batch").startswith("batch")])
+
+
+def bench_matrix(measured: dict) -> list[str]:
+    """`bench_matrix.py`: the matrix itself."""
+    return comparison([case for case in measured["cases"] if case["matrix"]])
+
+
+def bench_memory(measured: dict) -> list[str]:
+    """Matrices and the most that a call takes, signals included; in parentheses, matrices alone."""
+    lines = [
+        "| network | from the seed | shared matrix | matrix per layer |",
+        "|---|---:|---:|---:|",
+    ]
+    for case in measured["cases"]:
+        if not _is_network(case) or case["graph"]:
+            continue
+        cells = [case["case"]]
+        for name in (best_of_ours(case), "stored", "naive"):
+            row, why = case["contenders"].get(name), case["left_out"].get(name, {})
+            if row is not None and row["peak_bytes"] is not None:
+                cells.append(bytes_text(memory(row)))
+            else:
+                cells.append(
+                    f"({bytes_text(why['stored_bytes'])})" if "stored_bytes" in why else ""
+                )
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines + _largest_layer(measured)
+
+
+def _largest_layer(measured: dict) -> list[str]:
+    """A sentence on the largest layer of the sweep over sizes."""
+    case = max(
+        (case for case in measured["cases"] if case["series"] == "size"),
+        key=lambda case: case["x"],
+        default=None,
+    )
+    ours = case and best_of_ours(case)
+    if not ours:
+        return []
+    row = case["contenders"][ours]
+    extra = max(row["peak_bytes"] - case["signal_bytes"], 0) / 2**20
+    stored = 4 * case["largest"] * case["n"]
+    return [
+        "",
+        f"A layer of {case['largest']:,} with n = {case['n']:,} and M = {case['batch']} takes "
+        f"{time_text(row['seconds'])} and {extra:.1f} MiB beyond its signal; the stored fp32 "
+        f"matrix would take {bytes_text(stored)}.",
+    ]
+
+
+def bench_promises(measured: dict) -> list[str]:
+    """Every promised ratio with its target."""
+    lines = ["| case | ours | against | faster | asked |", "|---|---|---|---:|---:|"]
+    for case in measured["cases"]:
+        for promise in case["promises"]:
+            value = promise["reached"]
+            if promise["rival"] == "entries/s":
+                against, numbers = "entries a second", "{:.2g}"
+            else:
+                against, numbers = RIVALS.get(promise["rival"], f"`{promise['rival']}`"), "{:.2f}x"
+            shown = "not measured" if value is None else numbers.format(value)
+            asked = numbers.format(promise["at_least"])
+            lines.append(
+                f"| {case['case']} | `{promise['ours']}` | {against} | {shown} | {asked} |"
+            )
+    return lines
+
+
+def bench_machine(measured: dict) -> list[str]:
+    """The machine's best rates, in one sentence for each number of threads."""
+    lines = []
+    for roofs in measured["roofs"].values():
+        written = {int(size): rate for size, rate in roofs["write"].items()}
+        write = bandwidth(written, BEYOND_CACHES)
+        products = ", ".join(f"{2 * r / 1e12:.3g} in {n}" for n, r in roofs["multiply"].items())
+        kinds = ("normal", "uniform", "rademacher")
+        made = [source for name, source in roofs["generation"].items() if name != "torch.randn"]
+        entries = ", ".join(f"{max(s[kind] for s in made):.2g} {kind}" for kind in kinds)
+        threads = f", {roofs['threads']} thread" + "s" * (roofs["threads"] > 1)
+        threads = threads if roofs["device_type"] == "cpu" else ""
+        lines.append(
+            f"- this machine{threads}: {write / 1e9:.0f} GB/s written, TFLOP/s: {products}; "
+            f"entries made and used a second: {entries}"
+        )
+    return lines
+
+
+def _is_network(case: dict) -> bool:
+    return case["layers"] > 1 and not case["series"]

@@ -105,7 +105,7 @@ def split(error: Tensor, terms: int) -> Tensor:
 
     As the fused kernel's `split_bf16` (csrc/cuda/split.h).
     """
-    parts = []
+    parts: list[Tensor] = []
     for _ in range(terms):
         if parts:
             error = torch.where(parts[-1].isfinite(), error - parts[-1].float(), 0.0)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference
-from conftest import needs
+from conftest import COMPILER, needs
 
 ROOT = Path(__file__).parent.parent
 BINARY = ROOT / "dfa_kernels" / "_C.abi3.so"
@@ -126,3 +126,52 @@ def test_a_failed_build_leaves_a_working_package(extension, checkout):
     )
     assert done.stdout.startswith("False the compiled extension is not there")
     assert done.stderr.count("RuntimeWarning: dfa_kernels: backend 'cpp' cannot serve cpu") == 1
+
+
+# A build as it is where torch is a CUDA build.
+CUDA_BUILD = """
+import runpy, sys, torch
+torch.version.cuda = "13.0"
+torch.cuda._is_compiled, torch.cuda.is_available = lambda: True, lambda: False
+sys.argv = ["setup.py", "build_ext", "--inplace"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "reason"),
+    [
+        (None, "there is no CUDA toolkit"),
+        ("exit 1", "--version"),
+        (
+            '[ "$1" = --version ] && echo "Cuda compilation tools, release 13.0, V13.0.1"',
+            "Error compiling objects",
+        ),
+    ],
+    ids=["no-toolkit", "no-version", "compiles-nothing"],
+)
+def test_a_failed_cuda_build_leaves_the_cpu_kernels(checkout, nvcc, reason):
+    """The sources are emptied, for speed; what is built is built from them all the same."""
+    needs("c++", COMPILER is not None)
+    for source in checkout.glob("csrc/**/*.c*"):
+        if source.suffix in (".cpp", ".cu"):
+            source.write_text("")
+    if nvcc is not None:
+        (checkout / "bin").mkdir()
+        (checkout / "bin" / "nvcc").write_text(f"#!/bin/sh\n{nvcc}\n")
+        (checkout / "bin" / "nvcc").chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-c", CUDA_BUILD],
+        capture_output=True,
+        text=True,
+        cwd=checkout,
+        env={**os.environ, "CUDA_HOME": str(checkout)},
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "dfa_kernels: left out" in line]
+    assert len(lines) == 1, done.stderr
+    (line,) = lines
+    assert line.startswith("dfa_kernels: left out the CUDA kernels: ")
+    assert reason in line
+    names = {binary.name for binary in (checkout / "dfa_kernels").glob("*.so")}
+    assert names == {"_C.abi3.so"}

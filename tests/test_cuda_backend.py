@@ -40,19 +40,46 @@ def on_the_cpu(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_slabs(on_the_cpu, monkeypatch, distribution, dtype):
+@pytest.mark.parametrize(("columns", "column_offset"), [(37, 3), (40, 16), (5, 8)])
+def test_slabs(on_the_cpu, monkeypatch, distribution, dtype, columns, column_offset):
+    """Slabs of one layer and of two; what is before and behind the columns is no part of them."""
     monkeypatch.setattr(slabs, "WORKSPACE_BYTES", 20_000)
-    error = random_error(9, 37, dtype=dtype)
+    error = random_error(9, columns, dtype=dtype)
     layers = ([0, 20, 2**40], [150, 60, 7], [0.5, -2.0, 1.0])
     signals = cuda._project_by_slabs(
-        error, *layers, 5, 3, distribution, dtype, 3 if dtype == torch.float32 else 1
+        error, *layers, 5, column_offset, distribution, dtype, 3 if dtype == torch.float32 else 1
     )
-    place = {"row_offsets": layers[0], "seed": 5, "column_offset": 3}
+    place = {"row_offsets": layers[0], "seed": 5, "column_offset": column_offset}
     assert_projected(signals, error, layers[1], layers[2], distribution=distribution, **place)
     assert sum(rows for rows, _ in on_the_cpu) == 157
-    for rows, columns in on_the_cpu:
+    for rows, made in on_the_cpu:
+        assert made % 8 == 0
+        assert columns <= made < columns + 14
         copies = 4 if dtype == torch.float32 else 1
-        assert 2 * rows * columns * copies + 4 * 9 * rows <= 20_000
+        assert 2 * rows * made * copies + 4 * 9 * rows <= 20_000
+
+
+def test_the_last_columns_of_all(on_the_cpu):
+    """Aligned, they still end where U ends."""
+    error = random_error(3, 13, dtype=torch.bfloat16)
+    place = {"row_offsets": [2**63 - 20], "column_offset": 2**34 - 13}
+    signals = cuda._project_by_slabs(
+        error, [2**63 - 20], [20], [1.0], 0, 2**34 - 13, "normal", torch.bfloat16, 1
+    )
+    assert_projected(signals, error, [20], [1.0], **place)
+    assert on_the_cpu == [(20, 16)]
+
+
+def test_one_layers_product_goes_right_into_it(on_the_cpu, monkeypatch):
+    monkeypatch.setattr(cuda, "_multiply", None)
+    layers = ([0, 500], [100, 200], [0.5, -2.0])
+    error = random_error(4, 24, dtype=torch.bfloat16)
+    error[2, 3] = math.nan
+    signals = cuda._project_by_slabs(error, *layers, 0, 0, "uniform", torch.bfloat16, 1)
+    assert all(signal[2].isnan().all() for signal in signals)
+    rest = [signal[[0, 1, 3]] for signal in signals]
+    place = {"row_offsets": layers[0], "distribution": "uniform"}
+    assert_projected(rest, error[[0, 1, 3]], layers[1], layers[2], **place)
 
 
 def test_slabs_are_whole_steps_of_rows(on_the_cpu, monkeypatch):
@@ -94,16 +121,42 @@ def test_terms_follow_torchs_precision():
 
 def test_which_way():
     """Few rows of error, or little to make: fused. Many: slabs, and sooner with more columns."""
-    assert not cuda.prefers_slabs(200_000, 128, 1000, 1)
-    assert not cuda.prefers_slabs(200_000, 64, 1000, 3)
-    assert not cuda.prefers_slabs(800, 4096, 10, 3)
-    assert not cuda.prefers_slabs(10**6, 128, 10, 3)
-    assert cuda.prefers_slabs(200_000, 4096, 1000, 1)
-    assert cuda.prefers_slabs(200_000, 4096, 1000, 3)
-    assert not cuda.prefers_slabs(10**6, 4096, 0, 1)
-    for rows in range(1, 5000):
-        if cuda.prefers_slabs(200_000, rows, 1000, 1):
-            assert cuda.prefers_slabs(200_000, rows, 50_000, 1)
+
+    def by_slabs(
+        sizes, rows, columns, terms, distribution="normal", in_place=False, row_offsets=None
+    ):
+        offsets = row_offsets or [0] * len(sizes)
+        return cuda.prefers_slabs(offsets, sizes, rows, columns, terms, distribution, in_place)
+
+    large = [200_000]
+    for distribution in DISTRIBUTIONS:
+        for in_place in (False, True):
+            for rows in (0, 1, 64, 128):
+                assert not by_slabs(large, rows, 1000, 1, distribution, in_place)
+    assert not by_slabs(large, 64, 1000, 3)
+    assert not by_slabs([800], 4096, 10, 3)
+    assert not by_slabs([10**6], 128, 10, 3)
+    assert by_slabs(large, 4096, 1000, 1)
+    assert by_slabs(large, 4096, 1000, 3)
+    assert by_slabs(large, 1024, 1000, 1, in_place=True)
+    assert not by_slabs(large, 1024, 1000, 1, "rademacher", in_place=True)
+    assert not by_slabs([10**6], 4096, 0, 1)
+    for rows in range(1, 5000, 7):
+        if by_slabs(large, rows, 1000, 1):
+            assert by_slabs(large, rows, 50_000, 1)
+            assert by_slabs(large, rows, 1000, 1, in_place=True)
+    # Every layer is a launch more, and what layers share is made once.
+    many = [2049 + 43 * i for i in range(48)]
+    own = [5000 * i for i in range(48)]
+    assert by_slabs(many, 4096, 8000, 1, row_offsets=own)
+    assert not by_slabs(many, 4096, 8000, 1)
+    assert not by_slabs([10] * 20_000, 4096, 1000, 1, row_offsets=[10 * i for i in range(20_000)])
+
+
+def test_union_rows():
+    offsets, sizes = [30, 0, 5, 100, 0, 20], [10, 10, 10, 7, 3, 10]
+    covered = {row + i for row, size in zip(offsets, sizes, strict=True) for i in range(size)}
+    assert slabs.union_rows(offsets, sizes) == len(covered)
 
 
 def test_why_not():

@@ -115,6 +115,7 @@ DFA_DEVICE void store16(void* to, Words16 words) {
 
 inline void check_cuda(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
+  static_cast<void>(cudaGetLastError());  // else torch's next launch would report it again
   throw std::runtime_error(std::string("dfa_kernels: ") + what + ": " + cudaGetErrorString(status));
 }
 

@@ -19,6 +19,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dfa_kernels.backends import slabs
 
@@ -33,18 +34,20 @@ _log = logging.getLogger(__name__)
 
 TERMS = {"highest": 3, "high": 2, "medium": 1}
 
-# The cost of one entry of U, in issue slots of a GPU's scheduler. From instruction counts and the
-# data sheet of an H200, not measured.
-_MAKE = 16.0  # to make it
+# What one entry of U costs, in issue slots of a lane: an H200 has 2.9e13 of them in a second. From
+# instruction counts and the data sheet, not measured.
+_MAKE = {"normal": 17.0, "uniform": 8.0, "rademacher": 4.0}
 _ERROR_ROWS = 128  # rows of error that one making serves in the fused kernel (64 with three terms)
-_MULTIPLY_FUSED = 0.04  # per row of error and term, by mma.sync
-_MULTIPLY_SLABS = 0.025  # the same in cuBLAS
-_STORE = 20.0  # to write and read it, with its share of the slab's launches
-_SUM = 30.0  # to write, read and scale one sum, per row of error and column
-# A product this small is not worth launches of its own.
-_SLABS_ENTRIES = 2**24
+_ISSUE = 0.02  # per row of error and term, to issue the fused kernel's products,
+_MULTIPLY_FUSED = 0.09  # which tensor cores take meanwhile, by mma.sync
+_MULTIPLY_SLABS = 0.07  # the same in cuBLAS
+_STORE = 20.0  # to write it and read it again, per term
+_SUM = 60.0  # to write and read a sum, per row of error and column
+_LAUNCH = 2.5e8  # of the host's 9 us for one more launch
 # Rows of a slab are a multiple of this, as matrix products like them.
 _SLAB_STEP = 128
+# Columns too; and a U whose columns begin at a multiple is made by stores of 16 bytes.
+_COLUMN_STEP = 8
 
 
 def unavailable(device_type: str) -> str | None:
@@ -69,18 +72,32 @@ def _unusable() -> str | None:
     return f"it needs compute capability 8.0 on every device, but {', '.join(old)}" if old else None
 
 
-def prefers_slabs(rows: int, error_rows: int, columns: int, terms: int) -> bool:
+def prefers_slabs(
+    row_offsets: list[int],
+    sizes: list[int],
+    error_rows: int,
+    columns: int,
+    terms: int,
+    distribution: str,
+    in_place: bool,
+) -> bool:
     """Whether slabs are estimated to be faster than the fused kernel.
 
-    The fused kernel makes U again for every tile of error rows; slabs write and read U and the
-    sums. `rows` is the sum of the layers' sizes.
+    The fused kernel makes U again for every tile of error rows; slabs write and read U, and the
+    sums unless their products are left `in_place`.
     """
-    if rows * columns < _SLABS_ENTRIES or columns == 0:
+    make = _MAKE[distribution]
+    tiles = -(-error_rows // (_ERROR_ROWS // 2 if terms == 3 else _ERROR_ROWS))
+    products = terms * error_rows
+    fused = max(make * tiles + _ISSUE * products, _MULTIPLY_FUSED * products)
+    by_slabs = make + _STORE * terms + _MULTIPLY_SLABS * products
+    if not in_place:
+        by_slabs += _SUM / max(columns, 1) * error_rows
+    gain = (fused - by_slabs) * columns  # per row of U
+    launches = _LAUNCH * (2 + len(sizes))
+    if gain * sum(sizes) <= launches:  # the rows of U are no more than that
         return False
-    tile = _ERROR_ROWS // 2 if terms == 3 else _ERROR_ROWS
-    fused = _MAKE * -(-error_rows // tile) + _MULTIPLY_FUSED * terms * error_rows
-    by_slabs = _MAKE + _STORE + (_MULTIPLY_SLABS * terms + _SUM / columns) * error_rows
-    return by_slabs < fused
+    return gain * slabs.union_rows(row_offsets, sizes) > launches
 
 
 def split(error: Tensor, terms: int) -> Tensor:
@@ -88,13 +105,13 @@ def split(error: Tensor, terms: int) -> Tensor:
 
     As the fused kernel's `split_bf16` (csrc/cuda/split.h).
     """
-    parts = []
+    parts: list[Tensor] = []
     for _ in range(terms):
+        if parts:
+            error = torch.where(parts[-1].isfinite(), error - parts[-1].float(), 0.0)
         part = error.bfloat16()
         cut = (error.view(torch.int32) & -0x10000).view(torch.float32).bfloat16()
-        part = torch.where(part.isinf(), cut, part)
-        parts.append(part)
-        error = torch.where(part.isfinite(), error - part.float(), 0.0)
+        parts.append(torch.where(part.isinf(), cut, part))
     return torch.cat(parts[::-1], dim=1)
 
 
@@ -114,10 +131,18 @@ def _project_by_slabs(
     dtype: torch.dtype,
     terms: int,
 ) -> list[Tensor]:
-    """The slab way for 16-bit errors, and for fp32 ones as `terms` bf16 numbers each."""
+    """The slab way for 16-bit errors, and for fp32 ones as `terms` bf16 numbers each.
+
+    A slab for one layer whose signal is of the operands' dtype is multiplied right into it.
+    """
+    signals = [error.new_empty(error.shape[0], size, dtype=dtype) for size in sizes]
+    # Zeros before and behind the error, so that U's columns are aligned.
+    head = column_offset % _COLUMN_STEP
+    tail = -(head + error.shape[1]) % _COLUMN_STEP
+    if head or tail:
+        error = functional.pad(error, (head, tail))
     count, columns = error.shape
-    signals = [error.new_empty(count, size, dtype=dtype) for size in sizes]
-    operand = split(error, terms) if error.dtype == torch.float32 else error
+    operand = split(error, terms) if error.dtype == torch.float32 else error.contiguous()
     # U once, repeated for the terms, and the sums.
     row_bytes = 2 * columns * (1 + (terms if terms > 1 else 0)) + 4 * count
     rows_at_once = max(slabs.WORKSPACE_BYTES // row_bytes, 1)
@@ -125,22 +150,29 @@ def _project_by_slabs(
         rows_at_once -= rows_at_once % _SLAB_STEP
     unit = math.sqrt(3) if distribution == "uniform" else 1.0
     for part in slabs.union_slabs(row_offsets, sizes, scales, rows_at_once):
-        rows = part.last - part.first
         slab = torch.ops.dfa_kernels.cuda_lattice(
-            rows,
+            part.last - part.first,
             columns,
             seed,
             part.first,
-            column_offset,
+            column_offset - head,
             distribution,
             operand.dtype,
             error.device,
         )
-        sums = _multiply(operand, (slab.repeat(1, terms) if terms > 1 else slab).T)
-        for layer in part.layers:
-            in_slab, in_layer = part.overlap(layer)
-            out = signals[layer.place][:, in_layer]
-            torch.mul(sums[:, in_slab], layer.scale * unit, out=out)
+        entries = (slab.repeat(1, terms) if terms > 1 else slab).T
+        if len(part.layers) == 1 and dtype == operand.dtype:
+            (layer,) = part.layers
+            out = signals[layer.place][:, part.overlap(layer)[1]]
+            out.addmm_(operand, entries, beta=0, alpha=layer.scale * unit)
+        else:
+            sums = _multiply(operand, entries)
+            for layer in part.layers:
+                in_slab, in_layer = part.overlap(layer)
+                out = signals[layer.place][:, in_layer]
+                torch.mul(sums[:, in_slab], layer.scale * unit, out=out)
+            del sums
+        del slab, entries  # before the next ones are made
     return signals
 
 
@@ -167,7 +199,9 @@ def project(
 
         return slabs.project(generate, error, *layers, column_offset, dtype or error.dtype)
     terms = TERMS[torch.get_float32_matmul_precision()] if error.dtype == torch.float32 else 1
-    by_slabs = prefers_slabs(sum(sizes), error.shape[0], error.shape[1], terms)
+    in_place = len(sizes) == 1 and (dtype or error.dtype) == error.dtype != torch.float32
+    count, columns = error.shape
+    by_slabs = prefers_slabs(row_offsets, sizes, count, columns, terms, distribution, in_place)
     if _log.isEnabledFor(logging.DEBUG):
         way = "slabs" if by_slabs else "fused"
         _log.debug("project %s, %d layers, %d terms: %s", [*error.shape], len(sizes), terms, way)

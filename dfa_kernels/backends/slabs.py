@@ -104,6 +104,15 @@ def union_slabs(
         active = [layer for layer in active if layer.last > position]
 
 
+def union_rows(row_offsets: Sequence[int], sizes: Sequence[int]) -> int:
+    """How many rows the union of the layers' row ranges has."""
+    total = reach = 0
+    for first, size in sorted(zip(row_offsets, sizes, strict=True)):
+        total += max(first + size - max(first, reach), 0)
+        reach = max(reach, first + size)
+    return total
+
+
 def project(
     generate: Generate,
     error: Tensor,

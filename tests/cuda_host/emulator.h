@@ -9,7 +9,7 @@
 // - Sums of the tensor cores are cut off, not rounded, after each 16 products.
 #pragma once
 
-#include <sanitizer/common_interface_defs.h>
+#include <sanitizer/asan_interface.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -61,9 +61,33 @@ struct Meeting {
   const char* kind = nullptr;
 };
 
+// The stack of a fiber, taken from fibers that have ended: the system is slow to give new ones.
+class Stack {
+ public:
+  static constexpr size_t kSize = 128 << 10;
+
+  Stack() {
+    if (free().empty()) free().emplace_back(new char[kSize]);
+    memory = std::move(free().back());
+    free().pop_back();
+    __asan_unpoison_memory_region(memory.get(), kSize);  // the frames that were left standing
+  }
+  Stack(Stack&&) = default;
+  ~Stack() {
+    if (memory) free().push_back(std::move(memory));
+  }
+  char* get() const { return memory.get(); }
+
+ private:
+  static std::vector<std::unique_ptr<char[]>>& free() {
+    static std::vector<std::unique_ptr<char[]>> stacks;
+    return stacks;
+  }
+  std::unique_ptr<char[]> memory;
+};
+
 struct Fiber {
-  static constexpr size_t kStack = 256 << 10;
-  std::unique_ptr<char[]> stack{new char[kStack]};
+  Stack stack;
   ucontext_t context;
   void* fake_stack = nullptr;
   bool done = false;
@@ -288,7 +312,7 @@ inline void run(Block& b) {
   for (Fiber& f : b.fibers) {
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
-    f.context.uc_stack.ss_size = Fiber::kStack;
+    f.context.uc_stack.ss_size = Stack::kSize;
     f.context.uc_link = nullptr;
     makecontext(&f.context, enter, 0);
   }
@@ -299,7 +323,7 @@ inline void run(Block& b) {
       Fiber& f = b.fibers[static_cast<size_t>(b.current)];
       if (f.done || (f.waits != nullptr && f.waits->round == f.round)) continue;
       void* fake_stack = nullptr;
-      __sanitizer_start_switch_fiber(&fake_stack, f.stack.get(), Fiber::kStack);
+      __sanitizer_start_switch_fiber(&fake_stack, f.stack.get(), Stack::kSize);
       swapcontext(&b.scheduler, &f.context);
       __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
     }

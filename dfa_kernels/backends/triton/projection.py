@@ -8,7 +8,6 @@ cores, and goes through `dfa_kernels.backends.slabs` with entries made here.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Callable
@@ -101,8 +100,7 @@ def project(
         dtype,
         torch.get_float32_matmul_precision(),
     )
-    elsewhere = error.is_cuda and error.device.index != torch.cuda.current_device()
-    with torch.cuda.device(error.device) if elsewhere else _HERE:
+    with launch.on(error.device):
         way = _ways.get(key)
         if way is None:
             way = _way(error, row_offsets, sizes, scales, column_offset, distribution, dtype)
@@ -110,7 +108,6 @@ def project(
         return way(error, seed)
 
 
-_HERE = contextlib.nullcontext()
 _ways = Kept()
 
 
@@ -209,10 +206,12 @@ def _block_by_slabs(
     operand = launch.operand_of(error)
     parts = [part.to(operand) for part in (split(error, terms) if terms else [error])]
     factor = math.sqrt(3) if distribution == "uniform" else 1.0
-    slab_rows, slab_columns = slab_shape(columns, len(parts))
+    slab_rows, slab_columns = slab_shape(columns, max(terms, 1))
     chunks = list(slabs.cut(columns, slab_columns))
     errors = [torch.cat([part[:, slice(*chunk)] for part in parts], 1) for chunk in chunks]
-    stride = -(-slab_columns * len(parts) // 8) * 8
+    copies = len(parts)
+    del parts
+    stride = -(-slab_columns * copies // 8) * 8
     workspace = error.new_empty(slab_rows, stride, dtype=operand)
     sums_rows = max(slabs.WORKSPACE_BYTES // 2 // (8 * count), 1)
 
@@ -221,7 +220,7 @@ def _block_by_slabs(
         sums = None
         for some, (left, right) in zip(errors, chunks, strict=True):
             width = right - left
-            entries = workspace[:rows, : width * len(parts)]
+            entries = workspace[:rows, : width * copies]
             first, *others = entries.split(width, 1)
             launch.fill(first, seed, slab.first, column_offset + left, distribution, True)
             for other in others:

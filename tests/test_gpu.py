@@ -108,7 +108,7 @@ def test_work_goes_to_the_current_stream(gpu_backend, dtype, count, n, sizes):
     stale = torch.full_like(fresh, torch.nan)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
-        torch.cuda._sleep(100_000_000)  # about 50 ms
+        torch.cuda._sleep(400_000_000)  # about 200 ms, which plain PyTorch needs for its launches
         stale.copy_(fresh)
         found = project(stale, sizes, backend=gpu_backend)
         matrix = feedback_matrix(50, 50, device="cuda", backend=gpu_backend)
@@ -137,6 +137,18 @@ def test_the_error_may_begin_anywhere(gpu_backend, offset):
     error = storage[offset:].view(20, 41)
     scales = [(size * 41) ** -0.5 for size in SIZES]
     assert_projected(project(error, SIZES, backend=gpu_backend), error, SIZES, scales)
+
+
+@pytest.mark.parametrize("count", [16, 64, 100])
+def test_an_fp32_error_loses_no_more_than_in_an_fp32_product(gpu_backend, count):
+    """Tensor cores that add up long sums by themselves lose tens of times more."""
+    rows, n = 2000, 8000
+    error = random_error(count, n, dtype=torch.float32)
+    (signal,) = project(error, [rows], normalization=1.0, backend=gpu_backend)
+    u = feedback_matrix(rows, n, device="cuda", backend=gpu_backend)
+    exact = error.double() @ u.double().T
+    lost, usual = ((found.double() - exact).square().mean() for found in (signal, error @ u.T))
+    assert lost <= 3**2 * usual
 
 
 @pytest.mark.usefixtures("unpoisoned")

@@ -280,7 +280,7 @@ def test_the_choice_is_the_cheaper_one_and_is_logged(monkeypatch, caplog):
     assert cost[256].fused < cost[256].by_slabs
     assert cost[4096].fused > cost[4096].by_slabs
     assert cost[65_536].fused > 1.5 * cost[65_536].by_slabs
-    error = random_error(300, 4)
+    error = random_error(300, 4, dtype=torch.bfloat16)
     for estimate, way in ((projection.Cost(1, 2), "fused"), (projection.Cost(2, 1), "by slabs")):
         projection._ways.clear()
         monkeypatch.setattr(projection.Cost, "of", lambda *_, estimate=estimate: estimate)
@@ -288,6 +288,10 @@ def test_the_choice_is_the_cheaper_one_and_is_logged(monkeypatch, caplog):
             signals = project(error, [5], backend="triton")
         assert f"project: {way}, by estimates of" in caplog.messages[-1]
         assert_projected(signals, error, [5], layer_scales([5], 4))
+    projection._ways.clear()
+    with caplog.at_level(logging.DEBUG, "dfa_kernels"):  # three terms are not for a vendor's sums
+        project(error.float(), [5], backend="triton")
+    assert "project: fused" in caplog.messages[-1]
 
 
 def test_long_errors_do_not_go_to_the_fused_kernel(monkeypatch, caplog):

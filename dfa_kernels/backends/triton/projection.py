@@ -2,8 +2,9 @@
 
 The fused kernel makes every entry once per tile of the error's rows, and multiplies it where it was
 made. By slabs, every entry is made once and stored in 16 bits in a bounded workspace, which the
-vendor's matrix product reads. `Cost` says which is quicker. An fp64 error is nothing for tensor
-cores, and goes through `dfa_kernels.backends.slabs` with entries made here.
+vendor's matrix product reads. `Cost` says which is quicker; fp32 errors at the highest precision
+are fused whatever it says, because a vendor's product keeps less of them. An fp64 error is nothing
+for tensor cores, and goes through `dfa_kernels.backends.slabs` with entries made here.
 """
 
 from __future__ import annotations
@@ -134,7 +135,10 @@ def _way(
     rows = sum(last - first for first, last in unions(row_offsets, sizes))
     cost = Cost.of(tile, count, columns, rows, distribution, terms, scaled_apart)
     one_tile = count <= tile.error_rows  # both ways make every entry once
-    fused = columns <= _FUSED_COLUMNS and (one_tile or cost.fused <= cost.by_slabs)
+    # A vendor's product of three terms adds up all columns in the tensor cores, which loses what
+    # the third is there for; see `project_kernel`.
+    fused_anyway = one_tile or terms == 3
+    fused = columns <= _FUSED_COLUMNS and (fused_anyway or cost.fused <= cost.by_slabs)
     _log.debug(
         "project: %s, by estimates of %.3g ms fused and %.3g ms by slabs, for an error of "
         "%d x %d and %d rows of U",

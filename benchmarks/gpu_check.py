@@ -67,7 +67,10 @@ SANITIZER = (
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 # Not chosen automatically before it has passed here.
 WITH_CUDA = {"DFA_KERNELS_BACKEND": "cuda"}
-ON_GPU = "'test_gpu or torch-cuda or cuda-cuda or triton-cuda'"
+ON_GPU = (
+    "'test_gpu or test_triton_projection or test_stream_triton "
+    "or torch-cuda or cuda-cuda or triton-cuda'"
+)
 
 # The commands in order; `placeholders` says what stands for the names in braces.
 STEPS = [
@@ -96,7 +99,7 @@ STEPS = [
     ),
     Step(
         "profile",
-        "{ncu} --clock-control=none --set=full --kernel-name=regex:project "
+        "{ncu} --clock-control=none --set=full --kernel-name='regex:fused|project_kernel' "
         "--export={output}/profile --force-overwrite --print-details=body "
         "{python} tests/small_shapes.py --large",
         300,

@@ -37,6 +37,8 @@ def small(backend):
     many = [1 + i % 40 for i in range(1100)]
     dfa_kernels.project(torch.randn(5, 10, device="cuda"), many, backend=backend)
     dfa_kernels.project(torch.randn(3000, 100, device="cuda"), layers, backend=backend)
+    # So many entries that an fp32 error's terms are made beforehand.
+    dfa_kernels.project(torch.randn(3, 1001, device="cuda"), [2**25 // 1000], backend=backend)
 
 
 def large(backend):

@@ -12,6 +12,8 @@ from dfa_kernels import feedback_matrix, project
 from dfa_kernels.backends import slabs
 
 SIZES = [700, 33, 700, 1, 129]
+# Rows and columns of a 16-bit error, and layers, whose projection goes by slabs.
+BY_SLABS = (4096, 300, [70_000])
 FUSED = ("cuda", "triton")  # the backends that make entries in registers
 # Kernels that may come before the projection's one: the error's terms, a long table of layers.
 BEFORE = ("prepare", "upload", "split_kernel", "addresses_kernel")
@@ -32,7 +34,8 @@ def kernels_of(call):
     """The names of the kernels and copies that a call puts on the GPU."""
     call()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
+    activities = [ProfilerActivity.CUDA, ProfilerActivity.CPU]
+    with profile(activities=activities, acc_events=True) as recorded:
         call()
         torch.cuda.synchronize()
     return [event.name for event in recorded.events() if event.device_type == DeviceType.CUDA]
@@ -50,16 +53,19 @@ def test_all_layers_are_one_launch(gpu_backend, dtype, sizes):
     assert len(projections) == 1, kernels
     if dtype != torch.float32 and len(sizes) < 50:
         assert kernels == projections
+    assert len(kernels) <= 2 + len(sizes) / 32
 
 
 @pytest.mark.usefixtures("unpoisoned")
-@pytest.mark.parametrize("count", [3, 4096])
-def test_nothing_waits_for_the_gpu(gpu_backend, count):
-    error = random_error(count, 100)
-    project(error, SIZES, backend=gpu_backend)
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("count", "n", "sizes"), [(3, 100, SIZES), BY_SLABS])
+def test_nothing_waits_for_the_gpu(gpu_backend, dtype, count, n, sizes):
+    error = random_error(count, n, dtype=dtype)
+    project(error, sizes, backend=gpu_backend)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        project(error, SIZES, backend=gpu_backend)
+        project(error, sizes, backend=gpu_backend)
         project(error, [123, 45], seed=2, backend=gpu_backend)  # layers not seen before
         feedback_matrix(10, 10, device="cuda", backend=gpu_backend)
     finally:
@@ -68,43 +74,48 @@ def test_nothing_waits_for_the_gpu(gpu_backend, count):
 
 @pytest.mark.usefixtures("unpoisoned")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("count", [5, 4096])
-def test_graph_replays_read_the_new_error(gpu_backend, dtype, count):
-    error = random_error(count, 77, dtype=dtype)
-    for sizes in (SIZES, [1 + i % 50 for i in range(1100)]):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what compiles and caches does so before the capture
-            project(error, sizes, seed=3, backend=gpu_backend)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = project(error, sizes, seed=3, backend=gpu_backend)
-        project(error, [8, 9], seed=4, backend=gpu_backend)  # others come between
-        for seed in (1, 2):
-            error.copy_(random_error(count, 77, dtype=dtype, seed=seed))
-            graph.replay()
-            expected = project(error, sizes, seed=3, backend=gpu_backend)
-            assert all(map(torch.equal, captured, expected))
+@pytest.mark.parametrize(
+    ("count", "n", "sizes"),
+    [(5, 77, SIZES), (5, 77, [1 + i % 50 for i in range(1100)]), (4096, 77, SIZES), BY_SLABS],
+)
+def test_graph_replays_read_the_new_error(gpu_backend, dtype, count, n, sizes):
+    error = random_error(count, n, dtype=dtype)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what compiles and caches does so before the capture
+        project(error, sizes, seed=3, backend=gpu_backend)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = project(error, sizes, seed=3, backend=gpu_backend)
+    project(error, [8, 9], seed=4, backend=gpu_backend)  # others come between
+    for seed in (1, 2):
+        error.copy_(random_error(count, n, dtype=dtype, seed=seed))
+        graph.replay()
+        expected = project(error, sizes, seed=3, backend=gpu_backend)
+        assert all(map(torch.equal, captured, expected))
 
 
 @pytest.mark.usefixtures("unpoisoned")
-@pytest.mark.parametrize("count", [5, 4096])
-def test_work_goes_to_the_current_stream(gpu_backend, count):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("count", "n", "sizes"), [(5, 50, SIZES), BY_SLABS])
+def test_work_goes_to_the_current_stream(gpu_backend, dtype, count, n, sizes):
     """A projection that did not wait for its stream would read what the sleep holds back."""
-    fresh = random_error(count, 50, dtype=torch.float32)
-    expected = project(fresh, SIZES, backend=gpu_backend)
+    fresh = random_error(count, n, dtype=dtype)
+    # These compile what would otherwise outlast the sleep.
+    expected = project(fresh, sizes, backend=gpu_backend)
+    expected_matrix = feedback_matrix(50, 50, device="cuda", backend=gpu_backend)
     stale = torch.full_like(fresh, torch.nan)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
-        torch.cuda._sleep(100_000_000)  # about 50 ms
+        torch.cuda._sleep(400_000_000)  # about 200 ms, which plain PyTorch needs for its launches
         stale.copy_(fresh)
-        found = project(stale, SIZES, backend=gpu_backend)
+        found = project(stale, sizes, backend=gpu_backend)
         matrix = feedback_matrix(50, 50, device="cuda", backend=gpu_backend)
         assert not torch.cuda.current_stream().query()
     torch.cuda.synchronize()
     assert all(map(torch.equal, found, expected))
-    assert torch.equal(matrix, feedback_matrix(50, 50, device="cuda", backend=gpu_backend))
+    assert torch.equal(matrix, expected_matrix)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -115,6 +126,8 @@ def test_work_goes_to_the_errors_device(gpu_backend):
     assert all(signal.device == error.device for signal in signals)
     expected = project(error.to("cuda:0"), SIZES, backend=gpu_backend)
     assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(signals, expected, strict=True))
+    matrix = feedback_matrix(9, 50, device="cuda:1", backend=gpu_backend)
+    assert torch.equal(matrix.cpu(), feedback_matrix(9, 50, backend="torch", device="cpu"))
 
 
 @pytest.mark.parametrize("offset", [1, 3, 8])
@@ -124,6 +137,18 @@ def test_the_error_may_begin_anywhere(gpu_backend, offset):
     error = storage[offset:].view(20, 41)
     scales = [(size * 41) ** -0.5 for size in SIZES]
     assert_projected(project(error, SIZES, backend=gpu_backend), error, SIZES, scales)
+
+
+@pytest.mark.parametrize("count", [16, 64, 100])
+def test_an_fp32_error_loses_no_more_than_in_an_fp32_product(gpu_backend, count):
+    """Tensor cores that add up long sums by themselves lose tens of times more."""
+    rows, n = 2000, 8000
+    error = random_error(count, n, dtype=torch.float32)
+    (signal,) = project(error, [rows], normalization=1.0, backend=gpu_backend)
+    u = feedback_matrix(rows, n, device="cuda", backend=gpu_backend)
+    exact = error.double() @ u.double().T
+    lost, usual = ((found.double() - exact).square().mean() for found in (signal, error @ u.T))
+    assert lost <= 3**2 * usual
 
 
 @pytest.mark.usefixtures("unpoisoned")

@@ -75,6 +75,13 @@ def test_a_plan_holds_the_layers_in_its_order():
     assert len(other.tiles) < len(made.tiles)
 
 
+def test_a_default_device_is_not_where_plans_are_made():
+    with torch.device("meta"):
+        made = plan.plan_for([6], [21], [1.0], 1.0, 16, torch.device("cpu"))
+    assert made.tiles.tolist() == [[6, 16, 0, 1], [22, 5, 0, 1]]
+    assert made.layers.tolist() == [[6, 21]]
+
+
 def test_what_a_graph_reads_is_kept(monkeypatch):
     monkeypatch.setattr(plan, "_captured", {})
     made = plan.plan_for([0], [5], [1.0], 1.0, 16, torch.device("cpu"))._replace(readers={0})

@@ -55,10 +55,10 @@ def precision():
 
 @pytest.fixture
 def by_slabs(monkeypatch):
-    """Slabs of 16 rows and up to `columns` columns for all but fp64 errors."""
+    """Slabs of 32 rows and up to `columns` columns for all but fp64 errors."""
 
     def choose(columns):
-        monkeypatch.setattr(projection, "slab_shape", lambda n, terms: (16, min(n, columns)))
+        monkeypatch.setattr(projection, "slab_shape", lambda n, terms: (32, min(n, columns)))
         monkeypatch.setattr(projection, "_FUSED_COLUMNS", -1)
 
     return choose
@@ -195,8 +195,10 @@ def test_precision_of_fp32_follows_that_of_products(precision, name, terms):
         assert (difference > 36 * EPSILON[torch.float32] * magnitude).any()
 
 
-@pytest.mark.parametrize("name", ["highest", "high", "medium"])
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize(
+    ("name", "distribution"),
+    [("high", "normal"), ("medium", "normal"), *(("highest", name) for name in DISTRIBUTIONS)],
+)
 def test_terms_made_beforehand_are_those_of_the_kernel(precision, monkeypatch, name, distribution):
     """The same bits, whatever the error's layout and first column."""
     precision(name)
@@ -207,7 +209,7 @@ def test_terms_made_beforehand_are_those_of_the_kernel(precision, monkeypatch, n
             monkeypatch.setattr(launch, "_SPLIT_ENTRIES", entries)
             projection._ways.clear()
             options = {"distribution": distribution, "column_offset": 5, "error_size": 400}
-            signals += project(error, [150], backend="triton", **options)
+            signals += project(error, [40], backend="triton", **options)
         assert torch.equal(*signals)
 
 
@@ -245,7 +247,7 @@ def test_nan_inf_and_huge_numbers_as_in_a_matrix_product(precision, name):
                 assert torch.allclose(signal[1][small], expected, rtol=2**-7, atol=1)
 
 
-@pytest.mark.parametrize("columns", [16, 64])
+@pytest.mark.parametrize("columns", [24, 64])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_by_slabs(by_slabs, dtype, distribution, columns):
@@ -278,7 +280,7 @@ def test_the_choice_is_the_cheaper_one_and_is_logged(monkeypatch, caplog):
     assert cost[256].fused < cost[256].by_slabs
     assert cost[4096].fused > cost[4096].by_slabs
     assert cost[65_536].fused > 1.5 * cost[65_536].by_slabs
-    error = random_error(300, 4)
+    error = random_error(300, 4, dtype=torch.bfloat16)
     for estimate, way in ((projection.Cost(1, 2), "fused"), (projection.Cost(2, 1), "by slabs")):
         projection._ways.clear()
         monkeypatch.setattr(projection.Cost, "of", lambda *_, estimate=estimate: estimate)
@@ -286,6 +288,10 @@ def test_the_choice_is_the_cheaper_one_and_is_logged(monkeypatch, caplog):
             signals = project(error, [5], backend="triton")
         assert f"project: {way}, by estimates of" in caplog.messages[-1]
         assert_projected(signals, error, [5], layer_scales([5], 4))
+    projection._ways.clear()
+    with caplog.at_level(logging.DEBUG, "dfa_kernels"):  # three terms are not for a vendor's sums
+        project(error.float(), [5], backend="triton")
+    assert "project: fused" in caplog.messages[-1]
 
 
 def test_long_errors_do_not_go_to_the_fused_kernel(monkeypatch, caplog):

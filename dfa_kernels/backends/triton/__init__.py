@@ -74,7 +74,7 @@ def feedback_matrix(
     """The block of U with its first entry at (row_offset, column_offset)."""
     matrix = torch.empty(rows, columns, dtype=dtype, device=device)
     if matrix.numel() > 0:
-        _kernels().launch.fill(  # type: ignore[union-attr]
-            matrix, seed, row_offset, column_offset, distribution
-        )
+        launch = _kernels().launch  # type: ignore[union-attr]
+        with launch.on(matrix.device):
+            launch.fill(matrix, seed, row_offset, column_offset, distribution)
     return matrix

@@ -89,15 +89,6 @@ def _interleave8(x0, x1, x2, x3, x4, x5, x6, x7):
 
 
 @triton.jit
-def _fragments(x0, x1, x2, x3, x4, x5, x6, x7):
-    even = tl.join(tl.join(x0, x4), tl.join(x2, x6))
-    odd = tl.join(tl.join(x1, x5), tl.join(x3, x7))
-    whole = tl.join(even, odd)  # [R, B, 2, 2, 2]: bits 2, 1, 0 of the place
-    whole = tl.reshape(whole, [x0.shape[0], x0.shape[1] // 4, 4, 4, 2])
-    return tl.reshape(tl.permute(whole, (0, 1, 3, 2, 4)), [x0.shape[0], 8 * x0.shape[1]])
-
-
-@triton.jit
 def _signs(word, COLUMN: tl.constexpr):
     """Two entries of +-1, columns 2 COLUMN and 2 COLUMN + 1 of a word's 32, as bf16 patterns."""
     return ((word << (15 - COLUMN)) & 0x80008000) | 0x3F803F80

@@ -193,12 +193,16 @@ def project_kernel(
             matrix = tl.trans(fragment_order(tl.trans(matrix)))
         if PINNED:
             matrix = pinned(matrix)
+        # Tensor cores cut off where they add to a sum, at its last place: over all columns that is
+        # many roundings of fp32. So three terms, which promise its accuracy, are added up apart.
+        apart = tl.zeros([BLOCK_L, BLOCK_M], tl.float32) if TERMS == 3 else sums
         for term in tl.static_range(TERMS if SPLIT else 1):
             behind = (TERMS - 1 - term) * term_stride if SPLIT else 0
             part = tl.load(at + behind, mask=mask, other=0.0)
             if FRAGMENTS:
                 part = fragment_order(part)
-            sums = _accumulate(sums, matrix, part, 0 if SPLIT else TERMS, OPERAND, PINNED, TARGET)
+            apart = _accumulate(apart, matrix, part, 0 if SPLIT else TERMS, OPERAND, PINNED, TARGET)
+        sums = sums + apart if TERMS == 3 else apart
         at += BLOCK_K * column_stride
 
     for layer in range(tl.load(tile + 2), tl.load(tile + 3)):
@@ -210,7 +214,8 @@ def project_kernel(
         output += first_m * size - before
         offset = m[None, :].to(OFFSET) * size.to(OFFSET) + l[:, None].to(OFFSET)
         low = tl.maximum(before, 0).to(tl.int32)
-        high = tl.minimum(before + size, rows).to(tl.int32)
+        # A layer that ended 2^31 rows and more before has no rows here, and no end in 32 bits.
+        high = tl.maximum(tl.minimum(before + size, rows), 0).to(tl.int32)
         in_layer = (l >= low) & (l < high)
         signal = _rounded(sums * tl.load(scales + layer), OUTPUT_DTYPE, TARGET)
         tl.store(output + offset, signal, mask=in_layer[:, None] & in_count[None, :])

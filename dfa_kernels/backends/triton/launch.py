@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from typing import Any, NamedTuple
@@ -95,6 +96,16 @@ def uses_fragments(device: torch.device) -> bool:
     if INTERPRETED:
         return True
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+
+
+_HERE = contextlib.nullcontext()
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """A context in which a tensor's device is the current one, where kernels are launched."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
 
 
 def current_stream(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -24,18 +25,22 @@ class Plan(NamedTuple):
     scales: Tensor
     order: list[int]
     readers: set[int]
+    copied: torch.cuda.Event | None
 
     def read_by(self, stream: int, capturing: bool) -> None:
-        """Keep it as long as a launch on the current stream, `stream`, may read it.
+        """Let launches on the current stream, `stream`, read it, and keep it as long as they may.
 
-        A launch that a CUDA graph captures reads it whenever the graph is replayed.
+        Another stream than the one it was copied on waits for the copy. A launch that a CUDA graph
+        captures reads it whenever the graph is replayed.
         """
         if capturing:
             _captured[id(self)] = self
-        elif stream not in self.readers and self.tiles.is_cuda:
-            self.readers.add(stream)
+        elif stream not in self.readers and self.copied is not None:
+            current = torch.cuda.current_stream(self.tiles.device)
+            current.wait_event(self.copied)
             for tensor in (self.tiles, self.layers, self.scales):
-                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+                tensor.record_stream(current)
+            self.readers.add(stream)
 
 
 _captured: dict[int, Plan] = {}
@@ -66,8 +71,8 @@ def cut_into_tiles(
     pieces, starts, total = [], [], 0
     for first, last in unions(row_offsets, sizes):
         count = -(-(last - first) // rows)
-        piece = torch.zeros(count, 4, dtype=torch.int64)
-        piece[:, 0] = first + rows * torch.arange(count)
+        piece = torch.zeros(count, 4, dtype=torch.int64, device="cpu")
+        piece[:, 0] = first + rows * torch.arange(count, device="cpu")
         piece[:, 1] = rows
         piece[-1, 1] = last - first - rows * (count - 1)
         pieces.append(piece)
@@ -90,13 +95,17 @@ def cut_into_tiles(
 
 
 class Kept(dict):
-    """A bounded dictionary: the oldest entries go."""
+    """A bounded dictionary: the oldest entries go. Several threads may use one."""
 
     def keep(self, key: Hashable, value: object) -> None:
         """Remember `value`."""
-        while len(self) >= _KEPT:
-            del self[next(iter(self))]
-        self[key] = value
+        with _keeping:
+            while len(self) >= _KEPT:
+                del self[next(iter(self))]
+            self[key] = value
+
+
+_keeping = threading.Lock()
 
 
 _plans = Kept()
@@ -125,8 +134,15 @@ def plan_for(
             "the kernel reads is on the device"
         )
     tiles, order = cut_into_tiles(row_offsets, sizes, rows)
-    layers = torch.tensor([(row_offsets[i], sizes[i]) for i in order])
-    products = torch.tensor([scales[i] * factor for i in order], dtype=torch.float64)
-    plan = Plan(tiles.to(device), layers.to(device), products.float().to(device), order, set())
+    layers = torch.tensor([(row_offsets[i], sizes[i]) for i in order], device="cpu")
+    products = torch.tensor([scales[i] * factor for i in order], dtype=torch.float64, device="cpu")
+    plan = Plan(tiles, layers, products.float(), order, set(), None)
+    if device.type == "cuda":  # from pinned memory, so that nobody waits for the copies
+        tiles, layers, scales_there = (
+            tensor.pin_memory().to(device, non_blocking=True) for tensor in plan[:3]
+        )
+        copied = torch.cuda.Event()
+        copied.record()
+        plan = Plan(tiles, layers, scales_there, order, set(), copied)
     _plans.keep(key, plan)
     return plan

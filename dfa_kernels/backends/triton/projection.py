@@ -2,13 +2,13 @@
 
 The fused kernel makes every entry once per tile of the error's rows, and multiplies it where it was
 made. By slabs, every entry is made once and stored in 16 bits in a bounded workspace, which the
-vendor's matrix product reads. `Cost` says which is quicker. An fp64 error is nothing for tensor
-cores, and goes through `dfa_kernels.backends.slabs` with entries made here.
+vendor's matrix product reads. `Cost` says which is quicker; fp32 errors at the highest precision
+are fused whatever it says, because a vendor's product keeps less of them. An fp64 error is nothing
+for tensor cores, and goes through `dfa_kernels.backends.slabs` with entries made here.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Callable
@@ -101,8 +101,7 @@ def project(
         dtype,
         torch.get_float32_matmul_precision(),
     )
-    elsewhere = error.is_cuda and error.device.index != torch.cuda.current_device()
-    with torch.cuda.device(error.device) if elsewhere else _HERE:
+    with launch.on(error.device):
         way = _ways.get(key)
         if way is None:
             way = _way(error, row_offsets, sizes, scales, column_offset, distribution, dtype)
@@ -110,7 +109,6 @@ def project(
         return way(error, seed)
 
 
-_HERE = contextlib.nullcontext()
 _ways = Kept()
 
 
@@ -137,7 +135,10 @@ def _way(
     rows = sum(last - first for first, last in unions(row_offsets, sizes))
     cost = Cost.of(tile, count, columns, rows, distribution, terms, scaled_apart)
     one_tile = count <= tile.error_rows  # both ways make every entry once
-    fused = columns <= _FUSED_COLUMNS and (one_tile or cost.fused <= cost.by_slabs)
+    # A vendor's product of three terms adds up all columns in the tensor cores, which loses what
+    # the third is there for; see `project_kernel`.
+    fused_anyway = one_tile or terms == 3
+    fused = columns <= _FUSED_COLUMNS and (fused_anyway or cost.fused <= cost.by_slabs)
     _log.debug(
         "project: %s, by estimates of %.3g ms fused and %.3g ms by slabs, for an error of "
         "%d x %d and %d rows of U",
@@ -209,10 +210,12 @@ def _block_by_slabs(
     operand = launch.operand_of(error)
     parts = [part.to(operand) for part in (split(error, terms) if terms else [error])]
     factor = math.sqrt(3) if distribution == "uniform" else 1.0
-    slab_rows, slab_columns = slab_shape(columns, len(parts))
+    slab_rows, slab_columns = slab_shape(columns, max(terms, 1))
     chunks = list(slabs.cut(columns, slab_columns))
     errors = [torch.cat([part[:, slice(*chunk)] for part in parts], 1) for chunk in chunks]
-    stride = -(-slab_columns * len(parts) // 8) * 8
+    copies = len(parts)
+    del parts
+    stride = -(-slab_columns * copies // 8) * 8
     workspace = error.new_empty(slab_rows, stride, dtype=operand)
     sums_rows = max(slabs.WORKSPACE_BYTES // 2 // (8 * count), 1)
 
@@ -221,7 +224,7 @@ def _block_by_slabs(
         sums = None
         for some, (left, right) in zip(errors, chunks, strict=True):
             width = right - left
-            entries = workspace[:rows, : width * len(parts)]
+            entries = workspace[:rows, : width * copies]
             first, *others = entries.split(width, 1)
             launch.fill(first, seed, slab.first, column_offset + left, distribution, True)
             for other in others:

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dfa_kernels.backends.triton import plan, projection
+from dfa_kernels.backends.triton import plan
 
 CASES = [
     ([0], [1]),
@@ -90,13 +90,3 @@ def test_what_a_graph_reads_is_kept(monkeypatch):
     made.read_by(0, True)
     made.read_by(0, True)
     assert list(plan._captured.values()) == [made]
-
-
-@pytest.mark.parametrize("terms", [1, 2, 3])
-def test_slabs_take_half_the_workspace(terms):
-    for columns in (1, 10, 1000, 50_257, 10**6, 2**34):
-        rows, width = projection.slab_shape(columns, terms)
-        assert rows >= 64
-        assert 1 <= width <= columns
-        entries = rows * -(-width * terms // 8) * 8
-        assert 2 * entries <= projection.slabs.WORKSPACE_BYTES * 0.55

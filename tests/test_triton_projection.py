@@ -18,6 +18,7 @@ from dfa_kernels import feedback_matrix, project
 
 pytest.importorskip("triton")
 
+from dfa_kernels.backends import tensor_cores
 from dfa_kernels.backends.triton import launch, plan, projection
 
 # Of Triton 3.6's interpreter.
@@ -55,13 +56,12 @@ def precision():
 
 @pytest.fixture
 def by_slabs(monkeypatch):
-    """Slabs of 32 rows and up to `columns` columns for all but fp64 errors."""
-
-    def choose(columns):
-        monkeypatch.setattr(projection, "slab_shape", lambda n, terms: (32, min(n, columns)))
-        monkeypatch.setattr(projection, "_FUSED_COLUMNS", -1)
-
-    return choose
+    """Slabs of 32 rows for all but fp64 errors."""
+    monkeypatch.setattr(tensor_cores, "slab_rows", lambda *_: 32)
+    monkeypatch.setattr(projection, "_FUSED_COLUMNS", -1)
+    projection._ways.clear()
+    yield
+    projection._ways.clear()
 
 
 def test_the_backend_is_there():
@@ -213,18 +213,6 @@ def test_terms_made_beforehand_are_those_of_the_kernel(precision, monkeypatch, n
         assert torch.equal(*signals)
 
 
-@pytest.mark.parametrize("name", ["highest", "high", "medium"])
-def test_terms_on_the_host_are_those_of_the_kernel(precision, by_slabs, name):
-    """One product shows every term, so both ways give the same bits."""
-    precision(name)
-    error = random_error(9, 1) * torch.logspace(-30, 30, 9, device=DEVICE)[:, None]
-    (fused,) = project(error, [20], normalization=1.0, backend="triton")
-    by_slabs(64)
-    projection._ways.clear()
-    (slab,) = project(error, [20], normalization=1.0, backend="triton")
-    assert torch.allclose(fused, slab, rtol=2**-22, atol=0)
-
-
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # NumPy's
 @pytest.mark.parametrize("name", ["highest", "high"])
 def test_nan_inf_and_huge_numbers_as_in_a_matrix_product(precision, name):
@@ -247,25 +235,16 @@ def test_nan_inf_and_huge_numbers_as_in_a_matrix_product(precision, name):
                 assert torch.allclose(signal[1][small], expected, rtol=2**-7, atol=1)
 
 
-@pytest.mark.parametrize("columns", [24, 64])
+@pytest.mark.usefixtures("by_slabs")
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_by_slabs(by_slabs, dtype, distribution, columns):
-    """In one part of the columns and in several; one layer, and several that share rows or not."""
-    by_slabs(columns)
+def test_by_slabs(dtype, distribution):
+    """One layer, and several that share rows or not."""
     error = random_error(5, 37, dtype=dtype)
     for sizes, offsets in ([70], [3]), (SIZES, OFFSETS), ([30, 30], [0, 15]):
         where = {"distribution": distribution, "row_offsets": offsets, "column_offset": 3}
         signals = project(error, sizes, backend="triton", normalization=0.2, error_size=40, **where)
         assert_projected(signals, error, sizes, [0.2] * len(sizes), **where)
-
-
-def test_many_rows_of_error_by_slabs(by_slabs, monkeypatch):
-    by_slabs(64)
-    monkeypatch.setattr(projection, "_ERROR_ROWS", 4)
-    error = random_error(11, 9)
-    signals = project(error, [20, 30], backend="triton")
-    assert_projected(signals, error, [20, 30], layer_scales([20, 30], 9))
 
 
 def test_the_choice_is_the_cheaper_one_and_is_logged(monkeypatch, caplog):

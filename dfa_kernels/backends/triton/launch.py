@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dfa_kernels import stream
+from dfa_kernels.backends import tensor_cores
 from dfa_kernels.backends.triton import kernels
 from dfa_kernels.backends.triton.plan import Kept, plan_for, unions
 
@@ -71,13 +72,8 @@ def matrix_tile(distribution: str) -> tuple[int, int, int]:
 
 
 def terms_of(error: Tensor) -> int:
-    """How many numbers of bf16 an error is the sum of; 0 if it is an operand as it is.
-
-    As PyTorch's own products do, an fp32 error follows torch.get_float32_matmul_precision().
-    """
-    if error.dtype != torch.float32:
-        return 0
-    return {"highest": 3, "high": 2, "medium": 1}[torch.get_float32_matmul_precision()]
+    """How many numbers of bf16 an error is the sum of; 0 if it is an operand as it is."""
+    return tensor_cores.terms_of(error) if error.dtype == torch.float32 else 0
 
 
 def operand_of(error: Tensor) -> torch.dtype:

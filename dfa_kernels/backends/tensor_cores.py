@@ -1,0 +1,115 @@
+"""The projection by slabs for tensor cores: 16-bit operands, fp32 sums, the vendor's product.
+
+Entries of U are exact in 16 bits, and so is a bf16 or fp16 error. An fp32 error is a sum of bf16
+numbers, as many as `torch.get_float32_matmul_precision()` asks for: each is worth 8 bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dfa_kernels.backends import slabs
+
+TERMS = {"highest": 3, "high": 2, "medium": 1}
+
+# Columns of U begin and end at multiples of this: addresses are then multiples of 16 bytes, which
+# matrix products and the making of U are fast with. Rows of a slab, for the products' sake.
+_COLUMN_STEP = 8
+_ROW_STEP = 128
+_ERROR_ROWS = 2**14  # that one slab is made for, so that their sums leave room for its rows
+
+
+def terms_of(error: Tensor) -> int:
+    """How many 16-bit numbers an error that is not fp64 is the sum of."""
+    return TERMS[torch.get_float32_matmul_precision()] if error.dtype == torch.float32 else 1
+
+
+def split(error: Tensor, terms: int) -> Tensor:
+    """An fp32 error [M, n] as its bf16 terms side by side, the smallest first: [M, terms * n].
+
+    Infinities and NaN are the first term alone; what would round to infinity is cut off instead.
+    """
+    parts: list[Tensor] = []
+    for _ in range(terms):
+        if parts:
+            error = torch.where(parts[-1].isfinite(), error - parts[-1].float(), 0.0)
+        part = error.bfloat16()
+        cut = (error.view(torch.int32) & -0x10000).view(torch.float32).bfloat16()
+        parts.append(torch.where(part.isinf(), cut, part))
+    return torch.cat(parts[::-1], dim=1)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """The product of two 16-bit matrices, summed and returned in fp32."""
+    if left.device.type == "cpu":  # where torch has none with a wider result
+        return left.float() @ right.float()
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
+def written_in_place(error: Tensor, layers: int, dtype: torch.dtype) -> bool:
+    """Whether a slab's product is a part of a signal: it is for one layer, of its operands' dtype.
+
+    All others are sums in fp32, which are scaled into the layers in a pass of their own.
+    """
+    return layers == 1 and dtype == error.dtype != torch.float32
+
+
+def slab_rows(error_rows: int, columns: int, terms: int) -> int:
+    """Rows of a slab, so that it, its copies for several terms, and its sums fit the workspace."""
+    row_bytes = 2 * columns * (1 if terms == 1 else 1 + terms) + 4 * min(error_rows, _ERROR_ROWS)
+    rows = max(slabs.WORKSPACE_BYTES // max(row_bytes, 1), 1)
+    return rows - rows % _ROW_STEP if rows > _ROW_STEP else rows
+
+
+def project(
+    lattice: slabs.Generate,
+    error: Tensor,
+    row_offsets: Sequence[int],
+    sizes: Sequence[int],
+    scales: Sequence[float],
+    column_offset: int,
+    distribution: str,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """scales[i] * error @ U[rows of layer i, columns of the error].T for every layer i.
+
+    error [M, n], not fp64 -> one [M, sizes[i]] of `dtype` per layer. `lattice` makes entries
+    without the factor sqrt(3) of uniform ones.
+    """
+    signals = [error.new_empty(error.shape[0], size, dtype=dtype) for size in sizes]
+    # Zeros before and behind the error, for whole steps of columns.
+    before = column_offset % _COLUMN_STEP
+    after = -(before + error.shape[1]) % _COLUMN_STEP
+    terms = terms_of(error)
+    factor = math.sqrt(3) if distribution == "uniform" else 1.0
+    for top, bottom in slabs.cut(error.shape[0], _ERROR_ROWS):
+        block = functional.pad(error[top:bottom], (before, after))
+        count, columns = block.shape
+        block = split(block, terms) if error.dtype == torch.float32 else block.contiguous()
+        rows = slab_rows(count, columns, terms)
+        for slab in slabs.union_slabs(row_offsets, sizes, scales, rows):
+            entries = lattice(
+                slab.last - slab.first, columns, slab.first, column_offset - before, block.dtype
+            )
+            if terms > 1:
+                entries = entries.repeat(1, terms)
+            outputs = []
+            for layer in slab.layers:
+                in_slab, in_layer = slab.overlap(layer)
+                output = signals[layer.place][top:bottom, in_layer]
+                outputs.append((output, in_slab, layer.scale * factor))
+            if written_in_place(error, len(outputs), dtype):
+                ((output, _, scale),) = outputs
+                output.addmm_(block, entries.T, beta=0, alpha=scale)
+            else:
+                sums = product(block, entries.T)
+                for output, in_slab, scale in outputs:
+                    torch.mul(sums[:, in_slab], scale, out=output)
+                del sums  # before the next ones are made, and so too:
+            del entries
+    return signals

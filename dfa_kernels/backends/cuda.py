@@ -43,7 +43,7 @@ _MULTIPLY_FUSED = 0.09  # which tensor cores take meanwhile, by mma.sync
 _MULTIPLY_SLABS = 0.07  # the same in cuBLAS
 _STORE = 20.0  # to write it and read it again, per term
 _SUM = 60.0  # to write and read a sum, per row of error and column
-_LAUNCH = 2.5e8  # of the host's 9 us for one more launch
+_LAUNCH = 2.5e8  # in the host's 9 us for one more launch
 # Rows of a slab are a multiple of this, as matrix products like them.
 _SLAB_STEP = 128
 # Columns too; and a U whose columns begin at a multiple is made by stores of 16 bytes.
@@ -93,11 +93,26 @@ def prefers_slabs(
     by_slabs = make + _STORE * terms + _MULTIPLY_SLABS * products
     if not in_place:
         by_slabs += _SUM / max(columns, 1) * error_rows
-    gain = (fused - by_slabs) * columns  # per row of U
-    launches = _LAUNCH * (2 + len(sizes))
-    if gain * sum(sizes) <= launches:  # the rows of U are no more than that
+    if by_slabs >= fused:
         return False
-    return gain * slabs.union_rows(row_offsets, sizes) > launches
+    rows = slabs.union_rows(row_offsets, sizes)
+    launches = len(sizes) + 2 * -(-rows // _rows_at_once(error_rows, columns, terms))
+    entries = rows * columns
+    return max(by_slabs * entries, _LAUNCH * launches) < fused * entries
+
+
+def _rows_at_once(error_rows: int, columns: int, terms: int) -> int:
+    """Rows of a slab: U once, repeated for the terms, and the sums fill the workspace."""
+    row_bytes = 2 * columns * (1 + (terms if terms > 1 else 0)) + 4 * error_rows
+    rows = max(slabs.WORKSPACE_BYTES // max(row_bytes, 1), 1)
+    return rows - rows % _SLAB_STEP if rows > _SLAB_STEP else rows
+
+
+def _rounded(error: Tensor) -> Tensor:
+    """fp32 to the nearest bf16, but cut off where that would be infinite."""
+    nearest = error.bfloat16()
+    cut = (error.view(torch.int32) & -0x10000).view(torch.float32).bfloat16()
+    return torch.where(nearest.isinf(), cut, nearest)
 
 
 def split(error: Tensor, terms: int) -> Tensor:
@@ -105,13 +120,10 @@ def split(error: Tensor, terms: int) -> Tensor:
 
     As the fused kernel's `split_bf16` (csrc/cuda/split.h).
     """
-    parts: list[Tensor] = []
-    for _ in range(terms):
-        if parts:
-            error = torch.where(parts[-1].isfinite(), error - parts[-1].float(), 0.0)
-        part = error.bfloat16()
-        cut = (error.view(torch.int32) & -0x10000).view(torch.float32).bfloat16()
-        parts.append(torch.where(part.isinf(), cut, part))
+    parts = [_rounded(error)]
+    while len(parts) < terms:
+        error = torch.where(parts[-1].isfinite(), error - parts[-1].float(), 0.0)
+        parts.append(_rounded(error))
     return torch.cat(parts[::-1], dim=1)
 
 
@@ -143,11 +155,7 @@ def _project_by_slabs(
         error = functional.pad(error, (head, tail))
     count, columns = error.shape
     operand = split(error, terms) if error.dtype == torch.float32 else error.contiguous()
-    # U once, repeated for the terms, and the sums.
-    row_bytes = 2 * columns * (1 + (terms if terms > 1 else 0)) + 4 * count
-    rows_at_once = max(slabs.WORKSPACE_BYTES // row_bytes, 1)
-    if rows_at_once > _SLAB_STEP:
-        rows_at_once -= rows_at_once % _SLAB_STEP
+    rows_at_once = _rows_at_once(count, columns, terms)
     unit = math.sqrt(3) if distribution == "uniform" else 1.0
     for part in slabs.union_slabs(row_offsets, sizes, scales, rows_at_once):
         slab = torch.ops.dfa_kernels.cuda_lattice(

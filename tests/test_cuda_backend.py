@@ -32,11 +32,12 @@ def test_which_way():
         if by_slabs(large, rows, 1000, 1):
             assert by_slabs(large, rows, 50_000, 1)
             assert by_slabs(large, rows, 1000, 1, in_place=True)
-    # Every layer is a launch more, and what layers share is made once.
+    # Every slab and layer is a launch more, and what layers share is made once.
+    assert not by_slabs([3_211_264], 1024, 40, 1, in_place=True)
     many = [2049 + 43 * i for i in range(48)]
     own = [5000 * i for i in range(48)]
-    assert by_slabs(many, 4096, 8000, 1, row_offsets=own)
-    assert not by_slabs(many, 4096, 8000, 1)
+    assert by_slabs(many, 2048, 8000, 1, row_offsets=own)
+    assert not by_slabs(many, 2048, 8000, 1)
     assert not by_slabs([10] * 20_000, 4096, 1000, 1, row_offsets=[10 * i for i in range(20_000)])
 
 

@@ -38,7 +38,7 @@ _MULTIPLY_FUSED = 0.09  # which tensor cores take meanwhile, by mma.sync
 _MULTIPLY_SLABS = 0.07  # the same in cuBLAS
 _STORE = 20.0  # to write it and read it again, per term
 _SUM = 60.0  # to write and read a sum, per row of error and column
-_LAUNCH = 2.5e8  # of the host's 9 us for one more launch
+_LAUNCH = 2.5e8  # in the host's 9 us for one more launch
 
 
 def unavailable(device_type: str) -> str | None:
@@ -87,11 +87,12 @@ def prefers_slabs(
     by_slabs = make + _STORE * terms + _MULTIPLY_SLABS * products
     if not in_place:
         by_slabs += _SUM / max(columns, 1) * error_rows
-    gain = (fused - by_slabs) * columns  # per row of U
-    launches = _LAUNCH * (2 + len(sizes))
-    if gain * sum(sizes) <= launches:  # the rows of U are no more than that
+    if by_slabs >= fused:
         return False
-    return gain * slabs.union_rows(row_offsets, sizes) > launches
+    rows = slabs.union_rows(row_offsets, sizes)
+    launches = len(sizes) + 2 * -(-rows // tensor_cores.slab_rows(error_rows, columns, terms))
+    entries = rows * columns
+    return max(by_slabs * entries, _LAUNCH * launches) < fused * entries
 
 
 def project(

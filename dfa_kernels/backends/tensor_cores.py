@@ -32,16 +32,20 @@ def terms_of(error: Tensor) -> int:
 def split(error: Tensor, terms: int) -> Tensor:
     """An fp32 error [M, n] as its bf16 terms side by side, the smallest first: [M, terms * n].
 
-    Infinities and NaN are the first term alone; what would round to infinity is cut off instead.
+    Infinities and NaN are the first term alone.
     """
-    parts: list[Tensor] = []
-    for _ in range(terms):
-        if parts:
-            error = torch.where(parts[-1].isfinite(), error - parts[-1].float(), 0.0)
-        part = error.bfloat16()
-        cut = (error.view(torch.int32) & -0x10000).view(torch.float32).bfloat16()
-        parts.append(torch.where(part.isinf(), cut, part))
+    parts = [_rounded(error)]
+    while len(parts) < terms:
+        error = torch.where(parts[-1].isfinite(), error - parts[-1].float(), 0.0)
+        parts.append(_rounded(error))
     return torch.cat(parts[::-1], dim=1)
+
+
+def _rounded(error: Tensor) -> Tensor:
+    """fp32 to the nearest bf16, but cut off where that would be infinite."""
+    nearest = error.bfloat16()
+    cut = (error.view(torch.int32) & -0x10000).view(torch.float32).bfloat16()
+    return torch.where(nearest.isinf(), cut, nearest)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

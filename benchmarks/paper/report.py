@@ -7,6 +7,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 
+from readme_tables import peak, size
 from rich.table import Table
 from scipy.stats import spearmanr, t
 
@@ -14,7 +15,6 @@ from benchmarks.paper import published
 from benchmarks.paper.experiments import Claim, Experiment
 from benchmarks.paper.networks import Practice
 from benchmarks.paper.training import Job
-from benchmarks.readme_tables import peak, size
 
 Runs = list[tuple[Job, dict]]
 

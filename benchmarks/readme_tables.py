@@ -95,9 +95,10 @@ def paper_table1(measured: dict) -> list[str]:
 
 
 def runs(measured: dict) -> str:
-    """How much training is behind a table."""
+    """How much training is behind a table, and by which code; the table itself may be younger."""
     seeds, epochs = measured["rows"][0]["seeds"], measured["settings"]["epochs"]
-    return f"{seeds} seeds, {epochs} epochs."
+    commits = ", ".join(commit[:9] for commit in measured["run_commits"])
+    return f"{seeds} seeds, {epochs} epochs, trained at commit {commits}."
 
 
 def paper_practices(measured: dict) -> list[str]:
@@ -136,19 +137,20 @@ def paper_figure4(measured: dict) -> list[str]:
     published, agreement = measured["published"], measured["rank_agreement"]
     data, theirs = measured["data"], published["data"]
     lines = [
-        f"| b | {data}: accuracy, cos(beta) | {theirs}, as published | {data}: b units, DFA | BP |",
+        f"| b | {data}: accuracy, cos(beta) | {theirs}, as published | {data}: b units, DFA "
+        "| accuracy by BP |",
         "|---:|---:|---:|---:|---:|",
     ]
     numbers = zip(
         *(published[key] for key in ("bottlenecks", "test_accuracy", "alignment")), strict=True
     )
     for size_of, accuracy, angle in numbers:
-        masked = rows[f"masked {size_of}", "dfa"]
-        cells = [f"{100 * masked['test_accuracy']['mean']:.1f}, "]
-        cells[0] += f"{masked['alignment']['layer 2']['mean']:.3f}"
-        cells.append(f"{accuracy:.1f}, {angle:.3f}")
-        for mode in ("dfa", "backprop"):
-            cells.append(f"{100 * rows[f'narrow {size_of}', mode]['test_accuracy']['mean']:.1f}")
+        masked, narrow = (
+            f"{100 * row['test_accuracy']['mean']:.1f}, {row['alignment']['layer 2']['mean']:.3f}"
+            for row in (rows[f"{kind} {size_of}", "dfa"] for kind in ("masked", "narrow"))
+        )
+        backprop = rows[f"narrow {size_of}", "backprop"]["test_accuracy"]["mean"]
+        cells = (masked, f"{accuracy:.1f}, {angle:.3f}", narrow, f"{100 * backprop:.1f}")
         lines.append(f"| {size_of} | {' | '.join(cells)} |")
     found = {key: "none" if v is None else f"{v:+.2f}" for key, v in agreement.items()}
     ranks = f"{found['test_accuracy']} for accuracy, {found['alignment']} for alignment"

@@ -28,6 +28,7 @@ from benchmarks.paper import (
     published,
     report,
     table1,
+    training,
     vgg16,
 )
 from benchmarks.paper.architectures import ARCHITECTURES, Architecture
@@ -116,6 +117,18 @@ def test_what_does_not_fit_says_how_much_it_needs():
     cell = table1.cell(huge, "shared", CPU, largest=2**63)
     assert cell[memory.MISSING] >= 4 * 2**40 * 1000
     assert "does not fit" in report.peak(cell)
+
+
+def test_no_module_is_there_twice():
+    packaged = {name for name in sys.modules if name.startswith("benchmarks.")}
+    assert all(name.split(".")[1] == "paper" for name in packaged)
+    assert architectures.shapes is shapes
+    assert training.provenance is sys.modules["provenance"]
+
+
+def test_a_peak_below_what_resident_memory_can_show():
+    assert readme_tables.peak({"peak": -4096}) == "under 1 MB"
+    assert readme_tables.peak({"peak": 2e6}) == "2 MB"
 
 
 def test_the_readme_tables_of_memory():

@@ -86,7 +86,7 @@ def run_table1(options: argparse.Namespace, console: Console, progress: Progress
 
 
 def run_vgg16(options: argparse.Namespace, console: Console, progress: Progress) -> dict:
-    """The VGG-16 demonstration: the paper's resolution on a GPU, half of it on a CPU."""
+    """The VGG-16 demonstration: 224 x 224 on a GPU, half of it on a CPU."""
     task = progress.add_task("VGG-16", total=len(vgg16.WAYS))
     gpu = options.device.type == "cuda"
     resolution = options.resolution or (32 if options.quick else 224 if gpu else 112)

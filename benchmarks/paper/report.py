@@ -69,8 +69,7 @@ def hold(claim: Claim, alignments: dict[str, dict[int, float]]) -> dict:
 def rank_agreement(rows: list[dict]) -> dict[str, float | None]:
     """Figure 4's order of masked bottlenecks here and as published: Spearman's rank correlation.
 
-    None where all are equal. Narrow layers have no published counterpart, and two vectors of few
-    components are never far from aligned.
+    None where all are equal. Narrow layers have no published counterpart.
     """
     chosen = {row["practice"]: row for row in rows if row["mode"] == "dfa"}
     ours = [chosen[f"masked {size}"] for size in published.BOTTLENECKS]

@@ -65,16 +65,24 @@ ALL = (*STORED, "randn blocks", "scikit-learn")
 PAPER_MLP = ((800,) * 3, 10)
 DEEP_MLP = ((4096,) * 48, 1000)
 UNEQUAL_MLP = (tuple(round(2049 + i * 2047 / 47) for i in range(48)), 1000)  # 2,049 to 4,096
-# VGG-16 on ImageNet: 13 convolutions' outputs at 224 x 224, flattened, and the classifier's.
-VGG16 = (
-    (64 * 224**2,) * 2
-    + (128 * 112**2,) * 2
-    + (256 * 56**2,) * 3
-    + (512 * 28**2,) * 3
-    + (512 * 14**2,) * 3
-    + (4096, 4096),
-    1000,
-)
+# Output channels of VGG-16's convolutions; "pool" halves both sides (Simonyan, Zisserman 2014, D).
+VGG16_CONVOLUTIONS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool")
+VGG16_CONVOLUTIONS += (512, 512, 512, "pool") * 2
+VGG16_LINEAR = (4096, 4096)
+
+
+def vgg16_sizes(resolution: int) -> tuple[int, ...]:
+    """channels x height x width after each convolution, then the hidden linear layers."""
+    sizes, side = [], resolution
+    for channels in VGG16_CONVOLUTIONS:
+        if isinstance(channels, str):
+            side //= 2
+        else:
+            sizes.append(channels * side**2)
+    return (*sizes, *VGG16_LINEAR)
+
+
+VGG16 = (vgg16_sizes(224), 1000)  # on ImageNet
 # Three points a block: attention's output, the wide layer, the block's output.
 GPT2_SMALL = ((768, 3072, 768) * 12, 50_257)
 # Two points a block: attention's output and the wide layer.

@@ -1,16 +1,23 @@
 """The paper's experiments: sizes, claims, resuming, data on disk, and a short run of each."""
 
 import json
+import os
 import pickle
+import signal
+import sys
+import types
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 import pytest
+import readme_tables
+import shapes
 import torch
+from shapes import vgg16_sizes
 from torch import nn
 
-from benchmarks import readme_tables
 from benchmarks.paper import __main__ as command
 from benchmarks.paper import (
     architectures,
@@ -21,9 +28,10 @@ from benchmarks.paper import (
     published,
     report,
     table1,
+    training,
     vgg16,
 )
-from benchmarks.paper.architectures import ARCHITECTURES, Architecture, vgg16_sizes
+from benchmarks.paper.architectures import ARCHITECTURES, Architecture
 from benchmarks.paper.experiments import EXPERIMENTS, FIGURE4, TABLE2, TABLE4, Claim
 from benchmarks.paper.networks import Practice
 from benchmarks.paper.training import Job, Settings, Store
@@ -82,11 +90,45 @@ def test_the_measured_peak_is_what_is_stored(storage, stored):
     assert stored <= cell["peak"] <= stored + cell["signals"] + slack
 
 
+def end(device, how):
+    """A child's work that does not come to its end."""
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "crashed":
+        os.kill(os.getpid(), signal.SIGABRT)
+    if how == "too large":
+        torch.empty(2**58, device=device)
+    raise ValueError("wrong")
+
+
+@pytest.mark.parametrize("how", ["killed", "too large"])
+def test_a_child_that_memory_ran_out_for_does_not_fit(how):
+    assert memory.in_child(end, 123, CPU, how=how) == {memory.MISSING: 123}
+
+
+@pytest.mark.parametrize("how", ["crashed", "failed"])
+def test_a_child_that_fails_is_no_lack_of_memory(how):
+    with pytest.raises(RuntimeError, match="ended with status"):
+        memory.in_child(end, 123, CPU, how=how)
+
+
 def test_what_does_not_fit_says_how_much_it_needs():
     huge = Architecture("huge", (2**40,), 1000)
     cell = table1.cell(huge, "shared", CPU, largest=2**63)
     assert cell[memory.MISSING] >= 4 * 2**40 * 1000
     assert "does not fit" in report.peak(cell)
+
+
+def test_no_module_is_there_twice():
+    packaged = {name for name in sys.modules if name.startswith("benchmarks.")}
+    assert all(name.split(".")[1] == "paper" for name in packaged)
+    assert architectures.shapes is shapes
+    assert training.provenance is sys.modules["provenance"]
+
+
+def test_a_peak_below_what_resident_memory_can_show():
+    assert readme_tables.peak({"peak": -4096}) == "under 1 MB"
+    assert readme_tables.peak({"peak": 2e6}) == "2 MB"
 
 
 def test_the_readme_tables_of_memory():
@@ -200,6 +242,24 @@ def test_an_interrupted_experiment_continues(tmp_path):
     assert store.get(other) is None
 
 
+def test_a_result_that_was_not_written_whole_is_none(tmp_path, monkeypatch):
+    job = Job("table2", Practice("tanh"), "dfa", 0, SHORT, "noise")
+    store, write = Store(tmp_path), Path.write_text
+
+    def die(path, text):
+        write(path, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", die)
+        with pytest.raises(KeyboardInterrupt):
+            store.put(job, {"test_accuracy": 0.5})
+    assert list(tmp_path.iterdir())
+    assert store.get(job) is None
+    store.put(job, {"test_accuracy": 0.5})
+    assert store.get(job)["test_accuracy"] == 0.5
+
+
 def test_a_run_is_repeatable(tmp_path):
     job = Job("table2", Practice("dropout", dropout=(0.1, 0.5)), "dfa", 3, SHORT, "noise")
     images = few_images()
@@ -264,7 +324,7 @@ def test_the_command_refuses_what_it_does_not_know(capsys):
 
 
 def test_vgg16_trains_in_every_way(monkeypatch):
-    monkeypatch.setattr(architectures, "VGG16_LINEAR", (64, 64))
+    monkeypatch.setattr(shapes, "VGG16_LINEAR", (64, 64))
     losses = {
         way: vgg16.measure(way, resolution=32, batch=1, steps=2, device=CPU)["losses"]
         for way in vgg16.WAYS
@@ -313,22 +373,54 @@ def write_cifar10(folder, count):
     return parts
 
 
-def test_cifar10_from_a_folder(tmp_path, monkeypatch):
+class Cifar10:
+    """What the loader needs of torchvision's CIFAR10, read from the same files."""
+
+    base_folder = "cifar-10-batches-py"
+    train_list = tuple((f"data_batch_{i}", None) for i in range(1, 6))
+    test_list = (("test_batch", None),)
+
+    def __init__(self, root, train, download):
+        assert not download
+        files = self.train_list if train else self.test_list
+        folder = Path(root) / self.base_folder
+        batches = [pickle.loads((folder / name).read_bytes()) for name, _ in files]
+        pixels = np.vstack([batch["data"] for batch in batches])
+        self.data = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        self.targets = [label for batch in batches for label in batch["labels"]]
+
+
+@pytest.fixture(params=["torchvision", "stand-in"])
+def cifar10_class(request, monkeypatch):
+    if request.param == "stand-in":
+        datasets = types.ModuleType("torchvision.datasets")
+        datasets.CIFAR10 = Cifar10
+        monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+        monkeypatch.setitem(sys.modules, "torchvision.datasets", datasets)
+        return Cifar10
     try:
         from torchvision.datasets import CIFAR10
     except (ImportError, RuntimeError):
         pytest.skip("no torchvision for this torch")
-    parts = write_cifar10(tmp_path / CIFAR10.base_folder, 4)
     # The sums are the real files'.
     for name in ("train_list", "test_list"):
         monkeypatch.setattr(CIFAR10, name, [(file, None) for file, _ in getattr(CIFAR10, name)])
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": None})
+    return CIFAR10
+
+
+def test_cifar10_from_a_folder(tmp_path, cifar10_class):
+    parts = write_cifar10(tmp_path / cifar10_class.base_folder, 4)
     images = data.load(tmp_path, CPU)
     assert images.name == "CIFAR-10"
     assert images.train_x.shape == (20, 3, 32, 32)
     assert images.test_x.shape == (4, 3, 32, 32)
     pixels, labels = parts["test_batch"]
     assert images.test_y.tolist() == labels
+    assert images.train_y.tolist()[4:8] == parts["data_batch_2"][1]
+    blue = torch.tensor(pixels[1, 2 * 32 * 32 :].reshape(32, 32) / 255)
+    expected = ((blue - 0.4465) / 0.2010).float()
+    torch.testing.assert_close(images.test_x[1, 2], expected)
     red = torch.tensor(pixels[2, : 32 * 32].reshape(32, 32) / 255)
     expected = ((red - 0.4914) / 0.2023).float()
     torch.testing.assert_close(images.test_x[2, 0], expected)

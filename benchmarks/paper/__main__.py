@@ -6,20 +6,29 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import provenance
 import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import provenance
 from benchmarks.paper import data, figures, report, table1, vgg16
 from benchmarks.paper.architectures import ARCHITECTURES, STORAGES
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.training import Store
+from dfa_kernels import ops
 
 RUNS = Path(__file__).parents[2] / "paper-runs"
 CHOICES = ("table1", *EXPERIMENTS, "vgg16")
 # Of a stored matrix that --quick still measures.
 QUICK_BYTES = 10**8
+
+
+def positive(text: str) -> int:
+    """A count on the command line."""
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {count}")
+    return count
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -28,10 +37,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("what", nargs="*", metavar="what", help=f"{', '.join(CHOICES)}; all")
     parser.add_argument("--quick", action="store_true", help="one seed and one epoch: it runs")
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10; the digits without it")
-    parser.add_argument("--seeds", type=int, help="runs of each variant")
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--resolution", type=int, help="of VGG-16's images")
-    parser.add_argument("--batch", type=int, help="of VGG-16's images")
+    parser.add_argument("--seeds", type=positive, help="runs of each variant")
+    parser.add_argument("--epochs", type=positive)
+    parser.add_argument("--resolution", type=positive, help="of VGG-16's images")
+    parser.add_argument("--batch", type=positive, help="of VGG-16's images")
     parser.add_argument(
         "--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu"
     )
@@ -77,7 +86,7 @@ def run_table1(options: argparse.Namespace, console: Console, progress: Progress
 
 
 def run_vgg16(options: argparse.Namespace, console: Console, progress: Progress) -> dict:
-    """The VGG-16 demonstration: the paper's resolution on a GPU, half of it on a CPU."""
+    """The VGG-16 demonstration: 224 x 224 on a GPU, half of it on a CPU."""
     task = progress.add_task("VGG-16", total=len(vgg16.WAYS))
     gpu = options.device.type == "cuda"
     resolution = options.resolution or (32 if options.quick else 224 if gpu else 112)
@@ -96,6 +105,8 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console(width=max(120, Console().width))
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
+    # Now, so that a file edited during the run is not taken for what was measured.
+    origin = provenance.origin(options.device.type)
     others: dict[str, Callable[..., dict]] = {"table1": run_table1, "vgg16": run_vgg16}
     columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn())
     columns += (TimeElapsedColumn(), TimeRemainingColumn())
@@ -106,8 +117,9 @@ def main(arguments: list[str] | None = None) -> None:
             else:
                 summary = run_experiment(name, options, console, progress)
             if options.output:
-                summary |= {"threads": torch.get_num_threads(), "quick": options.quick}
-                provenance.write(options.output / f"paper_{name}.json", summary)
+                how = {"threads": torch.get_num_threads(), "quick": options.quick}
+                how["backend"] = ops.choose("project", options.device.type, None)
+                provenance.save(options.output / f"paper_{name}.json", origin | how | summary)
 
 
 if __name__ == "__main__":

@@ -5,22 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
+import shapes
 from torch import nn
-
-# Output channels of VGG-16's convolutions; "pool" halves both sides (Simonyan, Zisserman 2014, D).
-VGG16 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool") + (512, 512, 512, "pool") * 2
-VGG16_LINEAR = (4096, 4096)
-
-
-def vgg16_sizes(resolution: int) -> tuple[int, ...]:
-    """channels x height x width after each convolution, then the hidden linear layers."""
-    sizes, side = [], resolution
-    for channels in VGG16:
-        if isinstance(channels, str):
-            side //= 2
-        else:
-            sizes.append(channels * side**2)
-    return (*sizes, *VGG16_LINEAR)
 
 
 def vgg16(resolution: int, classes: int) -> tuple[nn.Sequential, list[str]]:
@@ -28,7 +14,7 @@ def vgg16(resolution: int, classes: int) -> tuple[nn.Sequential, list[str]]:
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     points: list[str] = []
     pools, channels, side = 0, 3, resolution
-    for width in VGG16:
+    for width in shapes.VGG16_CONVOLUTIONS:
         if isinstance(width, str):
             pools, side = pools + 1, side // 2
             modules[f"pool {pools}"] = nn.MaxPool2d(2)
@@ -39,7 +25,7 @@ def vgg16(resolution: int, classes: int) -> tuple[nn.Sequential, list[str]]:
         channels = width
     modules["flatten"] = nn.Flatten()
     inputs = channels * side**2
-    for width in VGG16_LINEAR:
+    for width in shapes.VGG16_LINEAR:
         points.append(f"relu {len(points) + 1}")
         modules[f"linear {len(points)}"] = nn.Linear(inputs, width)
         modules[points[-1]] = nn.ReLU()
@@ -87,13 +73,11 @@ class Architecture:
 
 STORAGES = ("naive", "shared", "seeded")
 ARCHITECTURES = (
-    Architecture("3 x 800, n = 10", (800,) * 3, 10),
+    Architecture("3 x 800, n = 10", *shapes.PAPER_MLP),
     # The paper's CNN for 32 x 32 images: its three pooled convolutions and a linear layer.
     Architecture("3 convolutions, 32 x 32, n = 10", (7200, 3136, 576, 128), 10),
-    Architecture("48 x 4,096, n = 1,000", (4096,) * 48, 1000),
-    Architecture("VGG-16, ImageNet, n = 1,000", vgg16_sizes(224), 1000),
-    # Of each block the attention's output, the wide layer and the block's output.
-    Architecture("GPT-2 small, 36 points, n = 50,257", (768, 3072, 768) * 12, 50_257),
-    # Of each block the attention's output and the wide layer.
-    Architecture("Llama-like, 64 points, n = 32,000", (4096, 11_008) * 32, 32_000),
+    Architecture("48 x 4,096, n = 1,000", *shapes.DEEP_MLP),
+    Architecture("VGG-16, ImageNet, n = 1,000", *shapes.VGG16),
+    Architecture("GPT-2 small, 36 points, n = 50,257", *shapes.GPT2_SMALL),
+    Architecture("Llama-like, 64 points, n = 32,000", *shapes.LLAMA),
 )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import multiprocessing
+import signal
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
-ROOT = Path(__file__).parents[2]
 MISSING = "does not fit"
 
 
@@ -59,25 +58,43 @@ class Peak:
         self.bytes = after - self.before
 
 
-def in_child(module: str, need: int, device: torch.device, **arguments: object) -> dict:
-    """What `serve` of a module returns for the arguments, from a process of its own.
+def in_child(
+    work: Callable[..., dict], need: int, device: torch.device, **arguments: object
+) -> dict:
+    """What `work`, a function of a module, returns for device and arguments, in a new process.
 
     Where `need` bytes are not to be had, or the process runs out of memory, {"does not fit": need}.
     A tenth of the memory is left to others: the kernel ends whom it likes when there is none.
     """
     if need > 0.9 * available(device):
         return {MISSING: need}
-    command = [sys.executable, "-m", module, json.dumps(arguments | {"device": str(device)})]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode == -9 or "OutOfMemoryError" in done.stderr:
+    if device.type == "cuda":
+        context = multiprocessing.get_context("spawn")  # CUDA may not have been touched before
+    else:
+        context = multiprocessing.get_context("forkserver")  # imports torch once for all
+        context.set_forkserver_preload([work.__module__])
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_serve, args=(sender, work, {"device": device, **arguments}))
+    child.start()
+    sender.close()
+    try:
+        result = receiver.recv()
+    except EOFError:
+        result = None
+    child.join()
+    if child.exitcode == -signal.SIGKILL:
         return {MISSING: need}
-    if done.returncode:
-        raise RuntimeError(f"{module} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    if child.exitcode:
+        raise RuntimeError(f"{work.__module__} ended with status {child.exitcode}, see above")
+    return result or {MISSING: need}
 
 
-def serve(work: Callable[..., dict]) -> None:
-    """The child's side: run `work` on the command line's JSON and print what it returns."""
-    arguments = json.loads(sys.argv[1])
-    device = torch.device(arguments.pop("device"))
-    print(json.dumps(work(device=device, **arguments)))
+def _serve(sender: Connection, work: Callable[..., dict], arguments: dict) -> None:
+    """The child's side; nothing is sent where memory runs out."""
+    try:
+        result = work(**arguments)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            return
+        raise
+    sender.send(result)

@@ -7,6 +7,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 
+from readme_tables import peak, size
 from rich.table import Table
 from scipy.stats import spearmanr, t
 
@@ -14,7 +15,6 @@ from benchmarks.paper import published
 from benchmarks.paper.experiments import Claim, Experiment
 from benchmarks.paper.networks import Practice
 from benchmarks.paper.training import Job
-from benchmarks.readme_tables import peak, size
 
 Runs = list[tuple[Job, dict]]
 
@@ -69,8 +69,7 @@ def hold(claim: Claim, alignments: dict[str, dict[int, float]]) -> dict:
 def rank_agreement(rows: list[dict]) -> dict[str, float | None]:
     """Figure 4's order of masked bottlenecks here and as published: Spearman's rank correlation.
 
-    None where all are equal. Narrow layers have no published counterpart, and two vectors of few
-    components are never far from aligned.
+    None where all are equal. Narrow layers have no published counterpart.
     """
     chosen = {row["practice"]: row for row in rows if row["mode"] == "dfa"}
     ours = [chosen[f"masked {size}"] for size in published.BOTTLENECKS]

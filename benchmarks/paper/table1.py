@@ -66,7 +66,7 @@ def cell(architecture: Architecture, storage: str, device: torch.device, largest
     if stored > largest:
         return counted
     measured = memory.in_child(
-        "benchmarks.paper.table1",
+        measure,
         stored + signals,
         device,
         storage=storage,
@@ -75,7 +75,3 @@ def cell(architecture: Architecture, storage: str, device: torch.device, largest
         batch=BATCH,
     )
     return measured | counted
-
-
-if __name__ == "__main__":
-    memory.serve(measure)

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import provenance
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import provenance
 from benchmarks.paper import networks
 from benchmarks.paper.data import Data
 from benchmarks.paper.networks import Practice
@@ -33,7 +33,7 @@ class Settings:
     The published code trains hidden layers with softmax - one-hot, not divided by the batch, and
     the last layer with the gradient of the mean: with one rate for both, hidden layers learn
     `batch` times as fast. Two rates for one loss are the same arithmetic, and give backpropagation
-    and the shallow baseline the hidden rate too, where the published code has the small one there.
+    the hidden rate too, where the published code has the small one.
     """
 
     epochs: int

@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from shapes import vgg16_sizes
 
 from benchmarks.paper import memory
-from benchmarks.paper.architectures import STORAGES, Architecture, vgg16, vgg16_sizes
+from benchmarks.paper.architectures import STORAGES, Architecture, vgg16
 from dfa_kernels import attach, feedback_matrix
 
 CLASSES = 1000
@@ -85,7 +86,7 @@ def run(
     for way, label in WAYS.items():
         stored = needed(way, resolution, batch) - needed("backprop", resolution, batch)
         measured = memory.in_child(
-            "benchmarks.paper.vgg16",
+            measure,
             needed(way, resolution, batch),
             device,
             way=way,
@@ -96,7 +97,3 @@ def run(
         rows.append({"name": label, "stored": stored} | measured)
         tick()
     return rows
-
-
-if __name__ == "__main__":
-    memory.serve(measure)

@@ -21,6 +21,8 @@ from dfa_kernels import feedback_matrix, project
 # Passes over bf16 operands that a fused GPU kernel makes of an fp32 error.
 PASSES = {"highest": 3, "high": 2, "medium": 1}
 
+DEFINITION = 2**24  # entries of the largest matrix that the definition is asked for
+
 
 class Storage:
     """The matrix U of a case, made once for all contenders that store it."""
@@ -380,10 +382,12 @@ KINDS = {
 def names(case: Case) -> list[str]:
     """Who takes part: the available backends, then the rivals.
 
-    The definition is left out of series, which are about the fast path, and of graphs.
+    Where there is a fast path, the definition is left out of series and of large matrices, on which
+    most of a run would be spent waiting for it. Its launches are too many for a graph.
     """
     ours = sources(case.device_type)
-    if case.graph or (case.series and len(ours) > 1):
+    is_slow = case.series or max(case.sizes) * case.n > DEFINITION
+    if case.graph or (is_slow and len(ours) > 1):
         ours.remove("torch")
     return [*ours, *case.rivals]
 

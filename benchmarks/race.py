@@ -43,7 +43,7 @@ class Limits:
 
 
 QUICK = Limits(budget=1.0, patience=10.0, few=3, most=15, slowest=2.5)
-FULL = Limits(budget=3.0, patience=60.0, few=3, most=41, slowest=15.0)
+FULL = Limits(budget=2.0, patience=60.0, few=3, most=41, slowest=15.0)
 
 
 @dataclass

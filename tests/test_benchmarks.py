@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import bench_matrix
@@ -16,6 +17,8 @@ import bench_sweeps
 import contenders
 import figures
 import gate
+import measure
+import provenance
 import pytest
 import race
 import report
@@ -229,6 +232,36 @@ def test_a_wrong_contender_gets_no_time_and_the_others_do(monkeypatch):
     assert len(outcome["torch"].times) == len(outcome["stored"].times) == 2
 
 
+# --- measuring ---
+
+
+def test_peak_counts_what_a_call_takes_and_returns():
+    needs("Linux", sys.platform == "linux")
+    size = 2**26
+
+    def call():
+        passing = torch.ones(size // 4)
+        return passing.add(1)
+
+    result, peak = measure.peak_bytes(call, "cpu")
+    assert result.nbytes == size
+    assert 1.9 * size < peak < 2.3 * size
+
+
+def test_seconds_are_of_one_call():
+    calls = []
+    assert 0.01 <= measure.seconds(lambda: calls.append(time.sleep(0.01)), "cpu", 3) < 0.03
+    assert len(calls) == 3
+
+
+def test_a_save_that_is_killed_leaves_what_was_there(tmp_path):
+    path = tmp_path / "bench.json"
+    provenance.save(path, {"cases": [1]})
+    with pytest.raises(TypeError):
+        provenance.save(path, {"cases": [object()]})
+    assert json.loads(path.read_text()) == {"cases": [1]}
+
+
 # --- races ---
 
 
@@ -307,7 +340,23 @@ def test_the_gpu_cases_run_at_reduced_size():
         assert not results["left_out"], results["left_out"]
         assert all(promise["reached"] > 0 for promise in results["promises"])
         promised += len(results["promises"])
-    assert promised > 50
+    assert promised > 40
+
+
+def test_a_gpu_case_holds_cuda_against_triton():
+    matrix = bench_matrix.cases("cuda", False)[0]
+    assert [(promise.ours, promise.rival) for promise in matrix.all_promises] == [
+        ("cuda", "triton")
+    ]
+    assert not bench_matrix.cases("cpu", False)[1].all_promises
+
+
+def test_the_definition_sits_out_what_it_is_slow_on():
+    here = contenders.names(SMALL)
+    needs("two backends", "cpp" in here)
+    assert "torch" in here
+    for changed in ({"series": "batch"}, {"sizes": (2**20,)}, {"graph": True}):
+        assert "torch" not in contenders.names(dataclasses.replace(SMALL, **changed))
 
 
 @pytest.mark.parametrize("full", [False, True])

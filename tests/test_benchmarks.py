@@ -138,7 +138,19 @@ def spoil_seed(signals):
     signals[1].copy_(signals[1].roll(1, 1))
 
 
-SPOILERS = [spoil_scale, spoil_last_row, spoil_with_nan, spoil_number, spoil_shape, spoil_seed]
+def spoil_precision(signals):
+    signals[1].view(torch.int32).bitwise_and_(-(2**13))  # of TF32
+
+
+SPOILERS = [
+    spoil_scale,
+    spoil_last_row,
+    spoil_with_nan,
+    spoil_number,
+    spoil_shape,
+    spoil_seed,
+    spoil_precision,
+]
 
 
 def signals_and_check():

@@ -42,7 +42,7 @@ class Limits:
         return enough or rounds >= self.most or (rounds > 0 and elapsed > self.patience)
 
 
-QUICK = Limits(budget=1.0, patience=10.0, few=3, most=15, slowest=2.5)
+QUICK = Limits(budget=1.0, patience=15.0, few=3, most=15, slowest=4.0)
 FULL = Limits(budget=2.0, patience=60.0, few=3, most=41, slowest=15.0)
 
 

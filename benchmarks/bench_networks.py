@@ -3,7 +3,6 @@
 import torch
 from shapes import (
     ALL,
-    CUDA_NO_SLOWER,
     DEEP_MLP,
     GPT2_SMALL,
     LLAMA,
@@ -20,7 +19,7 @@ ON_CUDA = (*STORED, "compiled", "randn blocks")
 
 
 def on_cpu(full: bool) -> list[Case]:
-    transformers = ("naive", "stored", "views", "randn blocks")
+    transformers = (*STORED, *(["randn blocks"] if full else []))
     small = {"promises": (Promise("cpp", "naive", 1.0),)}
     cases = [
         Case("3x800 (the paper's), n=10, M=128", *with_batch(PAPER_MLP, 128), ALL, **small),
@@ -38,9 +37,9 @@ def on_cpu(full: bool) -> list[Case]:
 
 def on_cuda(full: bool) -> list[Case]:
     options = {"device_type": "cuda", "precision": "high"}
-    than_naive = [Promise(ours, "naive", 1.5) for ours in ("cuda", "triton")]
     mlp = with_batch(PAPER_MLP, 128)
-    small = options | {"promises": (*than_naive, *CUDA_NO_SLOWER)}
+    than_naive = tuple(Promise(ours, "naive", 1.5) for ours in ("cuda", "triton"))
+    small = options | {"promises": than_naive}
     cases = [
         Case("3x800 (the paper's), n=10, M=128, TF32", *mlp, ON_CUDA, **small),
         Case(
@@ -55,12 +54,10 @@ def on_cuda(full: bool) -> list[Case]:
         ("48 layers of 4,096", DEEP_MLP, 8.0),
         ("48 layers of 2,049 to 4,096", UNEQUAL_MLP, 4.0),
     ):
-        promises = (Promise("triton", "naive", at_least), *CUDA_NO_SLOWER)
-        rest = {"promises": promises} | options
+        rest = {"promises": (Promise("triton", "naive", at_least),)} | options
         cases.append(
             Case(f"{name}, n=1,000, M=512, TF32", *with_batch(network, 512), ON_CUDA, **rest)
         )
-    options["promises"] = CUDA_NO_SLOWER
     cases.append(
         Case("VGG-16 on ImageNet, n=1,000, M=32, TF32", *with_batch(VGG16, 32), ALL[:4], **options)
     )

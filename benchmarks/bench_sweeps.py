@@ -3,7 +3,7 @@
 The batch sweeps have one layer so large that its matrix is far beyond any cache.
 """
 
-from shapes import CUDA_NO_SLOWER, Case, Promise, layer_name
+from shapes import Case, Promise, layer_name
 
 LAYER = {"cpu": 100_000, "cuda": 200_000}
 
@@ -51,12 +51,11 @@ def cpu_promises(m: int) -> tuple[Promise, ...]:
 
 def cuda_promises(m: int) -> tuple[Promise, ...]:
     if m > 128:
-        return CUDA_NO_SLOWER
+        return ()
     return (
         Promise("triton", "views", 1.1, 1.4),
         Promise("triton", "randn blocks", 3.0, 5.0),
         Promise("cuda", "views", 1.4, 1.8),
-        *CUDA_NO_SLOWER,
     )
 
 

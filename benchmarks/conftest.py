@@ -33,15 +33,17 @@ class Clock:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dfa_kernels")
     group.addoption("--full", action="store_true", help="more shapes, more rounds")
-    group.addoption("--device", default=None, help="cpu or cuda; by default cuda where it is")
+    group.addoption(
+        "--device", choices=("cpu", "cuda"), help="by default cuda where torch can use it"
+    )
     group.addoption("--report", type=Path, help="write results to this JSON file, figures beside")
 
 
 def device_type(config: pytest.Config) -> str:
     chosen = config.getoption("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    if chosen.startswith("cuda") and not torch.cuda.is_available():
+    if chosen == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: there is no GPU that torch can use")
-    return torch.device(chosen).type
+    return chosen
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -71,6 +73,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    device_type(config)  # raises before anything is collected
     config.pluginmanager.register(Session(config), "dfa_kernels session")
 
 
@@ -140,8 +143,7 @@ class Session:
         path = self.config.getoption("report")
         if path is not None:
             self.console.print(f"written: {path}")
-            for drawn in report.figures(measured, path.parent):
-                self.console.print(f"drawn: {drawn}")
+            report.draw(self.console, measured, path)
 
 
 @pytest.fixture

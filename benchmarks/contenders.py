@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property, partial
 
 import gate
@@ -20,6 +21,8 @@ from dfa_kernels import feedback_matrix, project
 
 # Passes over bf16 operands that a fused GPU kernel makes of an fp32 error.
 PASSES = {"highest": 3, "high": 2, "medium": 1}
+
+DEFINITION = 2**24  # entries of the largest matrix that the definition is asked for
 
 
 class Storage:
@@ -82,10 +85,18 @@ class Contender:
         """A row of the matrix that it multiplies with, [n] float64 on the CPU."""
         return gate.exact_row(index, self.case.n, self.case.distribution)
 
-    def arithmetic(self) -> str:
-        if self.case.dtype == torch.float32 and self.case.device_type == "cuda":
-            return PRECISIONS[self.case.precision]
-        return NAMES[self.case.dtype]
+    def product(self, rows: int, *, read: int = 0, **rest) -> Work:
+        """The work of multiplying the error, which has to be read, with a matrix [rows, n]."""
+        case = self.case
+        arithmetic = NAMES[case.dtype]
+        if case.dtype == torch.float32 and case.device_type == "cuda":
+            arithmetic = PRECISIONS[case.precision]
+        return Work(
+            read=case.batch * case.n * case.dtype.itemsize + read,
+            multiplications=case.batch * rows * case.n,
+            arithmetic=arithmetic,
+            **rest,
+        )
 
 
 class Seeded(Contender):
@@ -101,16 +112,17 @@ class Seeded(Contender):
 
     def work(self) -> Work:
         case = self.case
-        fused = self.backend in ("cuda", "triton") and case.dtype == torch.float32
-        passes = PASSES[case.precision] if fused else 1
-        return Work(
+        work = self.product(
+            self.union,
             written=case.written_bytes,
-            multiplications=passes * case.batch * self.union * case.n,
-            arithmetic="bf16" if fused else self.arithmetic(),
             entries=self.union * case.n,
             source=self.backend,
             distribution=case.distribution,
         )
+        if self.backend in ("cuda", "triton") and case.dtype == torch.float32:
+            passes = PASSES[case.precision]
+            work = replace(work, multiplications=passes * work.multiplications, arithmetic="bf16")
+        return work
 
 
 class Naive(Contender):
@@ -128,14 +140,9 @@ class Naive(Contender):
         self.prepared = lambda: [(error @ u.T).mul_(scale) for u, scale in pairs]
 
     def work(self) -> Work:
-        case = self.case
-        return Work(
-            calls=2 * len(case.sizes),
-            written=case.all_signals_bytes,
-            read=self.stored_bytes,
-            multiplications=case.batch * sum(case.sizes) * case.n,
-            arithmetic=self.arithmetic(),
-        )
+        written, rows = self.case.all_signals_bytes, sum(self.case.sizes)
+        calls = 2 * len(self.case.sizes)
+        return self.product(rows, calls=calls, written=written, read=self.stored_bytes)
 
 
 class Stored(Contender):
@@ -147,7 +154,7 @@ class Stored(Contender):
         super().__init__(case)
         self.stored_bytes = self.union * case.n * case.dtype.itemsize
 
-    def product(self) -> Callable[[Tensor, Tensor], list[Tensor]]:
+    def call(self) -> Callable[[Tensor, Tensor], list[Tensor]]:
         pairs = list(zip(self.case.sizes, self.scales(), strict=True))
 
         def signals(error: Tensor, transposed: Tensor) -> list[Tensor]:
@@ -157,17 +164,11 @@ class Stored(Contender):
         return signals
 
     def prepare(self, error: Tensor, storage: Storage) -> None:
-        self.prepared = partial(self.product(), error, storage.shared.T)
+        self.prepared = partial(self.call(), error, storage.shared.T)
 
     def work(self) -> Work:
-        case = self.case
-        return Work(
-            calls=1 + len(case.sizes),
-            written=case.all_signals_bytes,
-            read=self.stored_bytes,
-            multiplications=case.batch * self.union * case.n,
-            arithmetic=self.arithmetic(),
-        )
+        written, calls = self.case.all_signals_bytes, 1 + len(self.case.sizes)
+        return self.product(self.union, calls=calls, written=written, read=self.stored_bytes)
 
 
 class Views(Stored):
@@ -189,13 +190,8 @@ class Views(Stored):
         self.prepared = signals
 
     def work(self) -> Work:
-        case = self.case
-        return Work(
-            written=case.batch * self.union * case.dtype.itemsize,
-            read=self.stored_bytes,
-            multiplications=case.batch * self.union * case.n,
-            arithmetic=self.arithmetic(),
-        )
+        written = self.case.batch * self.union * self.case.dtype.itemsize
+        return self.product(self.union, written=written, read=self.stored_bytes)
 
 
 class Compiled(Stored):
@@ -205,11 +201,11 @@ class Compiled(Stored):
 
     def prepare(self, error: Tensor, storage: Storage) -> None:
         torch.compiler.reset()
-        compiled = torch.compile(self.product(), fullgraph=True, dynamic=False)
+        compiled = torch.compile(self.call(), fullgraph=True, dynamic=False)
         self.prepared = partial(compiled, error, storage.shared.T)
 
     def work(self) -> Work:
-        return Work(**(vars(super().work()) | {"calls": 1}))
+        return replace(super().work(), calls=1)
 
 
 class RandnBlocks(Contender):
@@ -249,13 +245,11 @@ class RandnBlocks(Contender):
         self.prepared = signals
 
     def work(self) -> Work:
-        case = self.case
-        return Work(
+        return self.product(
+            self.union,
             calls=-(-self.union // self.rows),
-            written=case.all_signals_bytes,
-            multiplications=case.batch * self.union * case.n,
-            arithmetic=self.arithmetic(),
-            entries=self.union * case.n,
+            written=self.case.all_signals_bytes,
+            entries=self.union * self.case.n,
             source="torch.randn",
         )
 
@@ -306,7 +300,7 @@ class Replayed(Contender):
         self.prepared = replay
 
     def work(self) -> Work:
-        return Work(**(vars(self.inner.work()) | {"calls": 1, "launch": "replay"}))
+        return replace(self.inner.work(), calls=1, launch="replay")
 
 
 class Fill(Contender):
@@ -380,10 +374,12 @@ KINDS = {
 def names(case: Case) -> list[str]:
     """Who takes part: the available backends, then the rivals.
 
-    The definition is left out of series, which are about the fast path, and of graphs.
+    Where there is a fast path, the definition is left out of series and of large matrices, on which
+    most of a run would be spent waiting for it. Its launches are too many for a graph.
     """
     ours = sources(case.device_type)
-    if case.graph or (case.series and len(ours) > 1):
+    is_slow = case.series or max(case.sizes) * case.n > DEFINITION
+    if case.graph or (is_slow and len(ours) > 1):
         ours.remove("torch")
     return [*ours, *case.rivals]
 

@@ -64,7 +64,9 @@ def origin(device_type: str) -> dict:
 def save(path: Path, results: dict) -> None:
     """Results with their origin as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(results, indent=2) + "\n")
+    unfinished.replace(path)  # at once: who is killed here leaves the file as it was
 
 
 def write(path: Path, measured: dict) -> None:

@@ -77,7 +77,7 @@ def case_results(case: Case, outcome: dict[str, Result | Exception], machine: ro
             entry["left_out"][name] = {"reason": f"{type(one).__name__}: {one}"[:300]}
     entry["promises"] = [
         asdict(promise) | {"reached": reached(entry, promise.ours, promise.rival)}
-        for promise in case.promises
+        for promise in case.all_promises
     ]
     return entry
 
@@ -225,13 +225,15 @@ def show(console: Console, results: dict) -> None:
         console.print(promises(results))
 
 
-def figures(results: dict, folder: Path) -> list[Path]:
-    """Draw the figures into a folder, where matplotlib is installed; returns the files."""
+def draw(console: Console, results: dict, path: Path) -> None:
+    """Draw the figures beside the file of a run, where matplotlib is installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        return []
+        console.print(f"no matplotlib here; where it is: python benchmarks/report.py {path}")
+        return
     import figures
 
-    return figures.draw(results, folder)
+    for drawn in figures.draw(results, path.parent):
+        console.print(f"drawn: {drawn}")
 
 
 def main(path: Path) -> None:
@@ -241,8 +243,7 @@ def main(path: Path) -> None:
         out.print(f"\n[bold]{case['case']}[/]")
         out.print(progress(case))
     show(out, results)
-    for drawn in figures(results, path.parent):
-        out.print(f"drawn: {drawn}")
+    draw(out, results, path)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,12 @@ class Case:
     x: int = 0
 
     @property
+    def all_promises(self) -> tuple[Promise, ...]:
+        """Its own, and that on a GPU "cuda" is slower than "triton" on no shape."""
+        no_slower = Promise("cuda", "triton", 1 / 1.05)
+        return (*self.promises, *([no_slower] if self.device_type == "cuda" else []))
+
+    @property
     def written_bytes(self) -> int:
         """Of all layers' signals, where equal layers are one."""
         if self.matrix:
@@ -92,10 +98,6 @@ LLAMA = ((4096, 11_008) * 32, 32_000)
 def layer_name(size: int, batch: int, n: int, *details: str) -> str:
     """One layer as the reports name it."""
     return ", ".join((f"M={batch:,}, n={n:,}, one layer of {size:,}", *details))
-
-
-# What "cuda" promises against "triton" on every shape.
-CUDA_NO_SLOWER = (Promise("cuda", "triton", 1 / 1.05),)
 
 
 def with_batch(

@@ -134,7 +134,7 @@ def bench_machine(measured: dict) -> list[str]:
         products = ", ".join(f"{2 * r / 1e12:.3g} in {n}" for n, r in roofs["multiply"].items())
         kinds = ("normal", "uniform", "rademacher")
         made = [source for name, source in roofs["generation"].items() if name != "torch.randn"]
-        entries = ", ".join(f"{max(s[kind] for s in made):.2g} {kind}" for kind in kinds)
+        entries = ", ".join(f"{max(s.get(kind, 0.0) for s in made):.2g} {kind}" for kind in kinds)
         threads = f", {roofs['threads']} thread" + "s" * (roofs["threads"] > 1)
         threads = threads if roofs["device_type"] == "cpu" else ""
         lines.append(

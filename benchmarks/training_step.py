@@ -3,10 +3,11 @@
     python benchmarks/training_step.py [--device cpu] [--json FILE]
 
 The ways of one case take turns, step by step, so that whatever else the machine does meets all of
-them; the medians and their ratios to backpropagation come from the same run. "matrix=" has a stored
-matrix, so that what it takes beyond that is the cost of generating entries. "limit" is what is left
-of backpropagation's matrix products when no gradient is carried back between layers, over all of
-them: the ratio that a free projection and free elementwise work would reach.
+them; the medians and their ratios to backpropagation come from the same run. Beside them, the most
+memory that a step takes beyond the weights: activations, signals and gradients. "matrix=" has a
+stored matrix, so that what "DFA" takes longer than it is the cost of generating entries. "limit" is
+what is left of backpropagation's matrix products when no gradient is carried back between layers,
+over all of them: the ratio that a free projection and free elementwise work would reach.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 import provenance
 import torch
 import torch.nn.functional as F
+from measure import peak_bytes
 from torch import nn
 
 from dfa_kernels import DFA, DFALayer, feedback_matrix, ops
@@ -57,6 +59,11 @@ class Step:
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - start)
 
+    def peak(self):
+        """The most bytes that a step takes beyond the weights."""
+        self.optimizer.zero_grad()
+        return peak_bytes(self.run, self.x.device.type)[1]
+
 
 def limit(case):
     """Multiplications of a DFA step without its projection over those of a backprop step."""
@@ -66,7 +73,7 @@ def limit(case):
 
 
 def measure(case, device, dtype, seconds):
-    """Median seconds of a step by way of training."""
+    """Median seconds of a step, and its peak of bytes, by way of training."""
     _, widths, _, classes = case
     stored = feedback_matrix(max(widths), classes, dtype=dtype, device=device)
     ways = {
@@ -79,12 +86,14 @@ def measure(case, device, dtype, seconds):
     for way in ways.values():
         for _ in range(2):
             way.run()
+    peaks = {name: way.peak() for name, way in ways.items()}
+    for way in ways.values():
         way.seconds.clear()
     end = time.perf_counter() + seconds * len(ways)
     while time.perf_counter() < end or len(ways["DFA"].seconds) < 5:
         for way in ways.values():
             way.run()
-    return {name: statistics.median(way.seconds) for name, way in ways.items()}
+    return {name: statistics.median(way.seconds) for name, way in ways.items()}, peaks
 
 
 def main():
@@ -99,10 +108,11 @@ def main():
     print(f"{device}, {dtype}, {torch.get_num_threads()} threads, backend {backend}")
     measured = []
     for name, case in (CASES if device.type == "cpu" else CASES | ACCELERATOR_CASES).items():
-        times = measure(case, device, dtype, arguments.seconds)
+        times, peaks = measure(case, device, dtype, arguments.seconds)
         print(f"\n{name}, batch {case[2]}; limit {limit(case):.3f}")
         for way, median in times.items():
-            print(f"  {way:14s} {1e3 * median:8.2f} ms  {median / times['backprop']:6.3f}")
+            ratio, peak = median / times["backprop"], peaks[way] / 1e6
+            print(f"  {way:14s} {1e3 * median:8.2f} ms  {ratio:6.3f} {peak:8.1f} MB")
         ratios = {way: median / times["backprop"] for way, median in times.items()}
         measured.append(
             {
@@ -111,6 +121,7 @@ def main():
                 "limit": limit(case),
                 "seconds": times,
                 "ratio": ratios,
+                "peak_bytes": peaks,
             }
         )
     if arguments.json:

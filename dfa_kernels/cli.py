@@ -49,13 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench = commands.add_parser(
         "bench",
         help="time the kernels against what they replace and against this machine's limits",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     length = bench.add_mutually_exclusive_group()
     length.add_argument("--quick", action="store_true", help="the default: minutes")
     length.add_argument("--full", action="store_true", help="more shapes, more rounds")
-    bench.add_argument("--json", type=Path, help="results; figures are drawn beside this file")
-    bench.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
+    bench.add_argument(
+        "--json", type=Path, help="results, by default bench-DATE/bench.json; figures beside"
+    )
+    bench.add_argument(
+        "--device", choices=("cpu", "cuda"), help="by default cuda where torch can use it"
+    )
     bench.add_argument("--select", metavar="EXPR", help="pytest's -k: VGG-16, promised, M-128")
     bench.set_defaults(run=run_bench)
 

@@ -1,62 +1,34 @@
-"""The benchmarks' own logic: limits, the check before the times, reports, and a run of a few."""
+"""The benchmarks' own logic: limits, the check before the times, and races."""
 
 import dataclasses
-import importlib.util
-import json
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
+import time
 
 import bench_matrix
 import bench_networks
 import bench_precisions
 import bench_sweeps
 import contenders
-import figures
 import gate
+import measure
 import pytest
 import race
 import report
 import roofs
-import speed_tables
 import torch
 from conftest import needs
+from races import ONCE, SMALL, machine, new_race
 from roofs import Roofs, Work
-from shapes import ALL, Case, Promise
+from shapes import ALL, Case
 
-from dfa_kernels import cli, feedback_matrix, project
-
-ONCE = race.Limits(budget=0.0, patience=60.0, few=2, most=2, slowest=60.0)
-SMALL = Case("small", (70, 40, 70), 5, 30, (*ALL, "fill"), promises=(Promise("cpp", "naive", 2.0),))
-
-
-def machine():
-    """Roofs of no machine, for arithmetic by hand."""
-    return Roofs(
-        "cpu",
-        2,
-        latency={"call": 1e-6, "replay": 1e-7},
-        write={1000: 4e9, 10**6: 8e9, 10**9: 1e9},
-        memory={1000: 9e9, 10**6: 9e9, 10**9: 2e9},
-        multiply={"fp32": 1e11, "bf16": 2e11},
-        generation={
-            "torch": dict.fromkeys(("normal", "uniform", "rademacher"), 1e8),
-            "cpp": dict.fromkeys(("normal", "uniform", "rademacher"), 1e9),
-            "torch.randn": {"normal": 3e8},
-        },
-    )
+from dfa_kernels import feedback_matrix, project
 
 
 @pytest.fixture(autouse=True)
 def single_calls(monkeypatch):
     """One call a round: these tests are not about times."""
     monkeypatch.setattr(race, "ROUND", 0.0)
-
-
-def new_race(limits=ONCE):
-    return race.Race(limits, {0: machine(), 1: machine()})
 
 
 # --- limits ---
@@ -126,14 +98,15 @@ def test_what_a_contender_has_to_do(name):
     naive = name == "naive"
     assert work.multiplications == 4 * 10 * (150 if naive else 100)
     assert work.written == 4 * 4 * (100 if name in ("views", "scikit-learn") else 150)
-    assert work.read == (0 if name == "randn blocks" else 4 * 10 * (150 if naive else 100))
+    matrices = 0 if name == "randn blocks" else 4 * 10 * (150 if naive else 100)
+    assert work.read == 4 * 4 * 10 + matrices  # and the error
     assert work.entries == (1000 if name == "randn blocks" else 0)
 
 
 def test_what_ours_has_to_do():
     case = Case("", (100, 50, 100), 4, 10, ())
     work = contenders.contender("cpp", case).work()
-    assert (work.written, work.read, work.entries) == (4 * 4 * 150, 0, 1000)  # equal layers: one
+    assert (work.written, work.read, work.entries) == (4 * 4 * 150, 160, 1000)  # equal layers: one
     on_cuda = dataclasses.replace(case, device_type="cuda", precision="high")
     work = contenders.contender("triton", on_cuda).work()
     assert (work.multiplications, work.arithmetic) == (2 * 4 * 1000, "bf16")
@@ -166,7 +139,19 @@ def spoil_seed(signals):
     signals[1].copy_(signals[1].roll(1, 1))
 
 
-SPOILERS = [spoil_scale, spoil_last_row, spoil_with_nan, spoil_number, spoil_shape, spoil_seed]
+def spoil_precision(signals):
+    signals[1].view(torch.int32).bitwise_and_(-(2**13))  # of TF32
+
+
+SPOILERS = [
+    spoil_scale,
+    spoil_last_row,
+    spoil_with_nan,
+    spoil_number,
+    spoil_shape,
+    spoil_seed,
+    spoil_precision,
+]
 
 
 def signals_and_check():
@@ -229,6 +214,30 @@ def test_a_wrong_contender_gets_no_time_and_the_others_do(monkeypatch):
     assert len(outcome["torch"].times) == len(outcome["stored"].times) == 2
 
 
+# --- measuring ---
+
+
+def test_peak_counts_what_a_call_takes_and_returns():
+    needs("Linux", sys.platform == "linux")
+    size = 2**26
+
+    def call():
+        passing = torch.ones(size // 4)
+        return passing.add(1)
+
+    result, peak = measure.peak_bytes(call, "cpu")
+    assert result.nbytes == size
+    assert 1.9 * size < peak < 2.3 * size
+
+
+def test_seconds_are_of_one_call():
+    calls = []
+    began = time.perf_counter()
+    one = measure.seconds(lambda: calls.append(time.sleep(0.01)), "cpu", 3)
+    assert len(calls) == 3
+    assert 0.01 <= one <= (time.perf_counter() - began) / 3
+
+
 # --- races ---
 
 
@@ -262,7 +271,7 @@ def test_what_takes_too_long_is_not_run():
 
 @pytest.mark.parametrize(
     ("rounds", "elapsed", "over"),
-    [(0, 99.0, False), (1, 2.0, False), (1, 11.0, True), (3, 0.5, False), (3, 1.5, True)],
+    [(0, 99.0, False), (1, 2.0, False), (1, 16.0, True), (3, 0.5, False), (3, 1.5, True)],
 )
 def test_rounds_end(rounds, elapsed, over):
     assert race.QUICK.are_over(rounds, elapsed) == over
@@ -307,7 +316,23 @@ def test_the_gpu_cases_run_at_reduced_size():
         assert not results["left_out"], results["left_out"]
         assert all(promise["reached"] > 0 for promise in results["promises"])
         promised += len(results["promises"])
-    assert promised > 50
+    assert promised > 40
+
+
+def test_a_gpu_case_holds_cuda_against_triton():
+    matrix = bench_matrix.cases("cuda", False)[0]
+    assert [(promise.ours, promise.rival) for promise in matrix.all_promises] == [
+        ("cuda", "triton")
+    ]
+    assert not bench_matrix.cases("cpu", False)[1].all_promises
+
+
+def test_the_definition_sits_out_what_it_is_slow_on():
+    here = contenders.names(SMALL)
+    needs("two backends", "cpp" in here)
+    assert "torch" in here
+    for changed in ({"series": "batch"}, {"sizes": (2**20,)}, {"graph": True}):
+        assert "torch" not in contenders.names(dataclasses.replace(SMALL, **changed))
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -316,141 +341,3 @@ def test_names_of_cases_differ(device_type, full):
     modules = (bench_networks, bench_sweeps, bench_precisions, bench_matrix)
     names = [case.name for module in modules for case in module.cases(device_type, full)]
     assert len(set(names)) == len(names)
-
-
-# --- reports ---
-
-
-@pytest.fixture(scope="module")
-def results():
-    """A run of a few tiny cases, as its JSON comes back."""
-    sweep = [Case(f"M={m}", (64,), m, 20, ("views", "stored"), series="batch", x=m) for m in (1, 4)]
-    layers = [
-        Case(f"{n} layers", tuple(range(30, 30 - n, -1)), 2, 20, ("naive", "stored"), x=n)
-        for n in (1, 3)
-    ]
-    sweep.append(Case("large", (500,), 2, 20, (), series="size", x=500))
-    layers = [dataclasses.replace(case, series="layers") for case in layers]
-    options = {"matrix": True, "threads": 1}
-    cases = [SMALL, *sweep, *layers, Case("matrix", (9,), 1, 9, ("torch.randn",), **options)]
-    runner = new_race()
-    outcomes = {case.name: runner.run(case, contenders.names(case)) for case in cases}
-    naive = contenders.contender("naive", SMALL)
-    naive.stored_bytes = 54 * 10**9
-    outcomes["small"]["naive"] = race.LeftOut("does not fit into memory", naive)
-    outcomes["small"]["stored"] = gate.Wrong("[/of] its norm")
-    measured = report.measured(outcomes, {case.name: case for case in cases}, runner.machine)
-    return json.loads(json.dumps(measured | {"device": "a machine", "date": "a day"}))
-
-
-def test_results_say_what_was_reached(results):
-    for case in results["cases"]:
-        for row in case["contenders"].values():
-            assert row["fraction_of_bound"] == pytest.approx(row["bound_seconds"] / row["seconds"])
-            assert 0 < row["bound_seconds"] <= row["seconds"]  # roofs were raised to it
-    small = results["cases"][0]
-    assert small["left_out"]["naive"]["stored_bytes"] == 54 * 10**9
-    assert small["promises"][0]["reached"] is None
-
-
-def test_ratios_are_of_the_same_rounds():
-    case = {"contenders": {"cpp": {"times": [1.0, 2.0, 8.0]}, "naive": {"times": [3.0, 8.0, 8.0]}}}
-    assert report.ratio(case, "cpp", "naive") == 3.0
-    assert report.ratio(case, "cpp", "stored") is None
-    case["contenders"]["cpp"] |= {"work": {"entries": 100}, "seconds": 4.0}
-    assert report.reached(case, "cpp", "entries/s") == 25.0
-
-
-def test_tables_show_every_contender(results):
-    console = report.console()
-    with console.capture() as captured:
-        for case in results["cases"]:
-            console.print(report.progress(case))
-        report.show(console, results)
-    text = captured.get()
-    for expected in (
-        *ALL,
-        "fill",
-        "torch.randn",
-        "54 GB",
-        "[/of] its norm",
-        "does not fit",
-        "not measured",
-        "2.00x",
-    ):
-        assert expected in text
-
-
-def test_figures_are_drawn(results, tmp_path):
-    drawn = figures.draw(results, tmp_path)
-    assert {path.name for path in drawn} == {"time.png", "memory.png", "roofline.png"}
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
-
-
-@pytest.mark.parametrize(
-    ("table", "expected"),
-    [
-        ("bench_networks", "| small |"),
-        ("bench_layer", "| M=4 |"),
-        ("bench_matrix", "| matrix |"),
-        ("bench_memory", "(54 GB)"),
-        ("bench_memory", "A layer of 500 with n = 20 and M = 2 takes"),
-        ("bench_promises", "not measured | 2.00x |"),
-        ("bench_machine", "GB/s written"),
-    ],
-)
-def test_readme_tables(results, table, expected):
-    lines = getattr(speed_tables, table)(results)
-    assert expected in "\n".join(lines)
-    rows = [line for line in lines if line.startswith("|")]
-    assert len({row.count("|") for row in rows}) <= 1
-
-
-# --- the command ---
-
-
-def test_bench_without_its_source_says_where_it_is(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "dfa_kernels" / "cli.py"))
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["bench"]) == 1
-    assert "checkout" in capsys.readouterr().out
-
-
-def test_bench_without_its_extra_says_what_to_install(monkeypatch, capsys):
-    find_spec = cli.importlib.util.find_spec
-    monkeypatch.setattr(
-        cli.importlib.util,
-        "find_spec",
-        lambda name, *rest: None if name == "pytest_benchmark" else find_spec(name, *rest),
-    )
-    assert cli.main(["bench"]) == 1
-    assert "pip install dfa-kernels[bench]" in capsys.readouterr().out
-
-
-def test_bench_refuses_two_lengths(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["bench", "--quick", "--full"])
-    assert "not allowed" in capsys.readouterr().err
-
-
-def test_a_run_of_a_few(tmp_path):
-    needs("pytest-benchmark", importlib.util.find_spec("pytest_benchmark"))
-    path = tmp_path / "results" / "bench.json"
-    command = [sys.executable, "-m", "dfa_kernels", "bench", "--json", str(path)]
-    command += ["--device", "cpu", "--select", "matrix-1000-x-1000-normal-float32"]
-    root = Path(__file__).parent.parent
-    theirs = tmp_path / "pytest-benchmark.json"
-    options = {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": f"--benchmark-json={theirs}"}
-    ran = subprocess.run(
-        command, cwd=root, capture_output=True, text=True, env=os.environ | options
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    measured = json.loads(path.read_text())
-    assert {"device", "date", "commit", "versions", "roofs", "cases"} <= set(measured)
-    assert "torch.randn" in measured["cases"][0]["contenders"]
-    assert "normal float32" in ran.stdout
-    for benchmark in json.loads(theirs.read_text())["benchmarks"]:
-        case = next(case for case in measured["cases"] if case["case"] == benchmark["group"])
-        row = case["contenders"][benchmark["params"]["name"]]
-        assert benchmark["extra_info"] == row
-        assert benchmark["stats"]["median"] == pytest.approx(row["seconds"])

@@ -1,0 +1,175 @@
+"""What a run of the benchmarks leaves: its results, tables, figures, and the command."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import contenders
+import figures
+import gate
+import provenance
+import pytest
+import race
+import report
+import speed_tables
+from conftest import needs
+from races import SMALL, new_race
+from shapes import ALL, Case
+
+from dfa_kernels import cli
+
+
+def test_a_save_that_is_killed_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "bench.json"
+    provenance.save(path, {"cases": [1]})
+
+    def killed(self, text):
+        self.write_bytes(text.encode()[:5])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        provenance.save(path, {"cases": [2]})
+    assert json.loads(path.read_bytes()) == {"cases": [1]}
+
+
+# --- reports ---
+
+
+@pytest.fixture(scope="module")
+def results():
+    """A run of a few tiny cases, as its JSON comes back."""
+    sweep = [Case(f"M={m}", (64,), m, 20, ("views", "stored"), series="batch", x=m) for m in (1, 4)]
+    layers = [
+        Case(f"{n} layers", tuple(range(30, 30 - n, -1)), 2, 20, ("naive", "stored"), x=n)
+        for n in (1, 3)
+    ]
+    sweep.append(Case("large", (500,), 2, 20, (), series="size", x=500))
+    layers = [dataclasses.replace(case, series="layers") for case in layers]
+    options = {"matrix": True, "threads": 1}
+    cases = [SMALL, *sweep, *layers, Case("matrix", (9,), 1, 9, ("torch.randn",), **options)]
+    runner = new_race()
+    outcomes = {case.name: runner.run(case, contenders.names(case)) for case in cases}
+    naive = contenders.contender("naive", SMALL)
+    naive.stored_bytes = 54 * 10**9
+    outcomes["small"]["naive"] = race.LeftOut("does not fit into memory", naive)
+    outcomes["small"]["stored"] = gate.Wrong("[/of] its norm")
+    measured = report.measured(outcomes, {case.name: case for case in cases}, runner.machine)
+    return json.loads(json.dumps(measured | {"device": "a machine", "date": "a day"}))
+
+
+def test_results_say_what_was_reached(results):
+    for case in results["cases"]:
+        for row in case["contenders"].values():
+            assert row["fraction_of_bound"] == pytest.approx(row["bound_seconds"] / row["seconds"])
+            assert 0 < row["bound_seconds"] <= row["seconds"]  # roofs were raised to it
+    small = results["cases"][0]
+    assert small["left_out"]["naive"]["stored_bytes"] == 54 * 10**9
+    assert small["promises"][0]["reached"] is None
+
+
+def test_ratios_are_of_the_same_rounds():
+    case = {"contenders": {"cpp": {"times": [1.0, 2.0, 8.0]}, "naive": {"times": [3.0, 8.0, 8.0]}}}
+    assert report.ratio(case, "cpp", "naive") == 3.0
+    assert report.ratio(case, "cpp", "stored") is None
+    case["contenders"]["cpp"] |= {"work": {"entries": 100}, "seconds": 4.0}
+    assert report.reached(case, "cpp", "entries/s") == 25.0
+
+
+def test_tables_show_every_contender(results):
+    console = report.console()
+    with console.capture() as captured:
+        for case in results["cases"]:
+            console.print(report.progress(case))
+        report.show(console, results)
+    text = captured.get()
+    for expected in (
+        *ALL,
+        "fill",
+        "torch.randn",
+        "54 GB",
+        "[/of] its norm",
+        "does not fit",
+        "not measured",
+        "2.00x",
+    ):
+        assert expected in text
+
+
+def test_figures_are_drawn(results, tmp_path):
+    drawn = figures.draw(results, tmp_path)
+    assert {path.name for path in drawn} == {"time.png", "memory.png", "roofline.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ("bench_networks", "| small |"),
+        ("bench_layer", "| M=4 |"),
+        ("bench_matrix", "| matrix |"),
+        ("bench_memory", "(54 GB)"),
+        ("bench_memory", "A layer of 500 with n = 20 and M = 2 takes"),
+        ("bench_promises", "not measured | 2.00x |"),
+        ("bench_machine", "GB/s written"),
+    ],
+)
+def test_readme_tables(results, table, expected):
+    lines = getattr(speed_tables, table)(results)
+    assert expected in "\n".join(lines)
+    rows = [line for line in lines if line.startswith("|")]
+    assert len({row.count("|") for row in rows}) <= 1
+
+
+# --- the command ---
+
+
+def test_bench_without_its_source_says_where_it_is(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "dfa_kernels" / "cli.py"))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench"]) == 1
+    assert "checkout" in capsys.readouterr().out
+
+
+def test_bench_without_its_extra_says_what_to_install(monkeypatch, capsys):
+    find_spec = cli.importlib.util.find_spec
+    monkeypatch.setattr(
+        cli.importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "pytest_benchmark" else find_spec(name, *rest),
+    )
+    assert cli.main(["bench"]) == 1
+    assert "pip install dfa-kernels[bench]" in capsys.readouterr().out
+
+
+def test_bench_refuses_two_lengths(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--quick", "--full"])
+    assert "not allowed" in capsys.readouterr().err
+
+
+def test_a_run_of_a_few(tmp_path):
+    needs("pytest-benchmark", importlib.util.find_spec("pytest_benchmark"))
+    path = tmp_path / "results" / "bench.json"
+    command = [sys.executable, "-m", "dfa_kernels", "bench", "--json", str(path)]
+    command += ["--device", "cpu", "--select", "matrix-1000-x-1000-normal-float32"]
+    root = Path(__file__).parent.parent
+    theirs = tmp_path / "pytest-benchmark.json"
+    options = {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": f"--benchmark-json={theirs}"}
+    ran = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, env=os.environ | options
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    measured = json.loads(path.read_text())
+    assert {"device", "date", "commit", "versions", "roofs", "cases"} <= set(measured)
+    assert "torch.randn" in measured["cases"][0]["contenders"]
+    assert "normal float32" in ran.stdout
+    for benchmark in json.loads(theirs.read_text())["benchmarks"]:
+        case = next(case for case in measured["cases"] if case["case"] == benchmark["group"])
+        row = case["contenders"][benchmark["params"]["name"]]
+        assert benchmark["extra_info"] == row
+        assert benchmark["stats"]["median"] == pytest.approx(row["seconds"])

@@ -47,7 +47,7 @@ format: $(VENV)/dev
 
 ifdef GPU_PYTHON
 gpu-check:
-	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) benchmarks/gpu_check.py $(ARGS)
+	PYTHONPATH=$(CURDIR):$(PYTHONPATH) $(GPU_PYTHON) benchmarks/gpu_check.py $(ARGS)
 else
 gpu-check: $(VENV)/dev
 	$(bin)/python benchmarks/gpu_check.py $(ARGS)

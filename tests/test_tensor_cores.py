@@ -102,6 +102,18 @@ def test_slabs_are_whole_steps_of_rows(lattice, made, monkeypatch):
     assert [rows for rows, _ in made] == [384, 384, 232]
 
 
+def test_slabs_that_need_no_sums_are_larger(lattice, made, monkeypatch):
+    monkeypatch.setattr(slabs, "WORKSPACE_BYTES", 100_000)
+    error = random_error(100, 100, dtype=torch.bfloat16)
+    layer = ([0], [1000], [1.0])
+    for dtype, rows in ((torch.bfloat16, [384, 384, 232]), (torch.float32, [128] * 7 + [104])):
+        made.clear()
+        tensor_cores.project(lattice(0, "rademacher"), error, *layer, 0, "rademacher", dtype)
+        assert [shape[0] for shape in made] == rows
+        in_place = dtype == torch.bfloat16
+        assert tensor_cores.slab_count(1000, 100, 104, 1, in_place) == len(rows)
+
+
 def test_an_error_of_many_rows_is_projected_a_part_at_a_time(lattice, made, monkeypatch):
     """Each part makes the entries anew, with room for its sums."""
     monkeypatch.setattr(tensor_cores, "_ERROR_ROWS", 4)

@@ -90,7 +90,8 @@ def prefers_slabs(
     if by_slabs >= fused:
         return False
     rows = slabs.union_rows(row_offsets, sizes)
-    launches = len(sizes) + 2 * -(-rows // tensor_cores.slab_rows(error_rows, columns, terms))
+    slab_count = tensor_cores.slab_count(rows, error_rows, columns, terms, in_place)
+    launches = len(sizes) + 2 * slab_count
     entries = rows * columns
     return max(by_slabs * entries, _LAUNCH * launches) < fused * entries
 

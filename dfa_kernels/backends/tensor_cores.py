@@ -63,11 +63,20 @@ def written_in_place(error: Tensor, layers: int, dtype: torch.dtype) -> bool:
     return layers == 1 and dtype == error.dtype != torch.float32
 
 
-def slab_rows(error_rows: int, columns: int, terms: int) -> int:
+def slab_rows(error_rows: int, columns: int, terms: int, in_place: bool) -> int:
     """Rows of a slab, so that it, its copies for several terms, and its sums fit the workspace."""
-    row_bytes = 2 * columns * (1 if terms == 1 else 1 + terms) + 4 * min(error_rows, _ERROR_ROWS)
+    row_bytes = 2 * columns * (1 if terms == 1 else 1 + terms)
+    if not in_place:
+        row_bytes += 4 * min(error_rows, _ERROR_ROWS)
     rows = max(slabs.WORKSPACE_BYTES // max(row_bytes, 1), 1)
     return rows - rows % _ROW_STEP if rows > _ROW_STEP else rows
+
+
+def slab_count(rows: int, error_rows: int, columns: int, terms: int, in_place: bool) -> int:
+    """How many slabs `rows` rows of U take."""
+    return -(-rows // slab_rows(error_rows, columns, terms, in_place)) * -(
+        -error_rows // _ERROR_ROWS
+    )
 
 
 def project(
@@ -90,12 +99,13 @@ def project(
     before = column_offset % _COLUMN_STEP
     after = -(before + error.shape[1]) % _COLUMN_STEP
     terms = terms_of(error)
+    in_place = written_in_place(error, len(sizes), dtype)
     factor = math.sqrt(3) if distribution == "uniform" else 1.0
     for top, bottom in slabs.cut(error.shape[0], _ERROR_ROWS):
         block = functional.pad(error[top:bottom], (before, after))
         count, columns = block.shape
         block = split(block, terms) if error.dtype == torch.float32 else block.contiguous()
-        rows = slab_rows(count, columns, terms)
+        rows = slab_rows(count, columns, terms, in_place)
         for slab in slabs.union_slabs(row_offsets, sizes, scales, rows):
             entries = lattice(
                 slab.last - slab.first, columns, slab.first, column_offset - before, block.dtype

@@ -59,7 +59,7 @@ class Cost(NamedTuple):
         tiles = -(-count // tile.error_rows)
         made = entries * tiles / generation
         multiplied = 2 * entries * tiles * tile.error_rows * products / _MULTIPLICATION
-        slab_count = -(-rows // tensor_cores.slab_rows(count, columns, products))
+        slab_count = tensor_cores.slab_count(rows, count, columns, products, not scaled_apart)
         by_slabs = rows * columns / generation + slab_count * _SLAB_SECONDS
         by_slabs += 2 * rows * columns * count * products / _MULTIPLICATION
         by_slabs += 8 * rows * count * scaled_apart / _BYTES

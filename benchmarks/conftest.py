@@ -8,9 +8,14 @@ everything is held against the machine's limits (roofs.py) and written (report.p
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from pathlib import Path
+
+# NumPy's threads would spin for some 20 ms after a product, in the next contender's time. Read when
+# NumPy is imported, so set before.
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 import contenders
 import provenance

@@ -25,31 +25,6 @@ def source(measured: dict) -> str:
     )
 
 
-def cpu_kernels(measured: dict) -> list[str]:
-    """`benchmarks/cpu_kernels.py`: times against what is replaced, and against the limit."""
-    lines = [
-        "| case | replaces | time | faster | of the limit, which is |",
-        "|---|---|---:|---:|---|",
-    ]
-    for case in measured["cases"]:
-        threads = "" if case["threads"] == 2 else ", one thread"
-        lines.append(
-            f"| {case['name']}{threads} | {case['against']} | {1e3 * case['seconds']:.3g} ms "
-            f"| {case['speedup']:.2f}x | {case['fraction_of_limit']:.0%}, {case['limit']} |"
-        )
-    memory = measured["peak_memory"]
-    roofs = measured["roofs"]["2"]
-    return [
-        *lines,
-        "",
-        f"A layer of 3,211,264 with n = 1000 and M = 4 takes {memory['seconds']:.2f} s and "
-        f"{max(memory['extra_mib'], 0):.1f} MiB beyond its signal; the stored matrix would take "
-        f"12.8 GB. This machine, two threads: {roofs['write'] / 1e9:.0f} GB/s written, "
-        f"{2 * roofs['multiply fp32'] / 1e9:.0f} GFLOP/s in fp32, {roofs['normal'] / 1e9:.1f}e9 "
-        f"normal and {roofs['rademacher'] / 1e9:.0f}e9 rademacher entries made and used a second.",
-    ]
-
-
 def training_step(measured: dict) -> list[str]:
     """`benchmarks/training_step.py`: a step by DFA as a fraction of one by backpropagation."""
     lines = [

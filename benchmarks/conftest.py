@@ -13,7 +13,7 @@ import re
 import time
 from pathlib import Path
 
-# NumPy's threads would spin for some 20 ms after a product, in the next contender's time. Read when
+# NumPy's threads would spin for a while after a product, in the next contender's time. Read when
 # NumPy is imported, so set before.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 

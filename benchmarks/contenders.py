@@ -7,6 +7,7 @@ Those that store a matrix store U itself, so that all of them can be checked aga
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
@@ -18,9 +19,7 @@ from shapes import Case
 from torch import Tensor
 
 from dfa_kernels import feedback_matrix, project
-
-# Passes over bf16 operands that a fused GPU kernel makes of an fp32 error.
-PASSES = {"highest": 3, "high": 2, "medium": 1}
+from dfa_kernels.backends.tensor_cores import TERMS
 
 DEFINITION = 2**24  # entries of the largest matrix that the definition is asked for
 
@@ -49,7 +48,7 @@ class Storage:
         return "shared" in vars(self)
 
 
-class Contender:
+class Contender(ABC):
     """One way: `prepare` once, then call for a signal [M, l_i] of each layer."""
 
     name: str
@@ -65,11 +64,13 @@ class Contender:
     def __call__(self) -> list[Tensor]:
         return self.prepared()
 
+    @abstractmethod
     def prepare(self, error: Tensor, storage: Storage) -> None:
-        raise NotImplementedError
+        """Make what is kept between calls, and `prepared`, which is a call."""
 
+    @abstractmethod
     def work(self) -> Work:
-        raise NotImplementedError
+        """What a call moves, multiplies and makes."""
 
     def check(self, error: Tensor, signals: list[Tensor]) -> None:
         """Raise gate.Wrong if the signals are not those of its matrix."""
@@ -120,7 +121,7 @@ class Seeded(Contender):
             distribution=case.distribution,
         )
         if self.backend in ("cuda", "triton") and case.dtype == torch.float32:
-            passes = PASSES[case.precision]
+            passes = TERMS[case.precision]  # over bf16 operands
             work = replace(work, multiplications=passes * work.multiplications, arithmetic="bf16")
         return work
 

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from dfa_kernels.backends import slabs
 from dfa_kernels.backends.triton import plan
 
 CASES = [
@@ -36,7 +37,7 @@ def test_tiles_cover_every_row_once_and_name_its_layers(offsets, sizes, rows):
         assert (low, high) == (sharing[0], sharing[-1] + 1)
     wanted = {row for o, s in zip(offsets, sizes, strict=True) for row in range(o, o + s)}
     assert sorted(covered) == sorted(wanted)
-    assert sum(last - first for first, last in plan.unions(offsets, sizes)) == len(wanted)
+    assert sum(last - first for first, last in slabs.unions(offsets, sizes)) == len(wanted)
 
 
 def test_layers_of_one_matrix_are_a_prefix_for_every_tile():

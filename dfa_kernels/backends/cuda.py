@@ -109,18 +109,17 @@ def project(
     """scales[i] * error @ U[rows of layer i, columns].T: [M, n] -> one [M, sizes[i]] per layer."""
     layers = (row_offsets, sizes, scales)
     dtype = dtype or error.dtype
+    in_float64 = error.dtype == torch.float64
 
     def generate(
         rows: int, columns: int, row_offset: int, column_offset: int, dtype: torch.dtype
     ) -> Tensor:
-        # Uniform entries are multiplied without their factor, but for fp64 errors.
         kernels = torch.ops.dfa_kernels
-        made = kernels.feedback_matrix.cuda if in_float64 else kernels.cuda_lattice
-        return made(
+        make = kernels.feedback_matrix.cuda if in_float64 else kernels.cuda_lattice
+        return make(
             rows, columns, seed, row_offset, column_offset, distribution, dtype, error.device
         )
 
-    in_float64 = error.dtype == torch.float64
     if in_float64:
         return slabs.project(generate, error, *layers, column_offset, dtype)
     terms = tensor_cores.terms_of(error)

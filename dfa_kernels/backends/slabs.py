@@ -104,13 +104,20 @@ def union_slabs(
         active = [layer for layer in active if layer.last > position]
 
 
+def unions(row_offsets: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """The union of the layers' rows as disjoint ranges (first, last), ascending."""
+    merged: list[tuple[int, int]] = []
+    for first, size in sorted(zip(row_offsets, sizes, strict=True)):
+        if merged and first <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], first + size)
+        else:
+            merged.append((first, first + size))
+    return merged
+
+
 def union_rows(row_offsets: Sequence[int], sizes: Sequence[int]) -> int:
     """How many rows the union of the layers' row ranges has."""
-    total = reach = 0
-    for first, size in sorted(zip(row_offsets, sizes, strict=True)):
-        total += max(first + size - max(first, reach), 0)
-        reach = max(reach, first + size)
-    return total
+    return sum(last - first for first, last in unions(row_offsets, sizes))
 
 
 def project(

@@ -29,6 +29,11 @@ def terms_of(error: Tensor) -> int:
     return TERMS[torch.get_float32_matmul_precision()] if error.dtype == torch.float32 else 1
 
 
+def lattice_factor(distribution: str) -> float:
+    """What entries lack that are made as their exact lattice: the sqrt(3) of uniform ones."""
+    return math.sqrt(3) if distribution == "uniform" else 1.0
+
+
 def split(error: Tensor, terms: int) -> Tensor:
     """An fp32 error [M, n] as its bf16 terms side by side, the smallest first: [M, terms * n].
 
@@ -100,7 +105,7 @@ def project(
     after = -(before + error.shape[1]) % _COLUMN_STEP
     terms = terms_of(error)
     in_place = written_in_place(error, len(sizes), dtype)
-    factor = math.sqrt(3) if distribution == "uniform" else 1.0
+    factor = lattice_factor(distribution)
     for top, bottom in slabs.cut(error.shape[0], _ERROR_ROWS):
         block = functional.pad(error[top:bottom], (before, after))
         count, columns = block.shape

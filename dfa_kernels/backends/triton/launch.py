@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dfa_kernels import stream
-from dfa_kernels.backends import tensor_cores
+from dfa_kernels.backends import slabs, tensor_cores
 from dfa_kernels.backends.triton import kernels
-from dfa_kernels.backends.triton.plan import Kept, plan_for, unions
+from dfa_kernels.backends.triton.plan import Kept, plan_for
 
 INTERPRETED = not isinstance(kernels.project_kernel, triton.runtime.JITFunction)
 TARGET = "interpreter" if INTERPRETED else "hip" if torch.version.hip else "cuda"
@@ -199,10 +199,10 @@ class Fused:
         count, columns = error.shape
         terms = terms_of(error)
         fragments = uses_fragments(error.device)
-        rows = sum(last - first for first, last in unions(row_offsets, sizes))
+        rows = slabs.union_rows(row_offsets, sizes)
         split = terms > 1 and rows * columns >= _SPLIT_ENTRIES
         tile = tile_for(count, distribution, terms, fragments)
-        factor = math.sqrt(3) if distribution == "uniform" else 1.0
+        factor = tensor_cores.lattice_factor(distribution)
         plan = plan_for(row_offsets, sizes, scales, factor, tile.rows, error.device)
         block = stream.BLOCK[distribution]
         shift = column_offset % block

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dfa_kernels.backends import slabs
+
 _KEPT = 256
 
 
@@ -46,17 +48,6 @@ class Plan(NamedTuple):
 _captured: dict[int, Plan] = {}
 
 
-def unions(row_offsets: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """The union of the layers' rows as disjoint ranges (first, last), ascending."""
-    merged: list[tuple[int, int]] = []
-    for first, size in sorted(zip(row_offsets, sizes, strict=True)):
-        if merged and first <= merged[-1][1]:
-            merged[-1] = merged[-1][0], max(merged[-1][1], first + size)
-        else:
-            merged.append((first, first + size))
-    return merged
-
-
 def cut_into_tiles(
     row_offsets: Sequence[int], sizes: Sequence[int], rows: int
 ) -> tuple[Tensor, list[int]]:
@@ -69,7 +60,7 @@ def cut_into_tiles(
     """
     order = sorted(range(len(sizes)), key=lambda i: (row_offsets[i], -sizes[i]))
     pieces, starts, total = [], [], 0
-    for first, last in unions(row_offsets, sizes):
+    for first, last in slabs.unions(row_offsets, sizes):
         count = -(-(last - first) // rows)
         piece = torch.zeros(count, 4, dtype=torch.int64, device="cpu")
         piece[:, 0] = first + rows * torch.arange(count, device="cpu")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dfa_kernels.backends import slabs, tensor_cores
 from dfa_kernels.backends.triton import launch
-from dfa_kernels.backends.triton.plan import Kept, unions
+from dfa_kernels.backends.triton.plan import Kept
 
 _log = logging.getLogger("dfa_kernels")
 
@@ -128,7 +128,7 @@ def _way(
     terms = launch.terms_of(error)
     tile = launch.tile_for(count, distribution, terms, launch.uses_fragments(error.device))
     scaled_apart = not tensor_cores.written_in_place(error, len(sizes), dtype)
-    rows = sum(last - first for first, last in unions(row_offsets, sizes))
+    rows = slabs.union_rows(row_offsets, sizes)
     cost = Cost.of(tile, count, columns, rows, distribution, terms, scaled_apart)
     one_tile = count <= tile.error_rows  # both ways make every entry once
     # A vendor's product of three terms adds up all columns in the tensor cores, which loses what

@@ -1,7 +1,7 @@
 """The trainer under the tools of training: accumulation, mixed precision, checkpointing, devices,
 data parallelism. For torch.compile see test_compile.py."""
 
-import datetime
+import faulthandler
 import functools
 
 import pytest
@@ -195,22 +195,23 @@ def test_layers_on_other_devices_need_a_device_to_project_on():
 # --- data parallelism ---
 
 
+def gradients_of_half_a_batch(rank):
+    """By a wrapper that is gone when this returns: it holds the process group, which joins its
+    threads as it goes, and where that happens under the interpreter's lock they can wait for it
+    forever."""
+    parallel = DistributedDataParallel(perceptron(seed=3, dtype=torch.float64))
+    x, y = batch(torch.float64, size=8)
+    half = slice(4 * rank, 4 * rank + 4)
+    for _ in range(2):
+        found = backward(parallel.module, x[half], y[half], call=parallel)
+    return found
+
+
 def worker(rank, folder):
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(minutes=2),  # rather than half an hour
-    )
+    faulthandler.dump_traceback_later(120, exit=True)  # a process that hangs ends, and says where
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
-        model = perceptron(seed=3, dtype=torch.float64)
-        parallel = DistributedDataParallel(model)
-        x, y = batch(torch.float64, size=8)
-        half = slice(4 * rank, 4 * rank + 4)
-        for _ in range(2):
-            found = backward(model, x[half], y[half], call=parallel)
-        torch.save(found, folder / f"{rank}.pt")
+        torch.save(gradients_of_half_a_batch(rank), folder / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 

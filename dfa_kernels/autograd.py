@@ -20,12 +20,17 @@ class Feedback(torch.autograd.Function):
     are kept, no activation.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, signals: Signals, output: Tensor, *activations: Tensor) -> Tensor:
+    def forward(signals: Signals, output: Tensor, *activations: Tensor) -> Tensor:
         """`output`, from now on tied to the activations."""
-        ctx.signals = signals
-        # Detached and no view: a custom Function's views cannot be changed in place.
-        return output.detach()
+        return output.detach()  # no view: a custom Function's views cannot be changed in place
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        """No tensor is kept."""
+        ctx.signals = inputs[0]
 
     @staticmethod
     def backward(ctx, error: Tensor) -> tuple[Tensor | None, ...]:
@@ -46,11 +51,17 @@ class Scaled(torch.autograd.Function):
     scaled copy of a shared signal lives only while its layer is being trained.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, activation: Tensor, factor: Factor) -> Tensor:
-        """`activation`, as a view."""
-        ctx.factor = factor
-        return activation.view_as(activation)
+    def forward(activation: Tensor, factor: Factor) -> Tensor:
+        """`activation`."""
+        return activation.detach()  # no view, as above
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        """No tensor is kept."""
+        ctx.factor = inputs[1]
 
     @staticmethod
     def backward(ctx, signal: Tensor) -> tuple[Tensor, None]:

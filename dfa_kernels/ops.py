@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from dfa_kernels import derivatives
 from dfa_kernels.backends import slabs
 
 BACKENDS = ("torch", "cpp", "cuda", "triton")
@@ -168,11 +168,8 @@ def project(
 ) -> list[Tensor]:
     """scales[i] * error @ U[rows of layer i, columns].T: error [M, n] -> one [M, sizes[i]] each."""
     arguments = (error, row_offsets, sizes, scales, seed, column_offset, distribution, dtype)
-    if forward_ad._current_level >= 0:
-        primal, tangent = forward_ad.unpack_dual(error)
-        if tangent is not None:  # the projection is linear
-            pair = (project(part, *arguments[1:], backend) for part in (primal, tangent))
-            return [forward_ad.make_dual(*parts) for parts in zip(*pair, strict=True)]
+    if derivatives.transformed():
+        return list(derivatives.Projection.apply(*arguments, backend))
     if error.requires_grad and torch.is_grad_enabled():
         return torch.ops.dfa_kernels.project.default(*arguments, backend)
     return getattr(torch.ops.dfa_kernels.project, backend)(*arguments)

@@ -1,0 +1,100 @@
+"""The projection under torch.func's transforms and in forward mode.
+
+It is linear in the error, so every derivative is a projection again, or its transpose. What reverse
+mode alone needs is registered with the operators, in `ops`, where torch.compile sees it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or a forward-mode derivative is under way."""
+    if torch.compiler.is_compiling():  # which takes the transforms apart itself
+        return False
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+class Projection(torch.autograd.Function):
+    """error [M, n] -> a tuple of signals [M, sizes[i]]; `arguments` are those of the operator."""
+
+    @staticmethod
+    def forward(error: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        """By the operator of the backend, which is the last argument."""
+        *others, backend = arguments
+        return tuple(getattr(torch.ops.dfa_kernels.project, backend)(error, *others))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        """No tensor is kept."""
+        error, *ctx.arguments = inputs
+        ctx.columns, ctx.dtype = error.shape[1], error.dtype
+
+    @staticmethod
+    def backward(ctx, *signals: Tensor) -> tuple[Tensor | None, ...]:
+        """The transpose."""
+        *layers_and_stream, _, backend = ctx.arguments
+        arguments = (*layers_and_stream, ctx.columns, ctx.dtype, backend)
+        return Adjoint.apply(arguments, *signals), *[None] * len(ctx.arguments)
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, *_: None) -> tuple[Tensor, ...]:
+        """The projection of the tangent."""
+        return Projection.apply(tangent, *ctx.arguments)
+
+    @staticmethod
+    def vmap(info, in_dims, error: Tensor, *arguments: Any):
+        """All calls' errors are rows of one."""
+        errors = _stacked(error, in_dims[0], info.batch_size)
+        signals = Projection.apply(errors.flatten(0, 1), *arguments)
+        stacks = tuple(signal.unflatten(0, errors.shape[:2]) for signal in signals)
+        return stacks, (0,) * len(stacks)
+
+
+class Adjoint(torch.autograd.Function):
+    """Signals [M, sizes[i]] -> [M, columns]: the transpose of `Projection`.
+
+    `arguments`: row_offsets, sizes, scales, seed, column_offset, distribution, columns, dtype,
+    backend.
+    """
+
+    @staticmethod
+    def forward(arguments: tuple, *signals: Tensor) -> Tensor:
+        """By the operator."""
+        row_offsets, _, *others = arguments
+        return torch.ops.dfa_kernels.project_adjoint(list(signals), row_offsets, *others)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        """No tensor is kept."""
+        ctx.arguments, *signals = inputs
+        ctx.dtype = signals[0].dtype
+
+    @staticmethod
+    def backward(ctx, error: Tensor) -> tuple[Tensor | None, ...]:
+        """The projection."""
+        *layers_and_stream, _, _, backend = ctx.arguments
+        return None, *Projection.apply(error, *layers_and_stream, ctx.dtype, backend)
+
+    @staticmethod
+    def jvp(ctx, _: None, *tangents: Tensor) -> Tensor:
+        """The transpose, of the tangents."""
+        return Adjoint.apply(ctx.arguments, *tangents)
+
+    @staticmethod
+    def vmap(info, in_dims, arguments: tuple, *signals: Tensor):
+        """All calls' signals are rows of one."""
+        dims = in_dims[1:]
+        stacks = [_stacked(*pair, info.batch_size) for pair in zip(signals, dims, strict=True)]
+        error = Adjoint.apply(arguments, *(stack.flatten(0, 1) for stack in stacks))
+        return error.unflatten(0, stacks[0].shape[:2]), 0
+
+
+def _stacked(tensor: Tensor, dim: int | None, calls: int) -> Tensor:
+    """[M, size] of each of the calls, along `dim` or the same for all, as [calls, M, size]."""
+    return tensor.expand(calls, *tensor.shape) if dim is None else tensor.movedim(dim, 0)

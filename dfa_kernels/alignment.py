@@ -43,6 +43,7 @@ def alignment(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Alignme
 
     Raises:
         ValueError: the model holds no `DFA` or several, or the loss did not reach it.
+        TypeError: `loss` did not return a scalar with a gradient.
     """
     found = find_dfas(model)
     if len(found) != 1:
@@ -55,6 +56,11 @@ def alignment(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Alignme
         if record.output is None:
             raise ValueError(
                 "alignment: loss must run the model's forward pass to its DFA, gradients enabled"
+            )
+        if not (isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad):
+            got = f"{value!r} (it must not run backward itself)" if value is None else repr(value)
+            raise TypeError(
+                f"alignment: loss must return a scalar tensor that requires a gradient, got {got}"
             )
         error, *gradients = torch.autograd.grad(
             value, [record.output, *record.activations], materialize_grads=True

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dfa_kernels import checks
 from dfa_kernels.layer import DFALayer
 from dfa_kernels.nn import DFA
 
@@ -120,6 +121,7 @@ def attach(
             two points is trained by backpropagation from the signal of the second. A mapping gives
             each name the batch dimensions of its output. A submodule's output may be a tensor, or a
             tuple or list that begins with it.
+            A module that is called several times has one place: see `FeedbackPointsHandling`.
         output: the submodule that makes the output whose gradient is the error, such as the last
             linear layer of a model that returns its loss; it runs after all points. None: the model
             itself, which returns a tensor, a tuple or list that begins with it, or a mapping with
@@ -131,15 +133,27 @@ def attach(
             and in a forward pass that returns its loss where `output` is not given.
 
     Warns where a forward pass ends with points that no `output` came after.
+
+    A copy of the model alone has its hooks, but no handle to detach them by: copy or pickle
+    (model, handle) together.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach: model must be a module, got {type(model).__name__}")
     if find_dfas(model):
         raise ValueError("attach: model must have no DFA yet; detach the other one first")
     dims = points if isinstance(points, Mapping) else {}
-    names = [_name(model, "points", point) for point in points]
+    given = list(points) if isinstance(points, Mapping) else checks.listed(points)
+    if given is None or isinstance(points, nn.Module):  # a Sequential could be listed
+        got = repr(points) if isinstance(points, str) else type(points).__name__
+        raise TypeError(
+            f"attach: points must be a sequence of submodules or of their names, got {got}"
+        )
+    names = [_name(model, "points", point) for point in given]
     if not names or len(set(names)) != len(names):
-        raise ValueError(f"attach: points must be one or more distinct submodules, got {names}")
+        raise ValueError(
+            f"attach: points must be one or more distinct submodules, got {names} (of several "
+            "names of one module, the first)"
+        )
     end = None if output is None else _name(model, "output", output)
     if end in names:
         raise ValueError(f"attach: output must not be one of the points, got {end!r}")
@@ -160,9 +174,12 @@ def find_dfas(model: nn.Module) -> list[DFA]:
 
 
 def _name(model: nn.Module, argument: str, point: str | nn.Module) -> str:
-    """The name of a submodule in its model."""
-    for name, module in model.named_modules():
-        if name and (point is module or point == name):
+    """The name of a submodule in its model: the first, where it has several."""
+    module = point
+    if isinstance(point, str) and point:
+        module = dict(model.named_modules(remove_duplicate=False)).get(point, point)
+    for name, other in model.named_modules():
+        if name and module is other:
             return name
     got = repr(point) if isinstance(point, str) else type(point).__name__
     names = ", ".join(name for name, _ in model.named_modules() if name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from numbers import Real
 from typing import Any
 
@@ -33,16 +33,16 @@ def integers(
     function: str, argument: str, values: Sequence[int], *, low: int, high: int
 ) -> list[int]:
     """A sequence of ints, each in [low, high], as a list."""
-    listed = _listed(values)
-    if listed is None:
+    found = listed(values)
+    if found is None:
         raise TypeError(
             f"{function}: {argument} must be a sequence of ints, "
             f"got {type(values).__name__} {values!r}"
         )
-    for i, value in enumerate(listed):
+    for i, value in enumerate(found):
         if type(value) is not int or not low <= value <= high:  # thousands of layers are common
-            listed[i] = integer(function, f"{argument}[{i}]", value, low=low, high=high)
-    return listed
+            found[i] = integer(function, f"{argument}[{i}]", value, low=low, high=high)
+    return found
 
 
 def rows(function: str, argument: str, first: int, count: int) -> None:
@@ -103,7 +103,7 @@ def scales(
         )
     if isinstance(normalization, (int, float, Real)):
         return [_finite(function, normalization)] * len(sizes)
-    given = _listed(normalization)
+    given = listed(normalization)
     if given is None:
         raise _not_a_number(function, normalization)
     if len(given) != len(sizes):
@@ -132,9 +132,9 @@ def _not_a_number(function: str, got: Any) -> TypeError:
     )
 
 
-def _listed(values: Any) -> list[Any] | None:
-    """A sequence as a list; None for what only looks like one."""
-    if isinstance(values, (str, bytes, Mapping, Tensor)):
+def listed(values: Any) -> list[Any] | None:
+    """A sequence as a list; None for what only looks like one, or has no order."""
+    if isinstance(values, (str, bytes, Mapping, Set, Tensor)):
         return None
     try:
         return list(values)

@@ -36,14 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--epochs", type=_positive, default=30, help="passes over the training set")
-    demo.add_argument("--seed", type=int, default=0, help="of the weights, the batches and B")
+    demo.add_argument("--seed", type=_seed, default=0, help="of the weights, the batches and B")
     demo.add_argument(
         "--backend", choices=ops.BACKENDS, help="of the projection; by default the best"
     )
-    demo.add_argument("--device", default="cpu", help="where to train")
-    demo.add_argument(
-        "--figure", type=Path, default=Path("demo-digits.png"), help="learning curves"
-    )
+    demo.add_argument("--device", type=_device, default="cpu", help="where to train")
+    demo.add_argument("--figure", type=_file, default="demo-digits.png", help="learning curves")
     demo.set_defaults(run=run_demo)
 
     bench = commands.add_parser(
@@ -67,10 +65,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**64:
+        raise argparse.ArgumentTypeError(f"must be in [0, 2**64), got {text}")
+    return int(text)
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.empty(0, device=text).device
+    except (AssertionError, RuntimeError) as error:  # the former where torch is built without it
+        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that is there, got {text}")
+    return path
 
 
 def run_info(options: argparse.Namespace) -> int:
@@ -87,8 +104,10 @@ def run_info(options: argparse.Namespace) -> int:
     if any(status.name == "cpp" and status.available for status in statuses):
         print(f"instruction set of cpp: {torch.ops.dfa_kernels.cpu_isa(None)}")
     asked = os.environ.get("DFA_KERNELS_BACKEND")
-    if asked:
+    if asked in ops.BACKENDS:
         print(f"DFA_KERNELS_BACKEND={asked} takes the place of the automatic choice")
+    elif asked:
+        print(f"DFA_KERNELS_BACKEND={asked} is no backend: calls that choose none will raise")
     print()
     print(f"{'backend':10}{'device':10}state")
     for status in statuses:
@@ -107,9 +126,12 @@ def run_demo(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as missing:
         print(f"dfa-kernels demo: {missing}; it comes with `pip install dfa-kernels[demo]`")
         return 1
-    demo.run(
-        options.epochs, options.seed, options.backend, torch.device(options.device), options.figure
-    )
+    try:
+        ops.choose("demo", options.device.type, options.backend)
+    except (RuntimeError, ValueError) as reason:
+        print(f"dfa-kernels {reason}")
+        return 1
+    demo.run(options.epochs, options.seed, options.backend, options.device, options.figure)
     return 0
 
 

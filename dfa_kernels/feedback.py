@@ -177,11 +177,10 @@ def check_matrices(
     """`DFA`'s argument `matrix` as a tuple, on the device where the projection runs."""
     if matrix is None:
         return ()
-    matrices = (matrix,) if isinstance(matrix, Tensor) else tuple(matrix)
-    if not isinstance(matrix, Tensor) and len(matrices) != layers:
-        raise ValueError(
-            f"DFA: matrix must be one tensor or one per layer ({layers}), got {len(matrices)}"
-        )
+    matrices = [matrix] if isinstance(matrix, Tensor) else checks.listed(matrix)
+    if matrices is None or (not isinstance(matrix, Tensor) and len(matrices) != layers):
+        got = type(matrix).__name__ if matrices is None else len(matrices)
+        raise ValueError(f"DFA: matrix must be one tensor or one per layer ({layers}), got {got}")
     for one in matrices:
         if not isinstance(one, Tensor):
             raise TypeError(f"DFA: matrix must be made of tensors, got {type(one).__name__}")
@@ -198,12 +197,14 @@ def check_masks(
     if mask is None:
         return {}
     if not isinstance(mask, Mapping):
-        if isinstance(mask, Tensor) or len(mask) != len(names):
+        given = checks.listed(mask)
+        if given is None or len(given) != len(names):
+            length = "" if given is None else f" of length {len(given)}"
             raise ValueError(
                 f"DFA: mask must be a mapping or have one entry per layer ({len(names)}), "
-                f"got {type(mask).__name__} of length {len(mask)}"
+                f"got {type(mask).__name__}{length}"
             )
-        mask = {index: one for index, one in enumerate(mask) if one is not None}
+        mask = {index: one for index, one in enumerate(given) if one is not None}
     masks = {}
     for key, one in mask.items():
         if key not in (names if isinstance(key, str) else range(len(names))):

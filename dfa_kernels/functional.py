@@ -61,12 +61,13 @@ def project(
     if not isinstance(error, Tensor):
         raise TypeError(f"project: error must be a tensor, got {type(error).__name__}")
     checks.dtype("project", "error", error.dtype)
+    # The layout cannot be asked for while a Function's backward is compiled.
+    if not torch.compiler.is_compiling() and (error.is_nested or error.layout != torch.strided):
+        kind = "a nested one" if error.is_nested else error.layout
+        raise TypeError(f"project: error must be a strided tensor, got {kind}")
     if error.dim() == 0:
         raise ValueError("project: error must have at least one dimension, got a scalar tensor")
     count = error.shape[-1]
-    # The layout cannot be asked for while a Function's backward is compiled.
-    if not torch.compiler.is_compiling() and error.layout != torch.strided:
-        raise TypeError(f"project: error must be a strided tensor, got {error.layout}")
     sizes = checks.integers("project", "sizes", sizes, low=1, high=stream.ROWS - 1)
     if not sizes:
         raise ValueError("project: sizes must hold at least one layer size, got none")
@@ -173,7 +174,8 @@ def feedback_matrix(
     )
     checks.columns("feedback_matrix", "column_offset", column_offset, columns)
     checks.dtype("feedback_matrix", "dtype", dtype)
-    device = torch.get_default_device() if device is None else torch.device(device)
+    # Not torch.get_default_device(), which torch.compile cannot trace.
+    device = torch.empty(()).device if device is None else torch.device(device)
     backend = ops.choose("feedback_matrix", device.type, backend)
     return ops.feedback_matrix(
         rows, columns, seed, row_offset, column_offset, distribution, dtype, device, backend

@@ -151,9 +151,11 @@ class DFA(nn.Module):
             raise ValueError(f"DFA: backend must be one of {known} or None, got {backend!r}")
         if error_transform is not None and not callable(error_transform):
             raise TypeError(f"DFA: error_transform must be a function, got {error_transform!r}")
-        if isinstance(dfa_layers, DFALayer):
-            raise TypeError("DFA: dfa_layers must be a sequence of DFALayers, got one DFALayer")
-        self.dfa_layers = tuple(dfa_layers)
+        layers = checks.listed(dfa_layers)
+        if layers is None:
+            got = type(dfa_layers).__name__
+            raise TypeError(f"DFA: dfa_layers must be a sequence of DFALayers, got {got}")
+        self.dfa_layers = tuple(layers)
         self.normalization = check_normalization(normalization)
         self.rp_device = None if rp_device is None else torch.device(rp_device)
         self.seed = operator.index(seed)  # numpy's integers are no JSON
@@ -331,6 +333,10 @@ class DFA(nn.Module):
     def _places(self, waiting: Sequence[Waiting], output: Tensor) -> list[Place]:
         """Where the signal of every waiting activation comes from and goes to."""
         _, error_size = count_rows(output.shape, self._group.batch_dims, "DFA")
+        if error_size == 0:
+            raise ValueError(
+                f"DFA: output must have at least one element a row, got {tuple(output.shape)}"
+            )
         device = self.rp_device or output.device
         if any(matrix.device != device for matrix in self.matrices):
             self.matrices = tuple(matrix.to(device) for matrix in self.matrices)
@@ -373,8 +379,20 @@ class DFA(nn.Module):
         return places
 
     def _width(self, item: Waiting) -> int:
-        dims = self.dfa_layers[item.layer].row_dims
-        return count_rows(item.activation.shape, dims, f"DFA: dfa_layers[{item.layer}]")[1]
+        """l_i of an activation, whose shape has dimensions of its own beside those of the rows.
+
+        Without any it is, most likely, one sample in a model for batches: its units would be taken
+        for rows, and could even line up with the output's.
+        """
+        dims, shape = self.dfa_layers[item.layer].row_dims, tuple(item.activation.shape)
+        where = f"DFA: dfa_layers[{item.layer}]"
+        _, width = count_rows(shape, dims, where)
+        if width == 0 or len({dim % len(shape) for dim in dims}) == len(shape):
+            raise ValueError(
+                f"{where} must have units beside its batch_dims {dims}, got shape {shape}; "
+                "batch_dims=() is for one sample without a batch"
+            )
+        return width
 
     def _lean_block(self, waiting: Sequence[Waiting], places: Sequence[Place]) -> Block:
         """The one signal that serves all places; every place's factor makes its own from it."""

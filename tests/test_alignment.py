@@ -219,4 +219,12 @@ def test_bad_arguments():
         alignment(nn.ModuleList([model, Perceptron()]), lambda: None)
     with pytest.raises(ValueError, match="alignment: loss must run the model's forward pass"):
         alignment(model, lambda: torch.zeros((), requires_grad=True))
+    for returned, message in (
+        (lambda loss: None, r"got None \(it must not run backward itself\)"),
+        (lambda loss: loss.item(), r"got \d"),
+        (lambda loss: loss.detach(), r"got tensor\("),
+        (lambda loss: loss.expand(2), r"got tensor\("),
+    ):
+        with pytest.raises(TypeError, match=f"alignment: loss must return a scalar .* {message}"):
+            alignment(model, lambda of=returned: of(F.cross_entropy(model(x), y)))
     assert backward(model, x, y) is not None

@@ -275,6 +275,12 @@ def test_bad_arguments():
         attach(model, ["1"], output="x")
     with pytest.raises(ValueError, match=r"one or more distinct submodules, got \['1', '1'\]"):
         attach(model, ["1", model[1]])
+    for points, got in (("13", "'13'"), (model, "Sequential"), (None, "NoneType"), ({"1"}, "set")):
+        with pytest.raises(TypeError, match=rf"points must be a sequence of .* names, got {got}$"):
+            attach(model, points)
+    twice = nn.Sequential(nn.Linear(8, 8), model[1], nn.Linear(8, 8), model[1])
+    with pytest.raises(ValueError, match=r"got \['1', '1'\] \(of several names of one module"):
+        attach(twice, ["1", "3"])
     with pytest.raises(ValueError, match=r"one or more distinct submodules, got \[\]"):
         attach(model, [])
     with pytest.raises(ValueError, match="output must not be one of the points, got '1'"):

@@ -27,13 +27,33 @@ def test_info_says_why_not_and_who_asked(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert re.search(r"^cpp +cpu +not today$", text, re.MULTILINE)
     assert "DFA_KERNELS_BACKEND=torch takes the place" in text
+    monkeypatch.setenv("DFA_KERNELS_BACKEND", "abacus")
+    assert cli.main(["info"]) == 0
+    assert "DFA_KERNELS_BACKEND=abacus is no backend" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("option", [["--epochs", "0"], ["--backend", "abacus"]])
-def test_demo_refuses_bad_options(option, capsys):
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--epochs", "0"], "must be at least 1, got 0"),
+        (["--backend", "abacus"], "invalid choice: 'abacus'"),
+        (["--seed", "-1"], "must be in [0, 2**64), got -1"),
+        (["--device", "abacus"], "abacus"),
+        (["--figure", "no/such/folder.png"], "got no/such/folder.png"),
+    ],
+)
+def test_demo_refuses_bad_options(option, message, capsys):
     with pytest.raises(SystemExit):
         cli.main(["demo", *option])
-    assert option[1] in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert f"argument {option[0]}: " in shown
+    assert message in shown
+
+
+def test_demo_says_why_a_backend_cannot_serve(monkeypatch, capsys):
+    monkeypatch.setattr(ops._backend("cpp"), "unavailable", lambda device_type: "not today")
+    assert cli.main(["demo", "--backend", "cpp"]) == 1
+    assert "demo: backend 'cpp' cannot serve cpu: not today" in capsys.readouterr().out
 
 
 def test_the_module_runs():

@@ -34,6 +34,12 @@ PROJECT = [
     ),
     ({"sizes": 2**63}, TypeError, r"sizes must be a sequence of ints, got int"),
     ({"sizes": [2**63]}, ValueError, r"sizes\[0\] must be in .* got 9223372036854775808"),
+    (
+        {"error": torch.nested.nested_tensor([torch.ones(10)], layout=torch.jagged)},
+        TypeError,
+        r"error must be a strided tensor, got a nested one",
+    ),
+    ({"sizes": {4, 1}}, TypeError, r"sizes must be a sequence of ints, got set {"),
     ({"sizes": {4: 1}}, TypeError, r"sizes must be a sequence of ints, got dict"),
     ({"distribution": ["normal"]}, ValueError, r"distribution must be one of .* got \['normal'\]"),
     ({"normalization": 10**400}, ValueError, r"normalization must be finite, got 1000"),

@@ -111,6 +111,16 @@ def test_compiled_feedback_matrix_equals_eager(fresh_compiler, target):
         assert torch.equal(compiled(like), matrix(like))
 
 
+def test_compiled_feedback_matrix_takes_the_default_device(fresh_compiler):
+    def matrix():
+        return feedback_matrix(3, 20)
+
+    compiled = torch.compile(matrix, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(), matrix())
+    with torch.device("meta"):
+        assert matrix().device.type == "meta"
+
+
 def test_compiled_batches_share_one_graph(fresh_compiler, target):
     """Neither the batch size nor its change makes a second symbolic graph."""
     compiled = torch.compile(

@@ -198,6 +198,18 @@ def test_lean_mode_runs_one_projection():
     assert (calls.products, calls.projections) == (4, 1)
 
 
+def test_lean_mode_allows_what_comes_next_to_change_it_in_place():
+    found = []
+    for lean in (False, True):
+        torch.manual_seed(0)
+        first, point, second = torch.nn.Linear(8, 6), DFALayer(), torch.nn.Linear(6, 5)
+        dfa = DFA([point], lean=lean)
+        hidden = torch.relu_(point(first(batch()[0])))
+        F.cross_entropy(dfa(second(hidden)), batch()[1]).backward()
+        found.append([first.weight.grad, second.weight.grad])
+    assert_equal(*found)
+
+
 def test_lean_mode_leaves_an_activations_other_gradients():
     """A loss on a hidden activation itself is not scaled with the signal."""
     x, y = batch()
@@ -267,10 +279,13 @@ def build(**arguments):
         ({"feedback_points_handling": "LAST"}, TypeError, "must be a FeedbackPoints.* got 'LAST'"),
         ({"error_transform": 3}, TypeError, "error_transform must be a function, got 3"),
         ({"matrix": [torch.zeros(4, 5)]}, ValueError, r"one tensor or one per layer \(2\), got 1"),
+        ({"matrix": 3}, ValueError, r"one tensor or one per layer \(2\), got int"),
         ({"matrix": [1, 2]}, TypeError, "matrix must be made of tensors, got int"),
         ({"matrix": torch.zeros(4)}, ValueError, r"matrix must be \[rows, n\], got \[4\]"),
         ({"matrix": torch.zeros(4, 5, dtype=torch.int)}, TypeError, "matrix must be float16"),
         ({"mask": [torch.ones(4)]}, ValueError, r"one entry per layer \(2\), got list of length 1"),
+        ({"mask": 3}, ValueError, r"one entry per layer \(2\), got int$"),
+        ({"mask": torch.ones(())}, ValueError, r"one entry per layer \(2\), got Tensor$"),
         ({"mask": {"c": torch.ones(4)}}, ValueError, "mask must be for layers' .* got 'c'"),
         ({"mask": {2: torch.ones(4)}}, ValueError, "mask must be for layers' .* got 2"),
         ({"mask": {"a": 0.5}}, TypeError, r"mask\['a'\] must be a tensor, got float"),
@@ -285,8 +300,10 @@ def test_bad_arguments(arguments, error, message):
 def test_bad_layers():
     with pytest.raises(TypeError, match=r"dfa_layers\[0\] must be a DFALayer, got Linear"):
         DFA([nn.Linear(2, 2)])
-    with pytest.raises(TypeError, match="dfa_layers must be a sequence of DFALayers, got one"):
+    with pytest.raises(TypeError, match="dfa_layers must be a sequence of DFALayers, got DFAL"):
         DFA(DFALayer())
+    with pytest.raises(TypeError, match="dfa_layers must be a sequence of DFALayers, got NoneType"):
+        DFA(None)
     with pytest.raises(TypeError, match="DFALayer: batch_dims must be a sequence of ints, got int"):
         DFALayer(batch_dims=1)
     for names in (("a", "a"), ("1", None)):
@@ -326,6 +343,30 @@ def test_matrices_of_another_shape_are_refused_in_the_forward_pass(lean, matrix)
     point(torch.zeros(3, 6, requires_grad=True))
     with pytest.raises(ValueError, match=r"at least 6 rows .* exactly 5 columns"):
         dfa(torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize(
+    ("activation", "output", "message"),
+    [
+        ((800,), (10,), r"dfa_layers\[0\] must have units beside its batch_dims \(0,\), got .*800"),
+        ((3, 0), (3, 10), r"dfa_layers\[0\] must have units .* got shape \(3, 0\)"),
+        ((3, 4), (3, 0), r"output must have at least one element a row, got \(3, 0\)"),
+    ],
+)
+def test_shapes_without_units_are_refused(lean, activation, output, message):
+    """800 units of one sample are no 800 rows, though they line up with 10."""
+    point = DFALayer()
+    dfa = DFA([point], lean=lean)
+    point(torch.zeros(activation, requires_grad=True))
+    with pytest.raises(ValueError, match=message):
+        dfa(torch.zeros(output, requires_grad=True))
+
+
+def test_one_sample_without_a_batch():
+    x, y = batch()
+    expected = backward(perceptron(), x[:1], y[:1])
+    assert_equal(backward(perceptron(batch_dims=()), x[0], y[0]), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_a_layers_own_batch_dims_out_of_range():

@@ -44,10 +44,14 @@ _SCHEMAS = {
 }
 
 _library = torch.library.Library("dfa_kernels", "DEF")
-_library.define(f"project{_SCHEMAS['project']}, str backend) -> Tensor[]")
+# "triton" keeps tables on the device from call to call. Where torch.compile captures CUDA graphs by
+# itself (mode="reduce-overhead"), they must not come to lie in a graph's memory.
+_KEEPS = (torch.Tag.cudagraph_unsafe,)
+_library.define(f"project{_SCHEMAS['project']}, str backend) -> Tensor[]", tags=_KEEPS)
 _library.define(f"project_adjoint{_SCHEMAS['project_adjoint']}, str backend) -> Tensor")
 for _name in BACKENDS:
-    _library.define(f"project.{_name}{_SCHEMAS['project']}) -> Tensor[]")
+    _tags = _KEEPS if _name == "triton" else ()
+    _library.define(f"project.{_name}{_SCHEMAS['project']}) -> Tensor[]", tags=_tags)
     _library.define(f"feedback_matrix.{_name}{_SCHEMAS['feedback_matrix']}) -> Tensor")
 _library.define("cpu_isa(str? force) -> str")
 _library.define(f"cuda_fused{_SCHEMAS['project']}, int terms) -> Tensor[]")

@@ -5,13 +5,18 @@
 Imports only the package: under a sanitizer every import costs.
 """
 
+import importlib
 import sys
 
 import torch
 
 import dfa_kernels
 
-BACKENDS = ("cuda", "triton")
+# By backend, where it is decided which way a projection takes, and what decides for slabs.
+CHOICES = {
+    "cuda": ("cuda", "prefers_slabs", lambda *_: True),
+    "triton": ("triton.projection", "_FUSED_COLUMNS", -1),
+}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -36,9 +41,23 @@ def small(backend):
             )
     many = [1 + i % 40 for i in range(1100)]
     dfa_kernels.project(torch.randn(5, 10, device="cuda"), many, backend=backend)
-    dfa_kernels.project(torch.randn(3000, 100, device="cuda"), layers, backend=backend)
+    by_slabs(backend)
     # So many entries that an fp32 error's terms are made beforehand.
     dfa_kernels.project(torch.randn(3, 1001, device="cuda"), [2**25 // 1000], backend=backend)
+
+
+def by_slabs(backend):
+    """The other way of 16-bit products, which of itself only a long error takes."""
+    ways = importlib.import_module(f"dfa_kernels.backends.{CHOICES[backend][0]}")
+    choice, slabs_always = CHOICES[backend][1:]
+    before = getattr(ways, choice)
+    setattr(ways, choice, slabs_always)
+    for distribution in dfa_kernels.stream.BLOCK:
+        for dtype in DTYPES[:3]:
+            error = torch.randn(70, 37, device="cuda").to(dtype)
+            for sizes in ([130], [33, 7, 129]):
+                dfa_kernels.project(error, sizes, distribution=distribution, backend=backend)
+    setattr(ways, choice, before)
 
 
 def large(backend):
@@ -49,6 +68,6 @@ def large(backend):
             dfa_kernels.project(error, [200_000], distribution=distribution, backend=backend)
 
 
-for name in BACKENDS:  # one that is not available says why
+for name in CHOICES:  # one that is not available says why
     (large if "--large" in sys.argv else small)(name)
     torch.cuda.synchronize()

@@ -97,6 +97,44 @@ def test_graph_replays_read_the_new_error(gpu_backend, dtype, count, n, sizes):
 
 
 @pytest.mark.usefixtures("unpoisoned")
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_first_call_inside_a_capture_says_what_to_do(gpu_backend, dtype):
+    """Where it compiles or copies at all: "cuda" and "torch" may begin inside."""
+    error = random_error(5, 61, dtype=dtype)
+    if gpu_backend != "triton":
+        pytest.skip("it needs no first call")
+    with (
+        pytest.raises(RuntimeError, match=r"project: call it once .* before capturing a CUDA"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        project(error, [61, 7], backend=gpu_backend)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unpoisoned")
+@pytest.mark.parametrize("number", [3, 6])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_graphs_that_torch_compile_captures(gpu_backend, number, requires_grad):
+    """More than four signals have a table of addresses."""
+    torch.compiler.reset()
+    sizes = [50 + i for i in range(number)]
+
+    def step(error):
+        return [2 * signal for signal in project(3 * error, sizes, backend=gpu_backend)]
+
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    for seed in range(4):  # warms up, captures, replays
+        error = random_error(8, 40, dtype=torch.float32, seed=seed).requires_grad_(requires_grad)
+        found = compiled(error)
+        torch.testing.assert_close(found, step(error))
+        if requires_grad:
+            sum(signal.sum() for signal in found).backward()
+            expected = torch.autograd.grad(sum(signal.sum() for signal in step(error)), error)
+            torch.testing.assert_close(error.grad, expected[0])
+
+
+@pytest.mark.usefixtures("unpoisoned")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("count", "n", "sizes"), [(5, 50, SIZES), BY_SLABS])
 def test_work_goes_to_the_current_stream(gpu_backend, dtype, count, n, sizes):
@@ -130,13 +168,33 @@ def test_work_goes_to_the_errors_device(gpu_backend):
     assert torch.equal(matrix.cpu(), feedback_matrix(9, 50, backend="torch", device="cpu"))
 
 
-@pytest.mark.parametrize("offset", [1, 3, 8])
-def test_the_error_may_begin_anywhere(gpu_backend, offset):
-    """Neither the address nor the rows need any alignment."""
-    storage = random_error(20 * 41 + offset)
-    error = storage[offset:].view(20, 41)
-    scales = [(size * 41) ** -0.5 for size in SIZES]
-    assert_projected(project(error, SIZES, backend=gpu_backend), error, SIZES, scales)
+@pytest.mark.usefixtures("unpoisoned")
+def test_a_stream_waits_for_what_another_has_not_yet_copied(gpu_backend):
+    """Layers first seen on a stream that is held back, used on one that is not."""
+    error = random_error(5, 50)
+    project(error, [31, 17], backend=gpu_backend)  # compiles
+    torch.cuda.synchronize()
+    slow, quick = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(slow):
+        torch.cuda._sleep(400_000_000)
+        project(error, [33, 15], backend=gpu_backend)
+    with torch.cuda.stream(quick):
+        found = project(error, [33, 15], backend=gpu_backend)
+    torch.cuda.synchronize()
+    assert_projected(found, error, [33, 15], [(size * 50) ** -0.5 for size in (33, 15)])
+
+
+@pytest.mark.parametrize("columns", [40, 41])
+def test_the_error_may_begin_anywhere(gpu_backend, columns):
+    """Neither the address nor the rows need any alignment.
+
+    The best aligned comes first: what is compiled for it must not serve the others.
+    """
+    scales = [(size * columns) ** -0.5 for size in SIZES]
+    for offset in (0, 1, 3, 8):
+        storage = random_error(20 * columns + offset)
+        error = storage[offset:].view(20, columns)
+        assert_projected(project(error, SIZES, backend=gpu_backend), error, SIZES, scales)
 
 
 @pytest.mark.parametrize("count", [16, 64, 100])

@@ -142,7 +142,8 @@ def test_operand_order_does_not_matter(monkeypatch):
     signals = []
     for fragments in (True, False):
         projection._ways.clear()
-        monkeypatch.setattr(launch, "uses_fragments", lambda device, use=fragments: use)
+        way = launch.Operands(fragments, pinned=False)
+        monkeypatch.setattr(launch.Operands, "on", lambda device, way=way: way)
         signals += project(error, [40], backend="triton")
     for signal in signals:
         assert_projected([signal], error, [40], layer_scales([40], 70))
@@ -171,7 +172,9 @@ def test_errors_of_any_strides_and_alignment(dtype):
     wide = random_error(12, 40, dtype=dtype)
     storage = random_error(500, dtype=dtype)
     errors = [wide[:, ::2], wide.T, wide[:, :1].expand(12, 24), wide[:, 3:27], wide[1:2, 8:]]
-    errors += [storage[1:121].view(5, 24), storage[4:124].view(5, 24), storage[:1].expand(3, 8)]
+    # One shape and layout, first as aligned as can be: what serves there must not serve the others.
+    errors += [storage[first : first + 120].view(5, 24) for first in (0, 1, 4, 8)]
+    errors += [storage[:1].expand(3, 8)]
     for error in errors:
         n = error.shape[1]
         signals = project(error, [21], backend="triton")
@@ -297,6 +300,21 @@ def test_operators_keep_their_promises():
         opcheck(torch.ops.dfa_kernels.project.triton, arguments, test_utils=checks)
     for arguments in samples.feedback_matrix_samples(DEVICE):
         opcheck(torch.ops.dfa_kernels.feedback_matrix.triton, arguments, test_utils=checks)
+
+
+def test_offsets_have_64_bits_where_a_signal_needs_them():
+    """Made, not launched: tens of millions of units are beyond the interpreter."""
+    error = random_error(128, 8, dtype=torch.bfloat16)
+    for size, wanted in ((2**24 - 2, launch.tl.int32), (2**24, launch.tl.int64)):
+        made = launch.Fused(error, [0], [size], [1.0], 0, "normal", error.dtype)
+        assert wanted in made._launch._constants
+
+
+def test_operators_that_keep_tables_are_left_out_of_captured_graphs():
+    """Where torch.compile captures graphs by itself, the tables would lie in a graph's memory."""
+    for name, keeps in (("triton", True), ("default", True), ("cuda", False)):
+        tags = getattr(torch.ops.dfa_kernels.project, name).tags
+        assert (torch.Tag.cudagraph_unsafe in tags) == keeps
 
 
 def test_a_compiled_call_is_one_graph():

@@ -54,13 +54,7 @@ def _unusable() -> str | None:
         return f"torch {torch.__version__} is not a CUDA build"
     if not torch.cuda.is_available():
         return "there is no CUDA device"
-    old = [
-        f"{torch.cuda.get_device_name(i)} is sm_{major}{minor}"
-        for i in range(torch.cuda.device_count())
-        for major, minor in [torch.cuda.get_device_capability(i)]
-        if major < 8
-    ]
-    return f"it needs compute capability 8.0 on every device, but {', '.join(old)}" if old else None
+    return tensor_cores.too_old()
 
 
 def prefers_slabs(

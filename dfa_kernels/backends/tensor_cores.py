@@ -24,6 +24,17 @@ _ROW_STEP = 128
 _ERROR_ROWS = 2**14  # that one slab is made for, so that their sums leave room for its rows
 
 
+def too_old() -> str | None:
+    """Which of this machine's NVIDIA GPUs have no tensor cores for bf16, or None."""
+    old = [
+        f"{torch.cuda.get_device_name(i)} is sm_{major}{minor}"
+        for i in range(torch.cuda.device_count())
+        for major, minor in [torch.cuda.get_device_capability(i)]
+        if major < 8
+    ]
+    return f"it needs compute capability 8.0 on every device, but {', '.join(old)}" if old else None
+
+
 def terms_of(error: Tensor) -> int:
     """How many 16-bit numbers an error that is not fp64 is the sum of."""
     return TERMS[torch.get_float32_matmul_precision()] if error.dtype == torch.float32 else 1

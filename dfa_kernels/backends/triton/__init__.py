@@ -13,7 +13,7 @@ import types
 import torch
 from torch import Tensor
 
-_CAPABILITY = (8, 0)  # bfloat16 on tensor cores
+from dfa_kernels.backends import tensor_cores
 
 
 @functools.cache
@@ -40,9 +40,7 @@ def unavailable(device_type: str) -> str | None:
         return "TRITON_INTERPRET=1 keeps it on the CPU"
     if not torch.cuda.is_available():
         return "there is no GPU"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < _CAPABILITY:
-        return "it needs compute capability 8.0"
-    return None
+    return None if torch.version.hip else tensor_cores.too_old()
 
 
 def project(

@@ -134,7 +134,6 @@ def project_kernel(
     first_block: tl.int64,
     seed: tl.int64,
     row_stride: tl.int64,
-    column_stride: tl.int64,
     term_stride: tl.int64,
     DISTRIBUTION: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -144,10 +143,10 @@ def project_kernel(
     TERMS: tl.constexpr,
     SPLIT: tl.constexpr,
     VECTOR: tl.constexpr,
-    UNIT_STRIDE: tl.constexpr,
     OFFSET: tl.constexpr,
     TARGET: tl.constexpr,
     FRAGMENTS: tl.constexpr,
+    PINNED: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -155,9 +154,9 @@ def project_kernel(
 ):
     """One tile of the union's rows times one tile of the error, into every layer with such rows.
 
-    error [count, columns], with SPLIT its terms in bf16 [TERMS, count, columns]; its column 0 is
-    entry `shift` of block `first_block`; tiles, layers and scales: see `plan.Plan`; outputs: see
-    `launch._outputs`.
+    error [count, columns] or, with SPLIT, its terms in bf16 [TERMS, count, columns], columns side
+    by side; column 0 is entry `shift` of block `first_block`; tiles, layers and scales: see
+    `plan.Plan`; outputs: see `launch._outputs`.
     """
     program = tl.program_id(0).to(tl.int64)
     tile = tiles + 4 * (program % tile_count)
@@ -172,13 +171,11 @@ def project_kernel(
     columns = columns // VECTOR * VECTOR
     shift = shift // VECTOR * VECTOR
     row_stride = row_stride // VECTOR * VECTOR
+    if SPLIT:
+        term_stride = term_stride // VECTOR * VECTOR
     k = tl.arange(0, BLOCK_K)
-    if UNIT_STRIDE:
-        column_stride = tl.full((), 1, tl.int64)
-    at = error + (first_m * row_stride - shift * column_stride)
-    at = at + m[None, :] * row_stride + k[:, None] * column_stride
+    at = error + (first_m * row_stride - shift) + m[None, :] * row_stride + k[:, None]
 
-    PINNED: tl.constexpr = TARGET == "cuda" and not FRAGMENTS
     key0 = seed.to(tl.uint32)
     key1 = (seed >> 32).to(tl.uint32)
     blocks = tl.arange(0, BLOCK_K // WIDTH)[None, :]
@@ -203,7 +200,7 @@ def project_kernel(
                 part = fragment_order(part)
             apart = _accumulate(apart, matrix, part, 0 if SPLIT else TERMS, OPERAND, PINNED, TARGET)
         sums = sums + apart if TERMS == 3 else apart
-        at += BLOCK_K * column_stride
+        at += BLOCK_K
 
     for layer in range(tl.load(tile + 2), tl.load(tile + 3)):
         first = tl.load(layers + 2 * layer)

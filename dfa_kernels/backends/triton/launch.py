@@ -58,7 +58,8 @@ _TILE_OF_TERMS = Tile(128, 128, 32, 8)
 def tile_for(count: int, distribution: str, terms: int, fragments: bool) -> Tile:
     """The tile for an error of `count` rows that is the sum of `terms` terms."""
     if distribution == "rademacher":  # one Philox block is 128 columns of a row
-        return Tile(128, min(max(16, triton.next_power_of_2(count)), 64), 128, 4)
+        most, warps = (32, 8) if terms > 1 else (64, 4)
+        return Tile(128, min(max(16, triton.next_power_of_2(count)), most), 128, warps)
     most = 128 if fragments else 64
     bucket = min(max(16, triton.next_power_of_2(count)), most)
     if bucket == 128 and terms > 1:
@@ -83,15 +84,34 @@ def operand_of(error: Tensor) -> torch.dtype:
     return torch.float16 if error.dtype == torch.float16 else torch.bfloat16
 
 
-def uses_fragments(device: torch.device) -> bool:
-    """Whether a product takes entries from the registers they were made in (on sm_90).
+class Operands(NamedTuple):
+    """How entries get from where they are made to the tensor cores.
 
-    There the warps divide a tile's rows of U among them. Before, they divide the error as well, and
-    would make an entry more than once; it goes through shared memory instead.
+    `fragments`: in the registers they were made in. `pinned`: through shared memory, from registers
+    whose layout the compiler must not choose; see `kernels.pinned`.
     """
-    if INTERPRETED:
-        return True
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+
+    fragments: bool
+    pinned: bool
+
+    @classmethod
+    def on(cls, device: torch.device) -> Operands:
+        """The way of a device.
+
+        On sm_90 the warps divide a tile's rows of U among them, and take fragments. Where products
+        are mma.sync (sm_80 and sm_120), they divide the error as well, and would make an entry more
+        than once if it were not pinned. Neither is the matter on sm_100, nor on ROCm.
+        """
+        if INTERPRETED:
+            return cls(True, False)
+        if torch.version.hip is not None:
+            return cls(False, False)
+        return cls.of(torch.cuda.get_device_capability(device)[0])
+
+    @classmethod
+    def of(cls, major: int) -> Operands:
+        """The way of NVIDIA GPUs of compute capability `major`."""
+        return cls(major == 9, major in (8, 12))
 
 
 _HERE = contextlib.nullcontext()
@@ -198,27 +218,30 @@ class Fused:
     ) -> None:
         count, columns = error.shape
         terms = terms_of(error)
-        fragments = uses_fragments(error.device)
+        operands = Operands.on(error.device)
         rows = slabs.union_rows(row_offsets, sizes)
         split = terms > 1 and rows * columns >= _SPLIT_ENTRIES
-        tile = tile_for(count, distribution, terms, fragments)
+        tile = tile_for(count, distribution, terms, operands.fragments)
         factor = tensor_cores.lattice_factor(distribution)
         plan = plan_for(row_offsets, sizes, scales, factor, tile.rows, error.device)
         block = stream.BLOCK[distribution]
         shift = column_offset % block
         row_stride, column_stride = error.stride()
-        unit = column_stride == 1
         tile_count = plan.tiles.shape[0]
-        vector = _vector(error, row_stride, columns, shift) if unit else 1
         self._split = None
+        self._copied = column_stride != 1 and not split
         if split:
             width = -(-(shift + columns) // 8) * 8
             self._terms = terms, count, width
             grid = count * -(-width // _SPLIT_COLUMNS)
             self._split = Launch(kernels.split_kernel, grid, (terms, TARGET, _SPLIT_COLUMNS), 4)
             self._split_numbers = count, columns, shift, row_stride, column_stride, width
-            row_stride, column_stride, columns, shift = width, 1, shift + columns, 0
-            unit, columns, vector = True, width, 8
+            row_stride, columns, shift, vector = width, width, 0, 8
+        elif self._copied:
+            row_stride = columns
+            vector = _vector(error.new_empty(0), row_stride, columns, shift)
+        else:
+            vector = _vector(error, row_stride, columns, shift)
         self._plan = plan
         self._shapes = [(count, size) for size in sizes]
         self._dtype = dtype
@@ -232,7 +255,7 @@ class Fused:
             shift,
             column_offset // block,
         )
-        self._strides = row_stride, column_stride, count * row_stride
+        self._strides = row_stride, count * row_stride
         constants = (
             distribution,
             block,
@@ -242,10 +265,9 @@ class Fused:
             terms,
             split,
             vector,
-            unit,
             tl.int32 if max(sizes) * tile.error_rows < _NARROW else tl.int64,
             TARGET,
-            fragments,
+            *operands,
             *tile[:3],
             STAGES,
         )
@@ -262,6 +284,8 @@ class Fused:
             terms = error.new_empty(self._terms, dtype=torch.bfloat16)
             self._split(stream_id, error, terms, *self._split_numbers)
             error = terms
+        elif self._copied:
+            error = error.contiguous()
         outputs = _outputs([signals[i] for i in self._plan.order], stream_id, capturing)
         self._launch(stream_id, error, outputs, *self._before_seed, seed, *self._strides)
         return signals

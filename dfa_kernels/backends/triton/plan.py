@@ -110,20 +110,11 @@ def plan_for(
     rows: int,
     device: torch.device,
 ) -> Plan:
-    """The plan of a set of layers, in tiles of `rows` rows. `factor` multiplies every scale.
-
-    Raises RuntimeError where one would have to be copied from the host while a CUDA graph is
-    captured.
-    """
+    """The plan of a set of layers, in tiles of `rows` rows. `factor` multiplies every scale."""
     key = (device, rows, factor, tuple(row_offsets), tuple(sizes), tuple(scales))
     plan = _plans.get(key)
     if plan is not None:
         return plan
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "project: call it once with these layers before capturing a CUDA graph, so that what "
-            "the kernel reads is on the device"
-        )
     tiles, order = cut_into_tiles(row_offsets, sizes, rows)
     layers = torch.tensor([(row_offsets[i], sizes[i]) for i in order], device="cpu")
     products = torch.tensor([scales[i] * factor for i in order], dtype=torch.float64, device="cpu")

@@ -94,6 +94,11 @@ def project(
     with launch.on(error.device):
         way = _ways.get(key)
         if way is None:
+            if error.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "project: call it once with such an error and these layers before capturing a "
+                    "CUDA graph, so that what runs is compiled and what it reads is on the device"
+                )
             way = _way(error, row_offsets, sizes, scales, column_offset, distribution, dtype)
             _ways.keep(key, way)
         return way(error, seed)
@@ -126,7 +131,7 @@ def _way(
             dtype,
         )
     terms = launch.terms_of(error)
-    tile = launch.tile_for(count, distribution, terms, launch.uses_fragments(error.device))
+    tile = launch.tile_for(count, distribution, terms, launch.Operands.on(error.device).fragments)
     scaled_apart = not tensor_cores.written_in_place(error, len(sizes), dtype)
     rows = slabs.union_rows(row_offsets, sizes)
     cost = Cost.of(tile, count, columns, rows, distribution, terms, scaled_apart)

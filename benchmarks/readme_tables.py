@@ -12,17 +12,11 @@ import json
 import re
 from pathlib import Path
 
+import provenance
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- table (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def source(measured: dict) -> str:
-    """Where and when the figures of a table come from."""
-    return (
-        f"{measured['device']}; torch {measured['versions']['torch']}, "
-        f"{measured['date']}, commit {measured['commit'][:9]}."
-    )
 
 
 def training_step(measured: dict) -> list[str]:
@@ -72,7 +66,7 @@ def paper_table1(measured: dict) -> list[str]:
 def runs(measured: dict) -> str:
     """How much training is behind a table, and by which code; the table itself may be younger."""
     seeds, epochs = measured["rows"][0]["seeds"], measured["settings"]["epochs"]
-    commits = ", ".join(commit[:9] for commit in measured["run_commits"])
+    commits = ", ".join(map(provenance.short, measured["run_commits"]))
     return f"{seeds} seeds, {epochs} epochs, trained at commit {commits}."
 
 
@@ -153,7 +147,7 @@ def render(readme: str) -> str:
 
     def table(match: re.Match) -> str:
         measured = json.loads((RESULTS / match[3]).read_text())
-        lines = [*tables[match[2]](measured), "", source(measured), ""]
+        lines = [*tables[match[2]](measured), "", f"{provenance.source(measured)}.", ""]
         return match[1] + "\n" + "\n".join(lines) + "\n" + match[4]
 
     return BLOCK.sub(table, readme)

@@ -88,11 +88,14 @@ def layer_size(device_type: str, full: bool) -> list[Case]:
 
 def layers(device_type: str, full: bool) -> list[Case]:
     options = settings(device_type, "layers")
+
+    def name(count: int) -> str:
+        layers = "one layer of 4,096" if count == 1 else f"{count:,} unequal layers up to 4,096"
+        return ", ".join((layers, "n=1,000, M=32", *tf32(device_type)))
+
     return [
         Case(
-            ", ".join(
-                (f"{count:,} unequal layers of about 4,096", "n=1,000, M=32", *tf32(device_type))
-            ),
+            name(count),
             tuple(range(4096, 4096 - count, -1)),
             32,
             1000,

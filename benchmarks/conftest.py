@@ -123,6 +123,7 @@ class Session:
         """Write everything measured so far to the file that was asked for, and return it."""
         measured = report.measured(self.outcomes, self.cases, self.race.machine)
         measured["full"] = self.config.getoption("full")
+        measured["finished"] = len(self.outcomes) == len(self.names)
         measured["seconds"] = time.perf_counter() - self.began
         measured = self.origin | measured
         if self.config.getoption("report") is not None:

@@ -42,8 +42,8 @@ class Limits:
         return enough or rounds >= self.most or (rounds > 0 and elapsed > self.patience)
 
 
-QUICK = Limits(budget=1.0, patience=15.0, few=3, most=15, slowest=4.0)
-FULL = Limits(budget=2.0, patience=60.0, few=3, most=41, slowest=15.0)
+QUICK = Limits(budget=1.0, patience=40.0, few=5, most=15, slowest=4.0)
+FULL = Limits(budget=2.0, patience=120.0, few=5, most=41, slowest=15.0)
 
 
 @dataclass

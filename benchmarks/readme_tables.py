@@ -121,7 +121,7 @@ def paper_figure4(measured: dict) -> list[str]:
         backprop = rows[f"narrow {size_of}", "backprop"]["test_accuracy"]["mean"]
         cells = (masked, f"{accuracy:.1f}, {angle:.3f}", narrow, f"{100 * backprop:.1f}")
         lines.append(f"| {size_of} | {' | '.join(cells)} |")
-    found = {key: "none" if v is None else f"{v:+.2f}" for key, v in agreement.items()}
+    found = {key: "none" if v is None else f"{v:+.3f}" for key, v in agreement.items()}
     ranks = f"{found['test_accuracy']} for accuracy, {found['alignment']} for alignment"
     return [*lines, "", f"{runs(measured)} Rank correlation with the published over b: {ranks}."]
 

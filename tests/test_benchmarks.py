@@ -262,16 +262,21 @@ def test_what_does_not_fit_is_not_run(monkeypatch):
     assert outcome.stored_bytes == 4 * 180 * 30
 
 
-def test_what_takes_too_long_is_not_run():
-    limits = dataclasses.replace(ONCE, slowest=1e-7)
+def test_what_takes_too_long_is_not_run(monkeypatch):
+    least = roofs.expected_seconds(contenders.contender("naive", SMALL).work(), machine())
+    limits = dataclasses.replace(ONCE, slowest=1.1 * least)
+    assert isinstance(new_race(limits).run(SMALL, ["naive"])["naive"], race.Result)
+    limits = dataclasses.replace(ONCE, slowest=0.9 * least)
+    monkeypatch.delattr(contenders.Naive, "prepare")
     (outcome,) = new_race(limits).run(SMALL, ["naive"]).values()
     assert isinstance(outcome, race.LeftOut)
-    assert roofs.expected_seconds(outcome.work, machine()) > 1e-7
+    assert "too long" in outcome.reason
+    assert roofs.expected_seconds(outcome.work, machine()) == least
 
 
 @pytest.mark.parametrize(
     ("rounds", "elapsed", "over"),
-    [(0, 99.0, False), (1, 2.0, False), (1, 16.0, True), (3, 0.5, False), (3, 1.5, True)],
+    [(0, 99.0, False), (4, 2.0, False), (1, 41.0, True), (5, 0.5, False), (5, 1.5, True)],
 )
 def test_rounds_end(rounds, elapsed, over):
     assert race.QUICK.are_over(rounds, elapsed) == over

@@ -145,7 +145,7 @@ def tables(summary: dict) -> list[Table]:
         title = "Order of masked bottlenecks, rank correlation with the published on CIFAR-10"
         agreement = Table("test accuracy", "alignment of layer 2", title=title)
         values = summary["rank_agreement"].values()
-        agreement.add_row(*("-" if value is None else f"{value:+.2f}" for value in values))
+        agreement.add_row(*("-" if value is None else f"{value:+.3f}" for value in values))
         found.append(agreement)
     return found
 

@@ -79,6 +79,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     device_type(config)  # raises before anything is collected
+    # The report is ours, but a comparison with an earlier run is pytest-benchmark's.
+    config.option.benchmark_quiet |= not config.option.benchmark_compare
     config.pluginmanager.register(Session(config), "dfa_kernels session")
 
 

@@ -12,6 +12,7 @@ import bench_sweeps
 import contenders
 import gate
 import measure
+import numpy as np
 import pytest
 import race
 import report
@@ -238,6 +239,17 @@ def test_seconds_are_of_one_call():
     assert 0.01 <= one <= (time.perf_counter() - began) / 3
 
 
+def test_available_memory_is_what_the_control_group_allows(tmp_path, monkeypatch):
+    needs("Linux", sys.platform == "linux")
+    monkeypatch.setattr(measure, "CGROUPS", tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("3000000\n")
+    (tmp_path / "memory.stat").write_text("anon 2000000\ninactive_file 1000000\n")
+    assert measure.available_bytes("cpu") > 2**24
+    (tmp_path / "memory.max").write_text("5000000\n")
+    assert measure.available_bytes("cpu") == 3_000_000  # the file's cache gives way
+
+
 # --- races ---
 
 
@@ -260,6 +272,22 @@ def test_what_does_not_fit_is_not_run(monkeypatch):
     assert isinstance(outcome, race.LeftOut)
     assert "fit" in outcome.reason
     assert outcome.stored_bytes == 4 * 180 * 30
+
+
+def too_large(self, error, storage):
+    self.prepared = lambda: [torch.empty(2**58)]
+
+
+def too_large_for_numpy(self, error, storage):
+    self.prepared = lambda: [np.empty(2**58)]
+
+
+@pytest.mark.parametrize("prepare", [too_large, too_large_for_numpy])
+def test_who_runs_out_of_memory_is_left_out(prepare, monkeypatch):
+    monkeypatch.setattr(contenders.Naive, "prepare", prepare)
+    outcome = new_race().run(SMALL, ["naive", "stored"])
+    assert isinstance(outcome["naive"], race.LeftOut), outcome["naive"]
+    assert isinstance(outcome["stored"], race.Result)
 
 
 def test_what_takes_too_long_is_not_run(monkeypatch):

@@ -17,10 +17,13 @@ import race
 import report
 import speed_tables
 from conftest import needs
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from races import SMALL, new_race
 from shapes import ALL, Case, title
 
 from dfa_kernels import cli
+from dfa_kernels.ops import BACKENDS
 
 
 def test_a_save_that_is_killed_leaves_what_was_there(tmp_path, monkeypatch):
@@ -100,10 +103,47 @@ def test_tables_show_every_contender(results):
         assert expected in text
 
 
-def test_figures_are_drawn(results, tmp_path):
+def curves(panel):
+    """The lengths of a panel's lines by their labels; those of lines without one are a list."""
+    found = {"": []}
+    for line in panel.lines:
+        label = line.get_label()
+        if label.startswith("_"):
+            found[""].append(len(line.get_xdata()))
+        else:
+            found[label] = len(line.get_xdata())
+    return found
+
+
+def test_figures_have_every_contender(results):
+    drawn = figures.drawings(results)
+    assert set(drawn) == {"time.png", "memory.png", "roofline.png"}
+    in_series = contenders.names(dataclasses.replace(SMALL, series="batch"))
+    ours = [name for name in in_series if name in BACKENDS]
+    rivals = {"batch": ("views", "stored"), "size": (), "layers": ("naive", "stored")}
+    lengths = {"batch": 2, "size": 1, "layers": 2}
+    panels = {panel.get_title().split()[0]: panel for panel in drawn["time.png"].axes}
+    assert set(panels) == set(rivals)
+    for name, panel in panels.items():
+        length, limits = lengths[name], len(ours) + ("views" in rivals[name])
+        expected = dict.fromkeys(map(title, (*ours, *rivals[name])), length)
+        assert curves(panel) == {"": [length] * limits} | expected
+    (panel,) = drawn["memory.png"].axes
+    assert curves(panel) == {"": []} | dict.fromkeys(map(title, (*ours, "naive", "stored")), 2)
+    (panel,) = drawn["roofline.png"].axes
+    reached = curves(panel)
+    assert set(reached) == {"", *map(title, (*ours, "views", "stored"))}
+    assert {"M=1", "M=4"} <= {text.get_text() for text in panel.texts}
+    for figure in drawn.values():
+        plt.close(figure)
+
+
+def test_figures_are_written_and_say_where_they_come_from(results, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Figure, "suptitle", lambda self, text, **_: titles.append(text))
     drawn = figures.draw(results, tmp_path)
-    assert {path.name for path in drawn} == {"time.png", "memory.png", "roofline.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+    assert titles == [provenance.source(results)] * 3
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 
-from readme_tables import peak, size
+from readme_tables import STORAGES, peak, size
 from rich.table import Table
 from scipy.stats import spearmanr, t
 
@@ -153,12 +153,11 @@ def tables(summary: dict) -> list[Table]:
 def memory_table(rows: list[dict]) -> Table:
     """Table 1."""
     title = "Table 1: feedback matrices in fp32, and the peak of making and using them once, M = 4"
-    storages = ("naive", "shared", "seeded")
-    columns = [*storages, *(f"peak, {storage}" for storage in storages)]
+    columns = [*STORAGES.values(), *(f"peak, {title}" for title in STORAGES.values())]
     found = Table("network", *columns, title=title)
     for row in rows:
-        stored = [size(row[storage]["stored"]) for storage in storages]
-        found.add_row(row["name"], *stored, *(peak(row[storage]) for storage in storages))
+        stored = [size(row[storage]["stored"]) for storage in STORAGES]
+        found.add_row(row["name"], *stored, *(peak(row[storage]) for storage in STORAGES))
     return found
 
 

@@ -18,7 +18,7 @@ import race
 import report
 import roofs
 import torch
-from conftest import needs
+from conftest import COMPILER, needs
 from races import ONCE, SMALL, machine, new_race
 from roofs import Roofs, Work
 from shapes import ALL, Case
@@ -266,6 +266,16 @@ def test_every_contender_is_right_and_timed(dtype):
     assert outcome["torch"].stored_bytes == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own compiler's
+def test_what_is_compiled_is_right_and_timed():
+    needs("a C++ compiler", COMPILER)
+    case = Case("compiled", (40, 33), 3, 20, ("compiled",))
+    result = new_race().run(case, ["compiled"])["compiled"]
+    assert isinstance(result, race.Result), result
+    assert result.stored_bytes == 40 * 20 * 4
+    assert len(result.times) == 2
+
+
 def test_what_does_not_fit_is_not_run(monkeypatch):
     monkeypatch.setattr(race, "available_bytes", lambda device_type: 2**20)
     (outcome,) = new_race().run(SMALL, ["naive"]).values()
@@ -327,7 +337,7 @@ def reduced(case):
         sizes=tuple(size // 2000 + 1 for size in case.sizes),
         batch=min(case.batch, 4),
         n=min(case.n, 20),
-        rivals=tuple(name for name in case.rivals if name != "compiled"),
+        rivals=tuple(name for name in case.rivals if name != "compiled"),  # takes seconds each
         device_type="cpu",
         precision="highest",
         graph=False,

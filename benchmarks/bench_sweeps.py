@@ -72,6 +72,7 @@ def error_size(device_type: str, full: bool) -> list[Case]:
 def layer_size(device_type: str, full: bool) -> list[Case]:
     largest = 64 * 224**2  # VGG-16's on ImageNet; its stored matrix is measured with the network
     m, options = 4, settings(device_type, "size")
+    sizes = (1_000, 10_000, 300_000, *([1_000_000] if full else []), largest)
     return [
         Case(
             layer_name(size, m, 1000, *tf32(device_type)),
@@ -82,7 +83,7 @@ def layer_size(device_type: str, full: bool) -> list[Case]:
             x=size,
             **options,
         )
-        for size in (1_000, 10_000, 300_000, 1_000_000, largest)
+        for size in sizes
     ]
 
 

@@ -24,6 +24,7 @@ def on_cpu(full: bool) -> list[Case]:
     cases = [
         Case("3x800 (the paper's), n=10, M=128", *with_batch(PAPER_MLP, 128), ALL, **small),
         Case("48 layers of 4,096, n=1,000, M=512", *with_batch(DEEP_MLP, 512), ALL),
+        Case("48 layers of 2,049 to 4,096, n=1,000, M=512", *with_batch(UNEQUAL_MLP, 512), ALL),
         Case("VGG-16 on ImageNet, n=1,000, M=4", *with_batch(VGG16, 4), ALL if full else ALL[:4]),
     ]
     for batch in (1024, 4096, 8192) if full else (1024,):

@@ -72,6 +72,7 @@ def error_size(device_type: str, full: bool) -> list[Case]:
 def layer_size(device_type: str, full: bool) -> list[Case]:
     largest = 64 * 224**2  # VGG-16's on ImageNet; its stored matrix is measured with the network
     m, options = 4, settings(device_type, "size")
+    sizes = (1_000, 10_000, 300_000, *([1_000_000] if full else []), largest)
     return [
         Case(
             layer_name(size, m, 1000, *tf32(device_type)),
@@ -82,17 +83,20 @@ def layer_size(device_type: str, full: bool) -> list[Case]:
             x=size,
             **options,
         )
-        for size in (1_000, 10_000, 300_000, 1_000_000, largest)
+        for size in sizes
     ]
 
 
 def layers(device_type: str, full: bool) -> list[Case]:
     options = settings(device_type, "layers")
+
+    def name(count: int) -> str:
+        layers = "one layer of 4,096" if count == 1 else f"{count:,} unequal layers up to 4,096"
+        return ", ".join((layers, "n=1,000, M=32", *tf32(device_type)))
+
     return [
         Case(
-            ", ".join(
-                (f"{count:,} unequal layers of about 4,096", "n=1,000, M=32", *tf32(device_type))
-            ),
+            name(count),
             tuple(range(4096, 4096 - count, -1)),
             32,
             1000,

@@ -79,6 +79,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     device_type(config)  # raises before anything is collected
+    # The report is ours, but a comparison with an earlier run is pytest-benchmark's.
+    config.option.benchmark_quiet |= not config.option.benchmark_compare
     config.pluginmanager.register(Session(config), "dfa_kernels session")
 
 
@@ -123,6 +125,7 @@ class Session:
         """Write everything measured so far to the file that was asked for, and return it."""
         measured = report.measured(self.outcomes, self.cases, self.race.machine)
         measured["full"] = self.config.getoption("full")
+        measured["finished"] = len(self.outcomes) == len(self.names)
         measured["seconds"] = time.perf_counter() - self.began
         measured = self.origin | measured
         if self.config.getoption("report") is not None:

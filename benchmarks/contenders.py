@@ -21,7 +21,7 @@ from torch import Tensor
 from dfa_kernels import feedback_matrix, project
 from dfa_kernels.backends.tensor_cores import TERMS
 
-DEFINITION = 2**24  # entries of the largest matrix that the definition is asked for
+DEFINITION = 2**24  # entries of all different layers together that the definition is asked for
 
 
 class Storage:
@@ -375,11 +375,11 @@ KINDS = {
 def names(case: Case) -> list[str]:
     """Who takes part: the available backends, then the rivals.
 
-    Where there is a fast path, the definition is left out of series and of large matrices, on which
+    Where there is a fast path, the definition is left out of series and of large networks, on which
     most of a run would be spent waiting for it. Its launches are too many for a graph.
     """
     ours = sources(case.device_type)
-    is_slow = case.series or max(case.sizes) * case.n > DEFINITION
+    is_slow = case.series or sum(set(case.sizes)) * case.n > DEFINITION
     if case.graph or (is_slow and len(ours) > 1):
         ours.remove("torch")
     return [*ours, *case.rivals]

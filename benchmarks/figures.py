@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib
+import provenance
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from roofs import BEYOND_CACHES, bandwidth
+from shapes import title
 
 from dfa_kernels.ops import BACKENDS
 
@@ -24,21 +28,25 @@ def series(results: dict) -> dict[str, list[dict]]:
     return {name: sorted(cases, key=lambda case: case["x"]) for name, cases in found.items()}
 
 
-def draw(results: dict, folder: Path) -> list[Path]:
-    """Draw what the results have, into a folder; returns the files."""
+def drawings(results: dict) -> dict[str, Figure]:
+    """What there is to draw in results, by the names of the files."""
     found = series(results)
-    where = f"{results['device']}, {results['date']}" if "device" in results else ""
-    drawings = []
+    drawn = {}
     if found:
-        drawings.append(("time.png", time(found)))
+        drawn["time.png"] = time(found)
     if "layers" in found:
-        drawings.append(("memory.png", memory(found["layers"])))
+        drawn["memory.png"] = memory(found["layers"])
     batches = {name: cases for name, cases in found.items() if name.startswith("batch")}
     if batches:
-        drawings.append(("roofline.png", roofline(batches, results)))
+        drawn["roofline.png"] = roofline(batches, results)
+    return drawn
+
+
+def draw(results: dict, folder: Path) -> list[Path]:
+    """Draw what the results have, into a folder; returns the files."""
     paths = []
-    for name, figure in drawings:
-        figure.suptitle(where, fontsize=8)
+    for name, figure in drawings(results).items():
+        figure.suptitle(provenance.source(results), fontsize=8)
         figure.savefig(folder / name, dpi=150)
         plt.close(figure)
         paths.append(folder / name)
@@ -46,9 +54,10 @@ def draw(results: dict, folder: Path) -> list[Path]:
 
 
 def _style(name: str, names: list[str]) -> dict:
-    """A contender looks the same in every panel; ours are thick."""
+    """A contender looks the same in every panel; ours are thick, and above the others."""
     ours = name in BACKENDS
-    return {"color": f"C{names.index(name) % 10}", "linewidth": 2.5 if ours else 1.2}
+    color = f"C{names.index(name) % 10}"
+    return {"color": color, "linewidth": 2.5 if ours else 1.2, "zorder": 3 if ours else 2}
 
 
 def _names(cases: list[dict]) -> list[str]:
@@ -62,18 +71,21 @@ def time(found: dict[str, list[dict]]):
         rows, min(len(found), 2), figsize=(11, 4.2 * rows), squeeze=False, layout="constrained"
     )
     names = _names([case for cases in found.values() for case in cases])
-    for panel, (title, cases) in zip(panels.flat, found.items(), strict=False):
+    for panel, (grows, cases) in zip(panels.flat, found.items(), strict=False):
         for name in _names(cases):
             timed = [case for case in cases if name in case["contenders"]]
             x = [case["x"] for case in timed]
             style = _style(name, names)
             of = [case["contenders"][name] for case in timed]
-            panel.plot(x, [1e3 * row["seconds"] for row in of], "o-", label=name, ms=3, **style)
+            times = [1e3 * row["seconds"] for row in of]
+            panel.plot(x, times, "o-", label=title(name), ms=3, **style)
             if name in BACKENDS or name == "views":
                 bounds = [1e3 * row["bound_seconds"] for row in of]
-                panel.plot(x, bounds, "--", color=style["color"], linewidth=1)
-        panel.set(xscale="log", yscale="log", xlabel=AXES[title.split(",")[0]], ylabel="ms")
-        panel.set_title(f"{title} ({_fixed(title, cases)}; dashed: the limit)", fontsize=9)
+                # Where two limits are one, the dashes of each fill the other's gaps.
+                dashes = (4 * (name == "views"), (4, 4))
+                panel.plot(x, bounds, linestyle=dashes, **style | {"linewidth": 1})
+        panel.set(xscale="log", yscale="log", xlabel=AXES[grows.split(",")[0]], ylabel="ms")
+        panel.set_title(f"{grows} ({_fixed(cases)}; dashed: the limit)", fontsize=9)
         panel.legend(fontsize=7)
         panel.grid(alpha=0.3)
     for panel in panels.flat[len(found) :]:
@@ -81,7 +93,7 @@ def time(found: dict[str, list[dict]]):
     return figure
 
 
-def _fixed(title: str, cases: list[dict]) -> str:
+def _fixed(cases: list[dict]) -> str:
     """What stays as it is along a series."""
     facts = {"batch": "M", "n": "n", "largest": "l"}
     same = {key: {case[key] for case in cases} for key in facts}
@@ -95,7 +107,7 @@ def memory(cases: list[dict]):
     names = [name for name in _names(cases) if name in (*BACKENDS, "naive", "stored", "views")]
     for name in names:
         style = _style(name, names)
-        for timed, options in ((True, {"label": name}), (False, {"mfc": "none", "ls": ":"})):
+        for timed, options in ((True, {"label": title(name)}), (False, {"mfc": "none", "ls": ":"})):
             points = []
             for case in cases:
                 row = case["contenders"].get(name)
@@ -108,8 +120,8 @@ def memory(cases: list[dict]):
                 x, y = zip(*points, strict=True)
                 panel.plot(x, [value / 1e9 for value in y], marker="o", **options, **style)
     panel.set(xscale="log", yscale="log", xlabel="layers", ylabel="GB")
-    title = f"memory against depth ({_fixed('layers', cases)}; hollow: not run, by its matrices)"
-    panel.set_title(title, fontsize=9)
+    said = f"memory against depth ({_fixed(cases)}; hollow: not run, by its matrices)"
+    panel.set_title(said, fontsize=9)
     panel.legend(fontsize=7)
     panel.grid(alpha=0.3)
     return figure
@@ -124,20 +136,22 @@ def roofline(found: dict[str, list[dict]], results: dict):
     every = [case for cases in found.values() for case in cases]
     names, x = _names(every), []
     for name in names:
-        points = []
-        for case in every:
-            row = case["contenders"].get(name)
-            moved = row and row["work"]["written"] + row["work"]["read"]
-            if row and row["work"]["multiplications"]:
-                flops = 2 * case["batch"] * case["largest"] * case["n"]
-                points.append((flops / moved, flops / row["seconds"], flops / row["bound_seconds"]))
+        points, timed = [], [case for case in every if name in case["contenders"]]
+        for case in timed:
+            row = case["contenders"][name]
+            moved = row["work"]["written"] + row["work"]["read"]
+            flops = 2 * case["batch"] * case["largest"] * case["n"]
+            points.append((flops / moved, flops / row["seconds"], flops / row["bound_seconds"]))
         if points:
             intensity, done, allowed = zip(*points, strict=True)
             color = _style(name, names)["color"]
-            panel.plot(intensity, done, "o", ms=5, color=color, label=name)
+            panel.plot(intensity, done, "o", ms=5, color=color, label=title(name))
             panel.plot(intensity, allowed, "o", ms=5, mfc="none", color=color)
             x += intensity
-    ends = [min(x) / 2, max(x) * 2]
+            if name in BACKENDS:  # all of one intensity, whatever the batch
+                batches = [case["batch"] for case in timed]
+                _name_batches(panel, sorted(zip(done, intensity, batches, strict=True)))
+    ends = [min(x) / 2, max(x) * 3]
     for kind, rate in machine["multiply"].items():
         panel.axhline(2 * rate, color="gray", linewidth=0.8)
         panel.text(ends[0], 2 * rate, f"products in {kind}", fontsize=7, va="bottom")
@@ -145,7 +159,16 @@ def roofline(found: dict[str, list[dict]], results: dict):
     panel.plot([ends[0], ridge], [stream * ends[0], stream * ridge], color="gray", linewidth=0.8)
     panel.text(ends[0], stream * ends[0], "memory", fontsize=7, va="top")
     panel.set(xscale="log", yscale="log", xlabel="FLOP a byte moved", ylabel="FLOP/s")
+    panel.set_xlim(ends[0] / 1.3, ends[1])
     panel.set_title("roofline of the batch sweep (hollow: the limit)", fontsize=9)
     panel.legend(fontsize=7)
     panel.grid(alpha=0.3)
     return figure
+
+
+def _name_batches(panel: Axes, points: list[tuple[float, float, int]]) -> None:
+    """Say M beside points from low to high: right and left in turns, because some are close."""
+    for index, (y, x, batch) in enumerate(points):
+        side, align = ((6, 0), "left") if index % 2 == 0 else ((-6, 0), "right")
+        place = {"xytext": side, "textcoords": "offset points", "ha": align, "va": "center"}
+        panel.annotate(f"M={batch:,}", (x, y), fontsize=7, **place)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TextIO
 
 import provenance
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -169,14 +170,15 @@ def main() -> int:
     output = arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     outcomes = []
+    # Without a GPU only a part can run, and what is checked is the CPU's.
+    origin = provenance.origin("cuda" if torch.cuda.is_available() else "cpu")
     with (output / "gpu-check.log").open("a") as log:
         for step in STEPS:
             if step.stage in arguments.only:
                 outcomes.append(run(step, output, log))
                 # Written after every step: a run that is cut off leaves what it has.
-                provenance.write(
-                    output / "gpu-check.json", {"steps": [asdict(outcome) for outcome in outcomes]}
-                )
+                steps = {"steps": [asdict(outcome) for outcome in outcomes]}
+                provenance.save(output / "gpu-check.json", origin | steps)
     print(f"\n{summary(outcomes)}")
     return sum(outcome.status != 0 for outcome in outcomes)
 

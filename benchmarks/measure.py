@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def seconds(call: Callable[[], object], device_type: str, repeats: int = 1) -> float:
@@ -47,19 +48,41 @@ def peak_bytes(call: Callable[[], T], device_type: str) -> tuple[T, int]:
         return result, torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)  # what was freed is not to be used again unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _from_proc("/proc/self/status", "VmRSS")
+    before = proc_bytes("/proc/self/status", "VmRSS")
     result = call()
-    return result, max(_from_proc("/proc/self/status", "VmHWM") - before, 0)
+    return result, max(proc_bytes("/proc/self/status", "VmHWM") - before, 0)
 
 
 def available_bytes(device_type: str) -> int:
-    """Memory that can still be allocated without swapping."""
+    """Memory that can still be allocated without swapping, files' caches counted as free."""
     if device_type == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return _from_proc("/proc/meminfo", "MemAvailable")
+    return min([proc_bytes("/proc/meminfo", "MemAvailable"), *_allowed_bytes()])
 
 
-def _from_proc(path: str, key: str) -> int:
-    with open(path) as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation has failed: torch's on a GPU, torch's on the CPU, or NumPy's."""
+    is_named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return is_named or "can't allocate memory" in str(error)
+
+
+def proc_bytes(path: str, key: str) -> int:
+    """A figure of a file in /proc, which counts in kB."""
+    return next(int(line.split()[1]) * 1024 for line in _lines(path) if line.startswith(key + ":"))
+
+
+def _allowed_bytes() -> Iterator[int]:
+    """What the control group of this process (version 2) and those around it still allow."""
+    own = next((line[3:] for line in _lines("/proc/self/cgroup") if line.startswith("0::")), "/")
+    group = CGROUPS / own.lstrip("/")
+    for folder in (group, *group.parents):
+        limit = folder / "memory.max"
+        if limit.exists() and limit.read_text().strip() != "max":
+            used = int((folder / "memory.current").read_text())
+            stat = dict(line.split() for line in _lines(folder / "memory.stat"))
+            yield max(int(limit.read_text()) - used + int(stat["inactive_file"]), 0)
+
+
+def _lines(path: str | Path) -> list[str]:
+    return Path(path).read_text().splitlines()

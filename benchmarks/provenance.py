@@ -61,15 +61,22 @@ def origin(device_type: str) -> dict:
     }
 
 
+def short(commit: str) -> str:
+    """A commit to read, which still says that files had changed since."""
+    return commit[:9] + "-dirty" * commit.endswith("-dirty")
+
+
+def source(measured: dict) -> str:
+    """Where and when the figures of a table or a drawing come from."""
+    return (
+        f"{measured['device']}; torch {measured['versions']['torch']}, "
+        f"{measured['date']}, commit {short(measured['commit'])}"
+    )
+
+
 def save(path: Path, results: dict) -> None:
     """Results with their origin as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(json.dumps(results, indent=2) + "\n")
     unfinished.replace(path)  # at once: who is killed here leaves the file as it was
-
-
-def write(path: Path, measured: dict) -> None:
-    """`measured` as JSON, with where it comes from."""
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    save(path, origin(device_type) | measured)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import roofs
 import torch
 from contenders import Contender, Storage, contender
-from measure import available_bytes, peak_bytes, seconds
+from measure import available_bytes, is_out_of_memory, peak_bytes, seconds
 from shapes import Case
 
 SLOW = 0.2  # seconds; a call that takes longer at least is not warmed up
@@ -42,8 +42,8 @@ class Limits:
         return enough or rounds >= self.most or (rounds > 0 and elapsed > self.patience)
 
 
-QUICK = Limits(budget=1.0, patience=15.0, few=3, most=15, slowest=4.0)
-FULL = Limits(budget=2.0, patience=60.0, few=3, most=41, slowest=15.0)
+QUICK = Limits(budget=1.0, patience=40.0, few=5, most=15, slowest=4.0)
+FULL = Limits(budget=2.0, patience=120.0, few=5, most=41, slowest=15.0)
 
 
 @dataclass
@@ -147,10 +147,12 @@ class Race:
         try:
             entrant.prepare(error, storage)
             signals, peak = peak_bytes(entrant, case.device_type)
-        except torch.OutOfMemoryError:
-            raise LeftOut("runs out of memory", entrant) from None
         except ModuleNotFoundError as missing:
             raise LeftOut(f"{missing}", entrant) from None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise LeftOut("runs out of memory", entrant) from None
         entrant.check(error, signals)
         del signals
         once = least

@@ -12,17 +12,16 @@ import json
 import re
 from pathlib import Path
 
+import provenance
+from shapes import TITLES
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+# What the paper's tables of memory call the ways to store.
+STORAGES = {"naive": TITLES["naive"], "shared": TITLES["stored"], "seeded": "from the seed"}
+# Bytes below which resident memory says more of the allocator than of the work.
+LEAST_PEAK = 1e6
 BLOCK = re.compile(r"(<!-- table (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def source(measured: dict) -> str:
-    """Where and when the figures of a table come from."""
-    return (
-        f"{measured['device']}; torch {measured['versions']['torch']}, "
-        f"{measured['date']}, commit {measured['commit'][:9]}."
-    )
 
 
 def training_step(measured: dict) -> list[str]:
@@ -52,19 +51,15 @@ def peak(cell: dict) -> str:
         return f"does not fit ({size(cell['does not fit'])})"
     if "peak" not in cell:
         return "not measured"
-    # Below it resident memory says more of the allocator than of the work.
-    return size(cell["peak"]) if cell["peak"] >= 1e6 else "under 1 MB"
+    return size(cell["peak"]) if cell["peak"] >= LEAST_PEAK else f"under {size(LEAST_PEAK)}"
 
 
 def paper_table1(measured: dict) -> list[str]:
     """`python -m benchmarks.paper table1`: bytes of feedback matrices, and measured peaks."""
-    ways = ("naive", "shared", "seeded")
-    lines = [
-        "| network | one per layer | peak | one, shared | peak | seeded | peak |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    titles = " | peak | ".join(STORAGES.values())
+    lines = [f"| network | {titles} | peak |", "|---|---:|---:|---:|---:|---:|---:|"]
     for row in measured["rows"]:
-        cells = [f"{size(row[way]['stored'])} | {peak(row[way])}" for way in ways]
+        cells = [f"{size(row[way]['stored'])} | {peak(row[way])}" for way in STORAGES]
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     return lines
 
@@ -72,7 +67,7 @@ def paper_table1(measured: dict) -> list[str]:
 def runs(measured: dict) -> str:
     """How much training is behind a table, and by which code; the table itself may be younger."""
     seeds, epochs = measured["rows"][0]["seeds"], measured["settings"]["epochs"]
-    commits = ", ".join(commit[:9] for commit in measured["run_commits"])
+    commits = ", ".join(map(provenance.short, measured["run_commits"]))
     return f"{seeds} seeds, {epochs} epochs, trained at commit {commits}."
 
 
@@ -127,7 +122,7 @@ def paper_figure4(measured: dict) -> list[str]:
         backprop = rows[f"narrow {size_of}", "backprop"]["test_accuracy"]["mean"]
         cells = (masked, f"{accuracy:.1f}, {angle:.3f}", narrow, f"{100 * backprop:.1f}")
         lines.append(f"| {size_of} | {' | '.join(cells)} |")
-    found = {key: "none" if v is None else f"{v:+.2f}" for key, v in agreement.items()}
+    found = {key: "none" if v is None else f"{v:+.3f}" for key, v in agreement.items()}
     ranks = f"{found['test_accuracy']} for accuracy, {found['alignment']} for alignment"
     return [*lines, "", f"{runs(measured)} Rank correlation with the published over b: {ranks}."]
 
@@ -153,7 +148,7 @@ def render(readme: str) -> str:
 
     def table(match: re.Match) -> str:
         measured = json.loads((RESULTS / match[3]).read_text())
-        lines = [*tables[match[2]](measured), "", source(measured), ""]
+        lines = [*tables[match[2]](measured), "", f"{provenance.source(measured)}.", ""]
         return match[1] + "\n" + "\n".join(lines) + "\n" + match[4]
 
     return BLOCK.sub(table, readme)

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import statistics
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from race import LeftOut, Result
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from shapes import Case
+from shapes import Case, title
 
 from dfa_kernels.ops import BACKENDS
 
@@ -117,11 +118,21 @@ def reached(case: dict, ours: str, rival: str) -> float | None:
     return row and row["work"]["entries"] / row["seconds"]
 
 
+def fastest(case: dict, names: Iterable[str]) -> str | None:
+    """Of those that were timed in a case, or None."""
+    rows = case["contenders"]
+    timed = [name for name in names if name in rows]
+    return min(timed, key=lambda name: rows[name]["seconds"], default=None)
+
+
 def best_of_ours(case: dict) -> str | None:
     """The fastest of our backends in a case."""
-    rows = case["contenders"]
-    ours = [name for name in rows if name in BACKENDS]
-    return min(ours, key=lambda name: rows[name]["seconds"], default=None)
+    return fastest(case, BACKENDS)
+
+
+def fastest_stored(case: dict) -> str | None:
+    """The fastest of those that keep a matrix."""
+    return fastest(case, [name for name, row in case["contenders"].items() if row["stored_bytes"]])
 
 
 def memory(row: dict) -> int | None:
@@ -150,26 +161,33 @@ def bytes_text(count: float | None) -> str:
     return f"{count / 1e3:.3g} kB"
 
 
+def times_text(times: float) -> str:
+    """How many times faster; a small fraction keeps a digit."""
+    return f"{times:.2f}x" if times > 0.1 else f"{times:.1g}x"
+
+
 def progress(case: dict) -> Table:
     """One case, as soon as it has been run."""
     best = best_of_ours(case)
-    table = Table("contender", "time", "memory", "of its limit, which is", box=None, padding=(0, 2))
+    columns = ("contender", "time", "rounds", "memory", "of its limit, which is")
+    table = Table(*columns, box=None, padding=(0, 2))
     table.add_column(f"{best} is faster by" if best else "")
     for name, row in sorted(case["contenders"].items(), key=lambda item: item[1]["seconds"]):
         faster = ratio(case, best, name) if best and name != best else None
         table.add_row(
-            f"[bold green]{name}[/]" if name in BACKENDS else name,
+            f"[bold green]{name}[/]" if name in BACKENDS else title(name),
             time_text(row["seconds"]),
+            str(row["rounds"]),
             bytes_text(memory(row)),
             f"{row['fraction_of_bound']:.0%} {row['limit']}",
-            "" if faster is None else f"{faster:.2f}x",
+            "" if faster is None else times_text(faster),
         )
     for name, why in case["left_out"].items():
-        details = ""
+        reason = why["reason"]
         if "stored_bytes" in why:
-            details = f" (stores {bytes_text(why['stored_bytes'])}, "
-            details += f"at least {time_text(why['least_seconds'])})"
-        table.add_row(f"[dim]{name}", "[dim]-", "", f"[dim]{escape(why['reason'])}{details}")
+            reason += f" (stores {bytes_text(why['stored_bytes'])}, "
+            reason += f"at least {time_text(why['least_seconds'])})"
+        table.add_row(f"[dim]{title(name)}", "[dim]-", "", "", f"[dim]{escape(reason)}")
     return table
 
 
@@ -179,13 +197,13 @@ def promises(results: dict) -> Table:
     for case in results["cases"]:
         for promise in case["promises"]:
             is_rate = promise["rival"] == "entries/s"
-            show = (lambda x: f"{x:.2g}/s") if is_rate else (lambda x: f"{x:.2f}x")
+            show = (lambda x: f"{x:.2g}/s") if is_rate else times_text
             value, asked = promise["reached"], promise["at_least"]
             color = "" if value is None else "[green]" if value >= asked else "[red]"
             table.add_row(
                 case["case"],
                 promise["ours"],
-                promise["rival"],
+                title(promise["rival"]),
                 "not measured" if value is None else color + show(value),
                 show(asked),
                 show(promise["aim"]) if promise["aim"] else "",

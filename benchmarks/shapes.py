@@ -64,6 +64,24 @@ class Case:
         return self.batch * sum(self.sizes) * self.dtype.itemsize
 
 
+# What tables and figures call the rivals, by their names in cases and results; ours go by theirs.
+TITLES = {
+    "views": "mm alone",
+    "stored": "stored matrix",
+    "compiled": "stored, compiled",
+    "naive": "matrix per layer",
+    "scikit-learn": "scikit-learn",
+    "randn blocks": "randn blocks",
+    "torch.randn": "torch.randn",
+    "fill": "fill",
+}
+
+
+def title(name: str) -> str:
+    """What tables and figures call a contender."""
+    return TITLES.get(name, name)
+
+
 STORED = ("naive", "stored", "views")
 ALL = (*STORED, "randn blocks", "scikit-learn")
 

@@ -2,46 +2,53 @@
 
 from __future__ import annotations
 
-from report import best_of_ours, bytes_text, memory, ratio, time_text
+from report import best_of_ours, bytes_text, fastest_stored, memory, ratio, time_text, times_text
 from roofs import BEYOND_CACHES, bandwidth
-
-RIVALS = {
-    "views": "mm alone",
-    "stored": "stored matrix",
-    "naive": "matrix per layer",
-    "randn blocks": "randn blocks",
-    "scikit-learn": "scikit-learn",
-    "torch.randn": "torch.randn",
-    "compiled": "stored, compiled",
-    "fill": "fill",
-}
+from shapes import TITLES
 
 
-def comparison(cases: list[dict]) -> list[str]:
+def comparison(measured: dict, cases: list[dict]) -> list[str]:
     """Our fastest backend in every case: its time, its limit, how many times faster it is."""
     cases = [case for case in cases if best_of_ours(case)]
     rivals = [
         name
-        for name in RIVALS
+        for name in TITLES
         if any(name in (*case["contenders"], *case["left_out"]) for case in cases)
     ]
-    titles = ["case", "ours", "time", "of its limit, which is", *(RIVALS[name] for name in rivals)]
-    lines = [f"| {' | '.join(titles)} |", "|---|---|---:|---|" + "---:|" * len(rivals)]
+    titles = ["case", "ours", "time", "of its limit, which is"]
+    with_stored = any(map(fastest_stored, cases))
+    titles += ["fastest stored"] * with_stored + [TITLES[name] for name in rivals]
+    lines = [f"| {' | '.join(titles)} |", "|---|---|---:|---|" + "---:|" * (len(titles) - 4)]
     for case in cases:
         ours = best_of_ours(case)
         row = case["contenders"][ours]
         cells = [case["case"], f"`{ours}`", time_text(row["seconds"])]
         cells.append(f"{row['fraction_of_bound']:.0%}, {row['limit']}")
+        cells += [than_fastest_stored(case, ours)] * with_stored
         cells += [faster(case, ours, rival) for rival in rivals]
         lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    return [*lines, "", rounds(measured, cases)]
+
+
+def rounds(measured: dict, cases: list[dict]) -> str:
+    """How many rounds the medians of a table are of, and of which run."""
+    counts = [row["rounds"] for case in cases for row in case["contenders"].values()]
+    least, most = min(counts), max(counts)
+    many = f"{least}" if least == most else f"{least} to {most}"
+    return f"Medians of {many} rounds of a {'full' if measured['full'] else 'quick'} run."
+
+
+def than_fastest_stored(case: dict, ours: str) -> str:
+    """How many times faster `ours` is than the fastest contender that keeps a matrix, and which."""
+    rival = fastest_stored(case)
+    return f"{faster(case, ours, rival)}, {TITLES[rival]}" if rival else ""
 
 
 def faster(case: dict, ours: str, rival: str) -> str:
     """How many times faster `ours` is, or why that is not known."""
     times = ratio(case, ours, rival)
     if times is not None:
-        return f"{times:.2f}x"
+        return times_text(times)
     why = case["left_out"].get(rival, {})
     if why.get("reason") == "does not fit into memory":
         return f"{bytes_text(why['stored_bytes'])} do not fit"
@@ -50,24 +57,31 @@ def faster(case: dict, ours: str, rival: str) -> str:
 
 def bench_networks(measured: dict) -> list[str]:
     """`bench_networks.py`: every network's signals against what they replace."""
-    return comparison([case for case in measured["cases"] if _is_network(case)])
+    return comparison(measured, [case for case in measured["cases"] if _is_network(case)])
 
 
 def bench_layer(measured: dict) -> list[str]:
     """One large layer by batch, dtype and distribution."""
     single = [case for case in measured["cases"] if case["layers"] == 1 and not case["matrix"]]
-    return comparison([c for c in single if (c["series"] or "batch").startswith("batch")])
+    by_batch = [case for case in single if (case["series"] or "batch").startswith("batch")]
+    return comparison(measured, by_batch)
+
+
+def bench_sweeps(measured: dict) -> list[str]:
+    """The rest of `bench_sweeps.py`: as the error, the layer and the number of layers grow."""
+    others = ("n", "size", "layers")
+    return comparison(measured, [case for case in measured["cases"] if case["series"] in others])
 
 
 def bench_matrix(measured: dict) -> list[str]:
     """`bench_matrix.py`: the matrix itself."""
-    return comparison([case for case in measured["cases"] if case["matrix"]])
+    return comparison(measured, [case for case in measured["cases"] if case["matrix"]])
 
 
 def bench_memory(measured: dict) -> list[str]:
     """Matrices and the most that a call takes, signals included; in parentheses, matrices alone."""
     lines = [
-        "| network | from the seed | shared matrix | matrix per layer |",
+        f"| network | from the seed | {TITLES['stored']} | {TITLES['naive']} |",
         "|---|---:|---:|---:|",
     ]
     for case in measured["cases"]:
@@ -105,24 +119,6 @@ def _largest_layer(measured: dict) -> list[str]:
         f"{time_text(row['seconds'])} and {extra:.1f} MiB beyond its signal; the stored fp32 "
         f"matrix would take {bytes_text(stored)}.",
     ]
-
-
-def bench_promises(measured: dict) -> list[str]:
-    """Every promised ratio with its target."""
-    lines = ["| case | ours | against | faster | asked |", "|---|---|---|---:|---:|"]
-    for case in measured["cases"]:
-        for promise in case["promises"]:
-            value = promise["reached"]
-            if promise["rival"] == "entries/s":
-                against, numbers = "entries a second", "{:.2g}"
-            else:
-                against, numbers = RIVALS.get(promise["rival"], f"`{promise['rival']}`"), "{:.2f}x"
-            shown = "not measured" if value is None else numbers.format(value)
-            asked = numbers.format(promise["at_least"])
-            lines.append(
-                f"| {case['case']} | `{promise['ours']}` | {against} | {shown} | {asked} |"
-            )
-    return lines
 
 
 def bench_machine(measured: dict) -> list[str]:

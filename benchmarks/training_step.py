@@ -104,6 +104,7 @@ def main():
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     arguments = parser.parse_args()
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    origin = provenance.origin(device.type)  # now, so that it is of what is measured
     backend = ops.choose("training_step", device.type, None)  # DFA_KERNELS_BACKEND's, if set
     print(f"{device}, {dtype}, {torch.get_num_threads()} threads, backend {backend}")
     measured = []
@@ -127,7 +128,7 @@ def main():
     if arguments.json:
         settings = {"backend": backend, "dtype": arguments.dtype}
         settings |= {"threads": torch.get_num_threads(), "device_type": device.type}
-        provenance.write(arguments.json, settings | {"cases": measured})
+        provenance.save(arguments.json, origin | settings | {"cases": measured})
 
 
 if __name__ == "__main__":

@@ -17,10 +17,13 @@ import race
 import report
 import speed_tables
 from conftest import needs
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from races import SMALL, new_race
-from shapes import ALL, Case
+from shapes import ALL, Case, title
 
 from dfa_kernels import cli
+from dfa_kernels.ops import BACKENDS
 
 
 def test_a_save_that_is_killed_leaves_what_was_there(tmp_path, monkeypatch):
@@ -59,7 +62,7 @@ def results():
     outcomes["small"]["naive"] = race.LeftOut("does not fit into memory", naive)
     outcomes["small"]["stored"] = gate.Wrong("[/of] its norm")
     measured = report.measured(outcomes, {case.name: case for case in cases}, runner.machine)
-    return json.loads(json.dumps(measured | {"device": "a machine", "date": "a day"}))
+    return json.loads(json.dumps(provenance.origin("cpu") | measured | {"full": False}))
 
 
 def test_results_say_what_was_reached(results):
@@ -88,7 +91,7 @@ def test_tables_show_every_contender(results):
         report.show(console, results)
     text = captured.get()
     for expected in (
-        *ALL,
+        *map(title, ALL),
         "fill",
         "torch.randn",
         "54 GB",
@@ -100,21 +103,60 @@ def test_tables_show_every_contender(results):
         assert expected in text
 
 
-def test_figures_are_drawn(results, tmp_path):
+def curves(panel):
+    """The lengths of a panel's lines by their labels; those of lines without one are a list."""
+    found = {"": []}
+    for line in panel.lines:
+        label = line.get_label()
+        if label.startswith("_"):
+            found[""].append(len(line.get_xdata()))
+        else:
+            found[label] = len(line.get_xdata())
+    return found
+
+
+def test_figures_have_every_contender(results):
+    drawn = figures.drawings(results)
+    assert set(drawn) == {"time.png", "memory.png", "roofline.png"}
+    in_series = contenders.names(dataclasses.replace(SMALL, series="batch"))
+    ours = [name for name in in_series if name in BACKENDS]
+    rivals = {"batch": ("views", "stored"), "size": (), "layers": ("naive", "stored")}
+    lengths = {"batch": 2, "size": 1, "layers": 2}
+    panels = {panel.get_title().split()[0]: panel for panel in drawn["time.png"].axes}
+    assert set(panels) == set(rivals)
+    for name, panel in panels.items():
+        length, limits = lengths[name], len(ours) + ("views" in rivals[name])
+        expected = dict.fromkeys(map(title, (*ours, *rivals[name])), length)
+        assert curves(panel) == {"": [length] * limits} | expected
+    (panel,) = drawn["memory.png"].axes
+    assert curves(panel) == {"": []} | dict.fromkeys(map(title, (*ours, "naive", "stored")), 2)
+    (panel,) = drawn["roofline.png"].axes
+    reached = curves(panel)
+    assert set(reached) == {"", *map(title, (*ours, "views", "stored"))}
+    assert {"M=1", "M=4"} <= {text.get_text() for text in panel.texts}
+    for figure in drawn.values():
+        plt.close(figure)
+
+
+def test_figures_are_written_and_say_where_they_come_from(results, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Figure, "suptitle", lambda self, text, **_: titles.append(text))
     drawn = figures.draw(results, tmp_path)
-    assert {path.name for path in drawn} == {"time.png", "memory.png", "roofline.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+    assert titles == [provenance.source(results)] * 3
 
 
 @pytest.mark.parametrize(
     ("table", "expected"),
     [
         ("bench_networks", "| small |"),
+        ("bench_networks", "| fastest stored | mm alone | stored matrix | matrix per layer |"),
+        ("bench_networks", "Medians of 2 rounds of a quick run."),
         ("bench_layer", "| M=4 |"),
+        ("bench_sweeps", "| 3 layers |"),
         ("bench_matrix", "| matrix |"),
         ("bench_memory", "(54 GB)"),
         ("bench_memory", "A layer of 500 with n = 20 and M = 2 takes"),
-        ("bench_promises", "not measured | 2.00x |"),
         ("bench_machine", "GB/s written"),
     ],
 )
@@ -123,6 +165,24 @@ def test_readme_tables(results, table, expected):
     assert expected in "\n".join(lines)
     rows = [line for line in lines if line.startswith("|")]
     assert len({row.count("|") for row in rows}) <= 1
+
+
+def test_the_fastest_of_those_that_keep_a_matrix_is_named():
+    rows = {
+        "cpp": {"times": [2.0, 4.0], "seconds": 3.0, "stored_bytes": 0},
+        "views": {"times": [3.0, 3.0], "seconds": 3.0, "stored_bytes": 8},
+        "scikit-learn": {"times": [1.0, 3.0], "seconds": 2.0, "stored_bytes": 8},
+        "fill": {"times": [0.1, 0.1], "seconds": 0.1, "stored_bytes": 0},
+    }
+    case = {"contenders": rows, "left_out": {}}
+    assert speed_tables.than_fastest_stored(case, "cpp") == "0.62x, scikit-learn"
+    del rows["views"], rows["scikit-learn"]
+    assert speed_tables.than_fastest_stored(case, "cpp") == ""
+
+
+def test_rounds_are_counted_over_the_cases_of_a_table():
+    cases = [{"contenders": {"cpp": {"rounds": rounds}}} for rounds in (7, 3, 15)]
+    assert speed_tables.rounds({"full": True}, cases) == "Medians of 3 to 15 rounds of a full run."
 
 
 # --- the command ---
@@ -166,6 +226,7 @@ def test_a_run_of_a_few(tmp_path):
     assert ran.returncode == 0, ran.stdout + ran.stderr
     measured = json.loads(path.read_text())
     assert {"device", "date", "commit", "versions", "roofs", "cases"} <= set(measured)
+    assert measured["finished"]
     assert "torch.randn" in measured["cases"][0]["contenders"]
     assert "normal float32" in ran.stdout
     for benchmark in json.loads(theirs.read_text())["benchmarks"]:

@@ -12,12 +12,13 @@ import bench_sweeps
 import contenders
 import gate
 import measure
+import numpy as np
 import pytest
 import race
 import report
 import roofs
 import torch
-from conftest import needs
+from conftest import COMPILER, needs
 from races import ONCE, SMALL, machine, new_race
 from roofs import Roofs, Work
 from shapes import ALL, Case
@@ -238,6 +239,17 @@ def test_seconds_are_of_one_call():
     assert 0.01 <= one <= (time.perf_counter() - began) / 3
 
 
+def test_available_memory_is_what_the_control_group_allows(tmp_path, monkeypatch):
+    needs("Linux", sys.platform == "linux")
+    monkeypatch.setattr(measure, "CGROUPS", tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("3000000\n")
+    (tmp_path / "memory.stat").write_text("anon 2000000\ninactive_file 1000000\n")
+    assert measure.available_bytes("cpu") > 2**24
+    (tmp_path / "memory.max").write_text("5000000\n")
+    assert measure.available_bytes("cpu") == 3_000_000  # the file's cache gives way
+
+
 # --- races ---
 
 
@@ -254,6 +266,16 @@ def test_every_contender_is_right_and_timed(dtype):
     assert outcome["torch"].stored_bytes == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own compiler's
+def test_what_is_compiled_is_right_and_timed():
+    needs("a C++ compiler", COMPILER)
+    case = Case("compiled", (40, 33), 3, 20, ("compiled",))
+    result = new_race().run(case, ["compiled"])["compiled"]
+    assert isinstance(result, race.Result), result
+    assert result.stored_bytes == 40 * 20 * 4
+    assert len(result.times) == 2
+
+
 def test_what_does_not_fit_is_not_run(monkeypatch):
     monkeypatch.setattr(race, "available_bytes", lambda device_type: 2**20)
     (outcome,) = new_race().run(SMALL, ["naive"]).values()
@@ -262,16 +284,37 @@ def test_what_does_not_fit_is_not_run(monkeypatch):
     assert outcome.stored_bytes == 4 * 180 * 30
 
 
-def test_what_takes_too_long_is_not_run():
-    limits = dataclasses.replace(ONCE, slowest=1e-7)
+def too_large(self, error, storage):
+    self.prepared = lambda: [torch.empty(2**58)]
+
+
+def too_large_for_numpy(self, error, storage):
+    self.prepared = lambda: [np.empty(2**58)]
+
+
+@pytest.mark.parametrize("prepare", [too_large, too_large_for_numpy])
+def test_who_runs_out_of_memory_is_left_out(prepare, monkeypatch):
+    monkeypatch.setattr(contenders.Naive, "prepare", prepare)
+    outcome = new_race().run(SMALL, ["naive", "stored"])
+    assert isinstance(outcome["naive"], race.LeftOut), outcome["naive"]
+    assert isinstance(outcome["stored"], race.Result)
+
+
+def test_what_takes_too_long_is_not_run(monkeypatch):
+    least = roofs.expected_seconds(contenders.contender("naive", SMALL).work(), machine())
+    limits = dataclasses.replace(ONCE, slowest=1.1 * least)
+    assert isinstance(new_race(limits).run(SMALL, ["naive"])["naive"], race.Result)
+    limits = dataclasses.replace(ONCE, slowest=0.9 * least)
+    monkeypatch.delattr(contenders.Naive, "prepare")
     (outcome,) = new_race(limits).run(SMALL, ["naive"]).values()
     assert isinstance(outcome, race.LeftOut)
-    assert roofs.expected_seconds(outcome.work, machine()) > 1e-7
+    assert "too long" in outcome.reason
+    assert roofs.expected_seconds(outcome.work, machine()) == least
 
 
 @pytest.mark.parametrize(
     ("rounds", "elapsed", "over"),
-    [(0, 99.0, False), (1, 2.0, False), (1, 16.0, True), (3, 0.5, False), (3, 1.5, True)],
+    [(0, 99.0, False), (4, 2.0, False), (1, 41.0, True), (5, 0.5, False), (5, 1.5, True)],
 )
 def test_rounds_end(rounds, elapsed, over):
     assert race.QUICK.are_over(rounds, elapsed) == over
@@ -294,7 +337,7 @@ def reduced(case):
         sizes=tuple(size // 2000 + 1 for size in case.sizes),
         batch=min(case.batch, 4),
         n=min(case.n, 20),
-        rivals=tuple(name for name in case.rivals if name != "compiled"),
+        rivals=tuple(name for name in case.rivals if name != "compiled"),  # takes seconds each
         device_type="cpu",
         precision="highest",
         graph=False,
@@ -331,7 +374,8 @@ def test_the_definition_sits_out_what_it_is_slow_on():
     here = contenders.names(SMALL)
     needs("two backends", "cpp" in here)
     assert "torch" in here
-    for changed in ({"series": "batch"}, {"sizes": (2**20,)}, {"graph": True}):
+    many = tuple(range(1000, 2000))
+    for changed in ({"series": "batch"}, {"sizes": (2**20,)}, {"sizes": many}, {"graph": True}):
         assert "torch" not in contenders.names(dataclasses.replace(SMALL, **changed))
 
 

@@ -1,14 +1,19 @@
-"""What only a GPU shows: streams, graphs, launches, memory, and cuRAND as a witness of the stream.
+"""What only a GPU shows: streams, graphs, launches, memory, races, and cuRAND as a witness.
 
 The tests of values run there too, through the fixture `target`.
 """
 
+import dataclasses
+
 import pytest
+import race
 import torch
 from conftest import assert_projected
+from races import ONCE, SMALL, machine
+from shapes import STORED
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
-from dfa_kernels import feedback_matrix, project
+from dfa_kernels import feedback_matrix, project, stream
 from dfa_kernels.backends import slabs
 
 SIZES = [700, 33, 700, 1, 129]
@@ -166,6 +171,26 @@ def test_work_goes_to_the_errors_device(gpu_backend):
     assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(signals, expected, strict=True))
     matrix = feedback_matrix(9, 50, device="cuda:1", backend=gpu_backend)
     assert torch.equal(matrix.cpu(), feedback_matrix(9, 50, backend="torch", device="cpu"))
+
+
+@pytest.mark.usefixtures("unpoisoned")
+def test_a_race_of_graph_replays(gpu_backend):
+    """The benchmarks' way to time, with stored matrices in TF32: all are right and get times."""
+    case = dataclasses.replace(SMALL, device_type="cuda", precision="high", graph=True)
+    roofs = dataclasses.replace(
+        machine(),
+        device_type="cuda",
+        multiply=dict.fromkeys(("fp32", "tf32", "bf16"), 1e12),
+        generation={gpu_backend: dict.fromkeys(stream.BLOCK, 1e9)},
+    )
+    names = [gpu_backend, *STORED]
+    outcome = race.Race(ONCE, {0: roofs}).run(case, names)
+    for name in names:
+        assert isinstance(outcome[name], race.Result), outcome[name]
+        assert len(outcome[name].times) == 2
+        assert all(time > 0 for time in outcome[name].times)
+        assert outcome[name].peak_bytes is None  # a replay allocates nothing
+    assert outcome[gpu_backend].stored_bytes == 0
 
 
 @pytest.mark.usefixtures("unpoisoned")

@@ -11,10 +11,12 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
+import provenance
 import pytest
 import readme_tables
 import shapes
 import torch
+from matplotlib import pyplot as plt
 from shapes import vgg16_sizes
 from torch import nn
 
@@ -144,16 +146,6 @@ def test_the_readme_tables_of_memory():
     assert lines[3] == "| huge | 50 GB | does not fit (60 GB) |  |"
 
 
-def test_committed_results_are_of_committed_code():
-    results = sorted((readme_tables.RESULTS).glob("*/paper_*.json"))
-    assert results
-    for path in results:
-        measured = json.loads(path.read_text())
-        commits = [measured["commit"], *measured.get("run_commits", ())]
-        assert all(len(commit) == 40 for commit in commits), path
-        assert not measured["quick"]
-
-
 def test_he_initialization():
     torch.manual_seed(0)
     model = networks.perceptron((1, 20, 20), 10, Practice("tanh"))
@@ -181,9 +173,8 @@ def test_every_variant_trains(experiment, tmp_path):
     assert len(summary["rows"]) == len(jobs)
     assert len(summary["claims"]) == len(experiment.claims)
     assert report.tables(summary)[0].row_count == len(jobs)
-    draw = figures.figure4 if experiment is FIGURE4 else figures.practices
-    draw(summary, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    drawn = figures.draw(experiment.name, provenance.origin("cpu") | summary, tmp_path)
+    assert drawn.stat().st_size > 10_000
     lines = (
         readme_tables.paper_figure4(summary)
         if experiment is FIGURE4
@@ -191,6 +182,38 @@ def test_every_variant_trains(experiment, tmp_path):
     )
     rows = published.BOTTLENECKS if experiment is FIGURE4 else experiment.rows
     assert sum(line.startswith("|") for line in lines) == 2 + len(rows)
+
+
+def committed(name):
+    """A committed result."""
+    path = min(readme_tables.RESULTS.glob(f"*/paper_{name}.json"))
+    return json.loads(path.read_text())
+
+
+def test_figure_4_has_one_colour_for_each_way_and_no_cosine_beyond_1():
+    figure = figures.figure4(committed("figure4"))
+    colours = {}
+    for panel in figure.axes:
+        for curve in panel.containers:
+            line, _, (bars,) = curve
+            assert len(line.get_xdata()) == len(published.BOTTLENECKS)
+            assert colours.setdefault(curve.get_label(), line.get_color()) == line.get_color()
+            assert all(abs(y) <= 1 for _, y in np.concatenate(bars.get_segments()))
+    assert len(set(colours.values())) == len(colours) == 3
+    assert all("published" in panel.lines[-1].get_label() for panel in figure.axes)
+    plt.close(figure)
+
+
+def test_the_figure_of_table_1_shows_every_measured_peak():
+    results = committed("table1")
+    figure = figures.memory(results)
+    (panel,) = figure.axes
+    drawn = np.concatenate([points.get_offsets().filled(np.nan) for points in panel.collections])
+    measured = [row[way] for row in results["rows"] for way in architectures.STORAGES]
+    assert np.isfinite(drawn[:, 1]).sum() == sum("peak" in cell for cell in measured)
+    assert np.nanmin(drawn[:, 1]) == readme_tables.LEAST_PEAK
+    assert len(panel.containers) == 2  # bars: from the seed nothing is stored
+    plt.close(figure)
 
 
 def test_the_variants_are_what_they_are_called():

@@ -58,7 +58,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def run_experiment(
     name: str, options: argparse.Namespace, console: Console, progress: Progress
 ) -> dict:
-    """Table 2, table 4 or figure 4: its summary, printed and drawn."""
+    """Table 2, table 4 or figure 4: its summary, printed."""
     experiment = EXPERIMENTS[name]
     images = data.load(options.data, options.device)
     jobs = list(experiment.jobs(images.name, options.quick, options.seeds, options.epochs))
@@ -68,9 +68,6 @@ def run_experiment(
     summary = report.summarize(experiment, runs)
     for table in report.tables(summary):
         console.print(table)
-    if options.output:
-        draw = figures.figure4 if name == "figure4" else figures.practices
-        draw(summary, options.output / f"paper_{name}.png")
     return summary
 
 
@@ -80,8 +77,6 @@ def run_table1(options: argparse.Namespace, console: Console, progress: Progress
     largest = QUICK_BYTES if options.quick else 2**63
     rows = table1.run(options.device, largest, lambda: progress.advance(task))
     console.print(report.memory_table(rows))
-    if options.output:
-        figures.memory(rows, options.output / "paper_table1.png")
     return {"rows": rows}
 
 
@@ -94,8 +89,6 @@ def run_vgg16(options: argparse.Namespace, console: Console, progress: Progress)
     rows = vgg16.run(options.device, resolution, batch, steps, lambda: progress.advance(task))
     summary = {"resolution": resolution, "batch": batch, "steps": steps, "rows": rows}
     console.print(report.vgg16_table(summary))
-    if options.output:
-        figures.vgg16(summary, options.output / "paper_vgg16.png")
     return summary
 
 
@@ -119,7 +112,9 @@ def main(arguments: list[str] | None = None) -> None:
             if options.output:
                 how = {"threads": torch.get_num_threads(), "quick": options.quick}
                 how["backend"] = ops.choose("project", options.device.type, None)
-                provenance.save(options.output / f"paper_{name}.json", origin | how | summary)
+                results = origin | how | summary
+                provenance.save(options.output / f"paper_{name}.json", results)
+                figures.draw(name, results, options.output)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,28 @@
-"""The results drawn."""
+"""The results drawn.
+
+python -m benchmarks.paper.figures FILE ...    draws the JSON of results again, beside it
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import sys
+from itertools import product
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("agg")
 
+import provenance
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from readme_tables import LEAST_PEAK, STORAGES, size
 
 from benchmarks.paper import published
-from benchmarks.paper.architectures import STORAGES
 from benchmarks.paper.report import MODES
-
-
-def save(figure: plt.Figure, path: Path) -> None:
-    """Write a PNG and forget the figure."""
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def bars(axes: Axes, groups: list[str], series: dict[str, list[dict | None]]) -> None:
@@ -40,7 +43,7 @@ def bars(axes: Axes, groups: list[str], series: dict[str, list[dict | None]]) ->
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def practices(summary: dict, path: Path) -> None:
+def practices(summary: dict) -> Figure:
     """Tables 2 and 4: accuracy by way of training, alignment by layer."""
     names = list(dict.fromkeys(row["practice"] for row in summary["rows"]))
     rows = {(row["practice"], row["mode"]): row for row in summary["rows"]}
@@ -56,23 +59,22 @@ def practices(summary: dict, path: Path) -> None:
     angles = {layer: [rows[name, "dfa"]["alignment"][layer] for name in names] for layer in layers}
     bars(below, names, angles)
     below.set(ylabel="cos(beta), DFA with BP")
-    save(figure, path)
+    return figure
 
 
-def figure4(summary: dict, path: Path) -> None:
+def figure4(summary: dict) -> Figure:
     """Accuracy and the second layer's alignment against the bottleneck, beside the published."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     rows = {(row["practice"], row["mode"]): row for row in summary["rows"]}
     sizes = published.BOTTLENECKS
-    for kind in ("masked", "narrow"):
-        for mode in MODES:
-            if (f"{kind} {sizes[0]}", mode) not in rows:
-                continue
-            chosen = [rows[f"{kind} {size}", mode] for size in sizes]
-            label = f"{kind}, {MODES[mode]}, {summary['data']}"
-            points(left, label, [row["test_accuracy"] for row in chosen])
-            if mode == "dfa":
-                points(right, label, [row["alignment"]["layer 2"] for row in chosen])
+    for index, (mode, kind) in enumerate(product(MODES, ("masked", "narrow"))):
+        if (f"{kind} {sizes[0]}", mode) not in rows:
+            continue
+        chosen = [rows[f"{kind} {size}", mode] for size in sizes]
+        style = {"label": f"{kind}, {MODES[mode]}, {summary['data']}", "color": f"C{index}"}
+        points(left, [row["test_accuracy"] for row in chosen], (0, 1), **style)
+        if mode == "dfa":
+            points(right, [row["alignment"]["layer 2"] for row in chosen], (-1, 1), **style)
     style = {"color": "gray", "marker": "x", "label": "masked, DFA, CIFAR-10, as published"}
     left.plot(sizes, [accuracy / 100 for accuracy in published.TEST_ACCURACY], **style)
     right.plot(sizes, published.ALIGNMENT, **style)
@@ -81,33 +83,44 @@ def figure4(summary: dict, path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    save(figure, path)
+    return figure
 
 
-def points(axes: Axes, label: str, values: list[dict]) -> None:
-    """Means with deviations over the published bottlenecks."""
-    means, deviations = ([value[key] for value in values] for key in ("mean", "deviation"))
-    axes.errorbar(published.BOTTLENECKS, means, yerr=deviations, marker=".", capsize=2, label=label)
+def points(axes: Axes, values: list[dict], limits: tuple[int, int], **style: str) -> None:
+    """Means over the published bottlenecks, with deviations as far as values can be."""
+    means = [value["mean"] for value in values]
+    low, high = limits
+    below = [min(value["deviation"], value["mean"] - low) for value in values]
+    above = [min(value["deviation"], high - value["mean"]) for value in values]
+    style |= {"marker": "."}
+    axes.errorbar(published.BOTTLENECKS, means, yerr=[below, above], capsize=2, **style)
 
 
-def memory(rows: list[dict], path: Path) -> None:
-    """Table 1: bytes stored, and the measured peaks where there are any."""
+def memory(results: dict) -> Figure:
+    """Table 1: bytes of matrices, and the measured peaks where there are any."""
+    rows = results["rows"]
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-    for index, storage in enumerate(STORAGES):
+    for index, (storage, name) in enumerate(STORAGES.items()):
+        style = {"color": f"C{index}"}
         places = [i + (index - 1) * 0.27 for i in range(len(rows))]
         stored = [row[storage]["stored"] for row in rows]
-        bar = axes.bar(places, stored, 0.25, label=f"{storage}, stored")
-        peaks = [row[storage].get("peak", float("nan")) for row in rows]
-        style = {"color": bar[0].get_facecolor(), "edgecolor": "black", "zorder": 3}
-        axes.scatter(places, peaks, label=f"{storage}, measured peak", **style)
+        if any(stored):
+            axes.bar(places, stored, 0.25, label=f"{name}, counted", **style)
+        peaks = [row[storage].get("peak", math.nan) for row in rows]
+        large = [peak if peak >= LEAST_PEAK else math.nan for peak in peaks]
+        small = [LEAST_PEAK if peak < LEAST_PEAK else math.nan for peak in peaks]
+        style |= {"edgecolor": "black", "zorder": 3}
+        axes.scatter(places, large, label=f"{name}, measured peak", **style)
+        axes.scatter(places, small, marker="v", **style)
     axes.set_xticks(range(len(rows)), [row["name"] for row in rows], rotation=20, ha="right")
-    axes.set(yscale="log", ylabel="bytes", title="Feedback matrices in fp32 (from a seed: none)")
+    title = f"Feedback matrices in fp32; triangles: a peak below {size(LEAST_PEAK)}"
+    axes.set(yscale="log", ylabel="bytes", title=title)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize="small")
-    save(figure, path)
+    return figure
 
 
-def vgg16(summary: dict, path: Path) -> None:
+def vgg16(summary: dict) -> Figure:
     """Peak memory and time of a step, of the ways that fit."""
     rows = [row for row in summary["rows"] if "peak" in row]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
@@ -120,4 +133,27 @@ def vgg16(summary: dict, path: Path) -> None:
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.3)
     left.invert_yaxis()
-    save(figure, path)
+    return figure
+
+
+DRAWINGS = {
+    "table1": memory,
+    "table2": practices,
+    "table4": practices,
+    "figure4": figure4,
+    "vgg16": vgg16,
+}
+
+
+def draw(name: str, results: dict, folder: Path) -> Path:
+    """Draw one table or figure with its origin; returns the file."""
+    figure, path = DRAWINGS[name](results), folder / f"paper_{name}.png"
+    figure.suptitle(provenance.source(results), fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    for file in map(Path, sys.argv[1:]):
+        print(draw(file.stem.removeprefix("paper_"), json.loads(file.read_text()), file.parent))

@@ -6,27 +6,19 @@ import multiprocessing
 import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from types import TracebackType
 
 import torch
+from measure import available_bytes, is_out_of_memory, proc_bytes
 
 MISSING = "does not fit"
-
-
-def status(key: str) -> int:
-    """Bytes of this process by /proc: "VmRSS" is resident now, "VmHWM" the most there has been."""
-    # Not ru_maxrss, which starts at the parent's size.
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def available(device: torch.device) -> int:
     """Bytes that a process could still take on the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return available_bytes("cpu")
 
 
 class Peak:
@@ -41,7 +33,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
         else:
-            self.before = status("VmRSS")
+            self.before = proc_bytes("/proc/self/status", "VmRSS")
         return self
 
     def __exit__(
@@ -54,7 +46,8 @@ class Peak:
             torch.cuda.synchronize(self.device)
             after = torch.cuda.max_memory_allocated(self.device)
         else:
-            after = status("VmHWM")
+            # Not ru_maxrss, which starts at the parent's size.
+            after = proc_bytes("/proc/self/status", "VmHWM")
         self.bytes = after - self.before
 
 
@@ -93,8 +86,8 @@ def _serve(sender: Connection, work: Callable[..., dict], arguments: dict) -> No
     """The child's side; nothing is sent where memory runs out."""
     try:
         result = work(**arguments)
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
             return
         raise
     sender.send(result)

@@ -7,7 +7,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 
-from readme_tables import peak, size
+from readme_tables import STORAGES, peak, size
 from rich.table import Table
 from scipy.stats import spearmanr, t
 
@@ -145,7 +145,7 @@ def tables(summary: dict) -> list[Table]:
         title = "Order of masked bottlenecks, rank correlation with the published on CIFAR-10"
         agreement = Table("test accuracy", "alignment of layer 2", title=title)
         values = summary["rank_agreement"].values()
-        agreement.add_row(*("-" if value is None else f"{value:+.2f}" for value in values))
+        agreement.add_row(*("-" if value is None else f"{value:+.3f}" for value in values))
         found.append(agreement)
     return found
 
@@ -153,12 +153,11 @@ def tables(summary: dict) -> list[Table]:
 def memory_table(rows: list[dict]) -> Table:
     """Table 1."""
     title = "Table 1: feedback matrices in fp32, and the peak of making and using them once, M = 4"
-    storages = ("naive", "shared", "seeded")
-    columns = [*storages, *(f"peak, {storage}" for storage in storages)]
+    columns = [*STORAGES.values(), *(f"peak, {title}" for title in STORAGES.values())]
     found = Table("network", *columns, title=title)
     for row in rows:
-        stored = [size(row[storage]["stored"]) for storage in storages]
-        found.add_row(row["name"], *stored, *(peak(row[storage]) for storage in storages))
+        stored = [size(row[storage]["stored"]) for storage in STORAGES]
+        found.add_row(row["name"], *stored, *(peak(row[storage]) for storage in STORAGES))
     return found
 
 

@@ -73,7 +73,8 @@ Tensor feedback_matrix(int64_t rows, int64_t columns, int64_t seed, int64_t row_
 std::string cpu_isa(std::optional<std::string> force) {
   if (force.has_value()) {
     check(dfa::force_kernels(force->c_str()),
-          "cpu_isa: force must be avx512, avx2 or portable and run on this CPU, got ", *force);
+          "cpu_isa: force must be avx512_bf16, avx512, avx2 or portable and run on this CPU, got ",
+          *force);
   }
   return dfa::kernels().name;
 }

@@ -46,7 +46,7 @@ def cpu_isa(force=None):
 def available():
     """The instruction sets to test."""
     found = []
-    for name in ("avx512", "avx2", "portable"):
+    for name in ("avx512_bf16", "avx512", "avx2", "portable"):
         try:
             cpu_isa(name)
             found.append(name)

@@ -68,7 +68,7 @@ struct Kernels {
   void (*tile_bf16)(const TileSpec&, uint32_t* tile);  // [columns / 2][panel] pairs, low half first
   MultiplyKernel multiply_f32;
   MultiplyKernel multiply_f64;
-  MultiplyKernel multiply_bf16;  // null where the CPU has no bf16 dot product
+  MultiplyKernel multiply_bf16;  // null without a bf16 dot product: bf16 errors become fp32
   ScaleKernel scale_f32[4];      // by output Type
   ScaleKernel scale_f64[4];
   FillKernel fill[4];  // by output Type
@@ -80,7 +80,11 @@ const Kernels& kernels();
 // Forces a path by name ("" returns to automatic). False if the name is unknown or cannot run here.
 bool force_kernels(const char* name);
 
+// Whether the CPU multiplies bf16 numbers faster than fp32 ones.
+bool has_fast_bf16();
+
 // Null where the binary or the CPU lacks the set.
+const Kernels* kernels_avx512_bf16();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
 const Kernels* kernels_portable();

@@ -6,17 +6,11 @@
 namespace dfa {
 
 extern const Kernels kAvx512Table;
-MultiplyKernel multiply_avx512_bf16();  // null where the CPU lacks AVX512_BF16
 
 const Kernels* kernels_avx512() {
-  static const Kernels table = [] {
-    Kernels k = kAvx512Table;
-    k.multiply_bf16 = multiply_avx512_bf16();
-    return k;
-  }();
   const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return runs ? &table : nullptr;
+  return runs ? &kAvx512Table : nullptr;
 }
 
 }  // namespace dfa

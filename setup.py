@@ -4,7 +4,7 @@
 built where torch is a CUDA build and its toolkit is there (CUDA_HOME), whether or not a GPU is.
 What cannot be built is left out, and one line says so; what remains is a working package. `pip
 install --no-build-isolation .` builds against the torch that is installed; the binaries then serve
-every Python >= 3.10 and every torch >= 2.10.
+every Python >= 3.10 and every torch >= 2.10, those for GPUs with the same major version of CUDA.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ COMPILE_ARGUMENTS = [
 
 # Binaries for sm_80 (and 8.6, 8.9) and sm_90; what is newer compiles the latter's PTX.
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
+OLD_NAMES = ("Kepler", "Maxwell", "Pascal", "Volta", "Turing")  # torch's, before sm_80
 
 
 def why_not() -> str | None:
@@ -64,6 +65,16 @@ def find_toolkit() -> str | None:
     if CUDA_HOME is None or shutil.which(os.path.join(CUDA_HOME, "bin", "nvcc")) is None:
         return f"there is no CUDA toolkit (CUDA_HOME is {CUDA_HOME})"
     return None
+
+
+def architectures(asked: str) -> str:
+    """Those of a TORCH_CUDA_ARCH_LIST that have tensor cores for bf16: from sm_80 on."""
+    wanted = re.split(r"[ ;]+", asked.strip(" ;"))
+    old = [one for one in wanted if re.match(r"\d\.", one) and int(one[0]) < 8]
+    old += [one for one in wanted if one.startswith(OLD_NAMES)]
+    if old:
+        left_out(f"{' '.join(old)} part of the CUDA", "they need compute capability 8.0")
+    return ";".join(one for one in wanted if one not in old) or CUDA_ARCHITECTURES
 
 
 def left_out(what: str, reason: object) -> None:
@@ -117,7 +128,8 @@ def extensions() -> dict:
         if no_toolkit is not None:
             left_out("CUDA", no_toolkit)
         else:
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+            asked = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+            os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(asked)
             modules.append(
                 CUDAExtension(
                     "dfa_kernels._CUDA",
@@ -134,7 +146,8 @@ def extensions() -> dict:
     }
 
 
-reason = why_not()
-if reason is not None:
-    left_out("compiled", reason)
-setup(**({} if reason else extensions()))
+if __name__ == "__main__":
+    reason = why_not()
+    if reason is not None:
+        left_out("compiled", reason)
+    setup(**({} if reason else extensions()))

@@ -102,7 +102,8 @@ STEPS = [
     ),
     Step(
         "profile",
-        "{ncu} --clock-control=none --set=full --kernel-name='regex:fused|project_kernel' "
+        "{ncu} --clock-control=none --set=full "
+        "--kernel-name='regex:fused|project_kernel|fill|matrix_kernel' "
         "--export={output}/profile --force-overwrite --print-details=body "
         "{python} tests/small_shapes.py --large",
         300,

@@ -5,8 +5,8 @@
     project_adjoint             the transpose of project
     feedback_matrix.<backend>   a block of U
     cpu_isa                     the instruction set of backend "cpp"
-    cuda_fused, cuda_lattice    the two ways of backend "cuda": its fused kernel, and for its slabs
-        a block of U without the sqrt(3) of uniform entries
+    cuda_fused, cuda_entries    the kernels of backend "cuda": the fused projection, and a block of
+        U, on request without the sqrt(3) of uniform entries
 
 Arguments are trusted here; `functional` checks them. `seed` is the two's complement of the seed.
 """
@@ -55,7 +55,7 @@ for _name in BACKENDS:
     _library.define(f"feedback_matrix.{_name}{_SCHEMAS['feedback_matrix']}) -> Tensor")
 _library.define("cpu_isa(str? force) -> str")
 _library.define(f"cuda_fused{_SCHEMAS['project']}, int terms) -> Tensor[]")
-_library.define(f"cuda_lattice{_SCHEMAS['feedback_matrix']}) -> Tensor")
+_library.define(f"cuda_entries{_SCHEMAS['feedback_matrix']}, bool lattice) -> Tensor")
 
 
 # --- which backend serves what ---
@@ -187,7 +187,7 @@ def _project(
 
 
 def _project_fake(
-    error, row_offsets, sizes, scales, seed, column_offset, distribution, dtype, backend=None
+    error, row_offsets, sizes, scales, seed, column_offset, distribution, dtype, *_
 ) -> list[Tensor]:
     return [error.new_empty(error.shape[0], size, dtype=dtype) for size in sizes]
 
@@ -309,7 +309,7 @@ def feedback_matrix(
 
 
 def _feedback_matrix_fake(
-    rows, columns, seed, row_offset, column_offset, distribution, dtype, device
+    rows, columns, seed, row_offset, column_offset, distribution, dtype, device, *_
 ) -> Tensor:
     return torch.empty(rows, columns, dtype=dtype, device=device)
 
@@ -336,6 +336,8 @@ def _register() -> None:
         torch.library.register_fake(
             f"dfa_kernels::feedback_matrix.{name}", _feedback_matrix_fake, lib=_library
         )
+    torch.library.register_fake("dfa_kernels::cuda_fused", _project_fake, lib=_library)
+    torch.library.register_fake("dfa_kernels::cuda_entries", _feedback_matrix_fake, lib=_library)
     for key, device_type in {
         "AutocastCPU": "cpu",
         "AutocastCUDA": "cuda",

@@ -51,6 +51,22 @@ def gpu_backend(request):
     return request.param
 
 
+RESOURCES = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def resources(request):
+    """Takes lines on what compiled kernels use, which the run ends with where it is to say much."""
+    return request.config.stash.setdefault(RESOURCES, []).append
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    lines = config.stash.get(RESOURCES, [])
+    if lines and (config.option.verbose > 0 or "DFA_KERNELS_SKIP_NOTHING" in os.environ):
+        terminalreporter.section("what the GPU kernels compile to")
+        terminalreporter.write_line("\n".join(lines))
+
+
 @pytest.fixture(autouse=True)
 def poison():
     """Fresh memory is NaN: an element that a kernel leaves unwritten fails its comparison."""

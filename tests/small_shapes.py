@@ -61,11 +61,12 @@ def by_slabs(backend):
 
 
 def large(backend):
-    """The fused kernel where generation costs most, in bf16 and fp32."""
+    """The fused kernel where generation costs most, in bf16 and fp32, and blocks of U for slabs."""
     for dtype in (torch.bfloat16, torch.float32):
         error = torch.randn(128, 1000, device="cuda", dtype=dtype)
         for distribution in ("normal", "rademacher"):
             dfa_kernels.project(error, [200_000], distribution=distribution, backend=backend)
+    dfa_kernels.feedback_matrix(2**15, 1000, dtype=torch.bfloat16, device="cuda", backend=backend)
 
 
 for name in CHOICES:  # one that is not available says why

@@ -1,6 +1,11 @@
 """What the "cuda" backend decides in Python."""
 
-from dfa_kernels.backends import cuda, slabs
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfa_kernels.backends import cuda, slabs, tensor_cores
 
 DISTRIBUTIONS = ("normal", "uniform", "rademacher")
 
@@ -51,5 +56,43 @@ def test_union_rows():
 def test_why_not():
     assert cuda.unavailable("cpu").startswith("it serves CUDA devices only")
     assert cuda.unavailable("mps").startswith("it serves CUDA devices only")
-    reason = cuda.unavailable("cuda")
-    assert reason is None or "CUDA" in reason or "compute capability" in reason
+
+
+def test_old_gpus_are_named(monkeypatch):
+    """For both backends of tensor cores, whichever device is the current one."""
+    capabilities = [(9, 0), (7, 5)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"GPU {i}")
+    assert tensor_cores.too_old() == (
+        "it needs compute capability 8.0 on every device, but GPU 1 is sm_75"
+    )
+    capabilities.pop()
+    assert tensor_cores.too_old() is None
+
+
+def test_failed_allocations_are_torchs_own_errors(monkeypatch):
+    def fails(*_):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(torch.ops.dfa_kernels, "cuda_entries", fails, raising=False)
+    arguments = (2, 3, 0, 0, 0, "normal", torch.float32, torch.device("cuda"))
+    message = "feedback_matrix: CUDA out of memory for [2, 3] of float32"
+    with pytest.raises(torch.OutOfMemoryError, match="feedback_matrix: CUDA out of memory"):
+        cuda.feedback_matrix(*arguments)
+    message = "something else"
+    with pytest.raises(RuntimeError, match="something else") as raised:
+        cuda.feedback_matrix(*arguments)
+    assert not isinstance(raised.value, torch.OutOfMemoryError)
+
+
+def test_architectures_without_bf16_are_left_out(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
+    import setup
+
+    assert setup.architectures("8.0;9.0+PTX") == "8.0;9.0+PTX"
+    assert setup.architectures("7.5 8.6;9.0a Ampere") == "8.6;9.0a;Ampere"
+    assert "7.5 part of the CUDA kernels: they need compute" in capsys.readouterr().err
+    assert setup.architectures("6.1;Volta;7.0+PTX") == setup.CUDA_ARCHITECTURES
+    assert "6.1 7.0+PTX Volta part" in capsys.readouterr().err
+    assert setup.architectures("10.0;12.0") == "10.0;12.0"

@@ -1,7 +1,7 @@
 """What nvcc makes of the CUDA sources: no spills, no local memory, few instructions an entry.
 
-Prints (`pytest -rP`) registers, shared memory and occupancy of every kernel, and what its inner
-loop issues.
+With `-v`, and in CI, a run ends with registers, shared memory and blocks of every kernel, and what
+its inner loop issues.
 """
 
 import collections
@@ -25,6 +25,7 @@ DISTRIBUTIONS = ("normal", "uniform", "rademacher")  # as dfa::Distribution
 # Most instructions per entry in the loop that makes U and multiplies one term, at the largest tile:
 # 2 of them multiply, half of one loads the error.
 MOST = {"normal": 20, "uniform": 12, "rademacher": 8}
+SHARED = {"sm_80": 164 << 10, "sm_90a": 228 << 10}  # bytes of a multiprocessor
 
 needs("nvcc", shutil.which("nvcc") is not None)
 
@@ -109,7 +110,18 @@ def shape(symbol):
     return found and tuple(map(int, found.groups()))
 
 
-def test_no_kernel_spills_or_has_local_memory(kernels):
+def shared_bytes(symbol):
+    """Of a fused kernel for one term, as csrc/cuda/shapes.h counts them, with what CUDA takes."""
+    found = shape(symbol)
+    if not found:
+        return []
+    n, fragments, warps, _, operand = found
+    terms = 3 if operand == 2 else 1  # Operand::kExact
+    stages = 2 * terms * 8 * n * 128
+    return [stages + warps * 8 * min(n, 4) * (16 * fragments + 4) * 4 + 1024]
+
+
+def test_no_kernel_spills_or_has_local_memory(kernels, resources):
     names = {(kernel.source, kernel.architecture) for kernel in kernels}
     assert len(names) == len(SOURCES) * len(ARCHITECTURES)
     for kernel in kernels:
@@ -118,13 +130,17 @@ def test_no_kernel_spills_or_has_local_memory(kernels):
         threads = 32 * shape(kernel.symbol)[2] if shape(kernel.symbol) else 256
         blocks = 65536 // (threads * (kernel.registers + 7 & ~7))
         assert blocks >= 1
-        print(
+        shared = shared_bytes(kernel.symbol)
+        blocks = min(blocks, 2048 // threads, *(SHARED[kernel.architecture] // s for s in shared))
+        assert blocks >= 1
+        resources(
             f"{kernel.architecture:7}{kernel.source:22}{shape(kernel.symbol) or ''!s:20}"
-            f"{threads} threads, {kernel.registers} registers, {blocks} blocks by registers"
+            f"{threads} threads, {kernel.registers} registers, "
+            f"{shared[0] if shared else 0} bytes shared: {blocks} blocks"
         )
 
 
-def test_the_fused_loop_is_short(kernels):
+def test_the_fused_loop_is_short(kernels, resources):
     seen = collections.Counter()
     for kernel in kernels:
         if not shape(kernel.symbol):
@@ -143,7 +159,8 @@ def test_the_fused_loop_is_short(kernels):
         assert kinds["MUFU"] == (entries if name == "normal" else 0)
         count = len(inner) / entries
         common = ", ".join(f"{kind} {number}" for kind, number in kinds.most_common(8))
-        print(f"{kernel.architecture} {name} {8 * n} x {16 * fragments}: {count:.1f} ({common})")
+        tile = f"{kernel.architecture} {name} {8 * n} x {16 * fragments}"
+        resources(f"{tile}: {count:.1f} an entry ({common})")
         if n == 16 and operand == 0:
             assert count <= MOST[name]
             seen[kernel.architecture, name] += 1

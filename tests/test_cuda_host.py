@@ -25,7 +25,15 @@ SOURCES = [HOST / "main.cpp", *sorted((HOST.parents[1] / "csrc" / "cuda").glob("
 DISTRIBUTIONS = ("normal", "uniform", "rademacher")
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # as dfa::Type
 UNIT = {"normal": 1.0, "uniform": math.sqrt(3), "rademacher": 1.0}
-ORDERS = ({}, {"DFA_EMULATE_LATE": "1"}, {"DFA_EMULATE_BACKWARDS": "1", "DFA_EMULATE_LATE": "1"})
+ORDERS = {
+    "at-once": {},
+    "late": {"DFA_EMULATE_LATE": "1"},
+    "late-backwards": {"DFA_EMULATE_LATE": "1", "DFA_EMULATE_BACKWARDS": "1"},
+    "apart": {"DFA_EMULATE_APART": "1"},
+    "apart-late-backwards": dict.fromkeys(
+        ("DFA_EMULATE_APART", "DFA_EMULATE_LATE", "DFA_EMULATE_BACKWARDS"), "1"
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +159,7 @@ def reference_project(case, error, absolute=False):
     return signals
 
 
-def run_all(emulator, cases, order=ORDERS[1], check=True):
+def run_all(emulator, cases, order=ORDERS["late"], check=True):
     data = run(emulator, b"".join(case.request() for case in cases), order)
     found = []
     for case in cases:
@@ -185,9 +193,10 @@ def tile_of(case, log):
     return threads, errors
 
 
+@pytest.mark.parametrize("order", ["late", "apart"])
 @pytest.mark.parametrize("dtype", TYPES[:3], ids=str)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_every_tile(emulator, distribution, dtype):
+def test_every_tile(emulator, distribution, dtype, order):
     """Several tiles in turn, several chunks of columns, three layers that overlap."""
     shapes = [(1, 300, 37), (8, 70, 128), (20, 40, 300), (33, 500, 10), (60, 400, 33)]
     shapes += [(100, 700, 40), (130, 20, 100)]
@@ -202,13 +211,19 @@ def test_every_tile(emulator, distribution, dtype):
         )
         for i, (rows, size, columns) in enumerate(shapes)
     ]
-    found = run_all(emulator, cases)
+    found = run_all(emulator, cases, ORDERS[order])
     tiles = {tile_of(case, log) for case, (log, _) in zip(cases, found, strict=True)}
-    # Two terms of 128 error rows are more shared memory than the emulated GPU has.
     assert tiles == TILES.keys() - ({(256, 128)} if dtype == torch.float32 else set())
 
 
-@pytest.mark.parametrize("order", ORDERS, ids=["at-once", "late", "late-backwards"])
+def test_a_tile_that_does_not_fit_is_not_taken(emulator):
+    """Two terms of 128 error rows are more shared memory than the emulated GPU has."""
+    case = Projection(random_error(128, 40), [3000], terms=2)
+    ((log, _),) = run_all(emulator, [case])
+    assert tile_of(case, log) == (128, 64)
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 def test_in_any_order_of_threads_and_copies(emulator, order):
     cases = [
         Projection(random_error(rows, columns), [50, 30], row_offsets=[0, 20], distribution=kind)
@@ -219,7 +234,7 @@ def test_in_any_order_of_threads_and_copies(emulator, order):
 
 
 def test_the_maps_of_the_fragments(emulator):
-    assert struct.unpack("<q", run(emulator, words(2), ORDERS[0])) == (1,)
+    assert struct.unpack("<q", run(emulator, words(2), ORDERS["at-once"])) == (1,)
 
 
 # The entries
@@ -277,7 +292,7 @@ def test_feedback_matrices(emulator):
             else:
                 u = reference.matrix(rows, columns, dtype=dtype, **place)
             expected.append(u)
-    data = run(emulator, b"".join(requests), ORDERS[0])
+    data = run(emulator, b"".join(requests), ORDERS["at-once"])
     for want in expected:
         part, data = data[: want.nbytes], data[want.nbytes :]
         (made,) = as_tensors(part, want.dtype, [want.shape])
@@ -324,12 +339,13 @@ def test_an_aligned_16_bit_error_is_read_where_it_lies(emulator):
         Projection(wide, [30], column_offset=4),
         Projection(wide[:, :72], [30], distribution="rademacher", column_offset=8),
         Projection(wide[:, :71], [30]),
+        Projection(random_error(20, 97, torch.bfloat16)[:, :72], [30]),  # rows begin anywhere
         Projection(wide.T, [30]),
         Projection(wide[:, ::2], [30]),
         Projection(wide[0].expand(5, 96), [30]),
     ]
     found = run_all(emulator, as_it_is + copied)
-    assert [log[0] for log, _ in found] == [1] * 3 + [2] * 6 + [1]
+    assert [log[0] for log, _ in found] == [1] * 3 + [2] * 7 + [1]
 
 
 def test_strided_errors_of_32_bits(emulator):
@@ -415,7 +431,7 @@ def test_the_emulator_sees_mistakes(tmp_path):
     messages = ["copies under way", "different operations", "for ever", "unaligned", "overflow"]
     for i, message in enumerate(messages):
         done = subprocess.run(
-            [program, str(i)], capture_output=True, env={**os.environ, **ORDERS[1]}
+            [program, str(i)], capture_output=True, env={**os.environ, **ORDERS["late"]}
         )
         assert done.returncode != 0
         assert message in done.stderr.decode()

@@ -4,9 +4,11 @@ The tests of values run there too, through the fixture `target`.
 """
 
 import dataclasses
+import logging
 
 import pytest
 import race
+import reference
 import torch
 from conftest import assert_projected
 from races import ONCE, SMALL, machine
@@ -232,6 +234,49 @@ def test_an_fp32_error_loses_no_more_than_in_an_fp32_product(gpu_backend, count)
     exact = error.double() @ u.double().T
     lost, usual = ((found.double() - exact).square().mean() for found in (signal, error @ u.T))
     assert lost <= 3**2 * usual
+
+
+@pytest.mark.parametrize(
+    ("dtype", "distribution", "precision", "n", "sizes"),
+    [
+        (torch.bfloat16, "normal", "highest", 1000, [2500, 1500, 700]),  # sums in fp32
+        (torch.bfloat16, "uniform", "highest", 1000, [3000]),  # written in place
+        (torch.float32, "normal", "high", 8000, [1000]),  # two terms
+        (torch.bfloat16, "normal", "highest", 50_000, [300]),  # too long for that
+    ],
+)
+def test_values_by_slabs(gpu_backend, caplog, dtype, distribution, precision, n, sizes):
+    """Against float64: such errors as are projected by slabs."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    error = random_error(4096, n, dtype=dtype)
+    try:
+        with caplog.at_level(logging.DEBUG, "dfa_kernels"):
+            signals = project(error, sizes, distribution=distribution, backend=gpu_backend)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    if gpu_backend == "cuda":
+        assert "slabs" in caplog.messages[-1]
+    rows = slice(0, 4096, 511)
+    scales = [(size * n) ** -0.5 for size in sizes]
+    some = [signal[rows].contiguous() for signal in signals]
+    if precision == "highest":
+        assert_projected(some, error[rows], sizes, scales, distribution=distribution)
+    else:  # two terms leave out 2^-16
+        expected = reference.project(error[rows].cpu(), sizes, scales)
+        for signal, exact in zip(some, expected, strict=True):
+            assert (signal.cpu().double() - exact).norm() <= 2**-15 * exact.norm()
+
+
+@pytest.mark.usefixtures("unpoisoned")
+def test_failed_allocations_are_torchs_own_errors(gpu_backend):
+    error = random_error(2**12, 8)
+    with pytest.raises(torch.OutOfMemoryError):
+        project(error, [2**34], backend=gpu_backend)
+    if gpu_backend in FUSED:
+        with pytest.raises(torch.OutOfMemoryError):
+            feedback_matrix(2**36, 2**10, device="cuda", backend=gpu_backend)
+    project(error, [8], backend=gpu_backend)  # nothing is left behind
 
 
 @pytest.mark.usefixtures("unpoisoned")

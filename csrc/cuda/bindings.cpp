@@ -31,9 +31,16 @@ void* current_stream() {
   return stream;
 }
 
+// Torch's own error does not come through the stable ABI; `backends/cuda.py` knows this one by its
+// words.
 Tensor allocate(int64_t rows, int64_t columns, ScalarType dtype, Device device, const char* op) {
   dfa::check_fits(rows, columns, op);
-  return torch::stable::empty(std::vector<int64_t>{rows, columns}, dtype, std::nullopt, device);
+  try {
+    return torch::stable::empty(std::vector<int64_t>{rows, columns}, dtype, std::nullopt, device);
+  } catch (const std::exception&) {
+    check(false, op, ": CUDA out of memory for [", rows, ", ", columns, "] of ", dfa::name(dtype));
+    throw;
+  }
 }
 
 std::vector<Tensor> project(const Tensor& error, const std::vector<int64_t>& row_offsets,
@@ -68,7 +75,7 @@ std::vector<Tensor> project(const Tensor& error, const std::vector<int64_t>& row
   return outputs;
 }
 
-// U, with uniform entries as their exact lattice if `lattice`.
+// A block of U, with uniform entries as their exact lattice if `lattice`.
 Tensor entries(int64_t rows, int64_t columns, int64_t seed, int64_t row_offset,
                int64_t column_offset, const std::string& distribution, ScalarType dtype,
                Device device, bool lattice) {
@@ -86,27 +93,13 @@ Tensor entries(int64_t rows, int64_t columns, int64_t seed, int64_t row_offset,
   return out;
 }
 
-Tensor feedback_matrix(int64_t rows, int64_t columns, int64_t seed, int64_t row_offset,
-                       int64_t column_offset, const std::string& distribution, ScalarType dtype,
-                       Device device) {
-  return entries(rows, columns, seed, row_offset, column_offset, distribution, dtype, device,
-                 false);
-}
-
-Tensor lattice(int64_t rows, int64_t columns, int64_t seed, int64_t row_offset,
-               int64_t column_offset, const std::string& distribution, ScalarType dtype,
-               Device device) {
-  return entries(rows, columns, seed, row_offset, column_offset, distribution, dtype, device, true);
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dfa_kernels, CUDA, m) { m.impl("cuda_fused", TORCH_BOX(&project)); }
 
 // No tensor argument: there is no backend to dispatch on.
 STABLE_TORCH_LIBRARY_IMPL(dfa_kernels, CompositeExplicitAutograd, m) {
-  m.impl("feedback_matrix.cuda", TORCH_BOX(&feedback_matrix));
-  m.impl("cuda_lattice", TORCH_BOX(&lattice));
+  m.impl("cuda_entries", TORCH_BOX(&entries));
 }
 
 // `import dfa_kernels._CUDA` loads the library; the registrations above are its only content.

@@ -13,7 +13,6 @@
 
 namespace dfa {
 
-constexpr int kStepColumns = 16;                // contraction of one mma
 constexpr int kBlock32 = 32;                    // columns of U per pair of steps
 constexpr int kChunkColumns = 64;               // columns of the error staged at once
 constexpr int kChunkBytes = 2 * kChunkColumns;  // of one error row

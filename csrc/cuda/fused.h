@@ -80,7 +80,7 @@ DFA_DEVICE void multiply_chunk(const FusedParameters& p,
     uint32_t a[S::kF][2][4];
     generator.make(p.keys, p.first_block, static_cast<uint32_t>(2 * chunk + half), lane, a);
     const int piece = 4 * half + lane % 4;
-    // The smallest terms first.
+    // Of these 32 columns, the smallest terms first.
 #pragma unroll 1
     for (int term = p.terms - 1; term >= 0; --term) {
       const char* from = stage + term * S::kErrors * kChunkBytes + staged_byte(lane / 4, piece);

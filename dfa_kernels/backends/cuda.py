@@ -1,7 +1,7 @@
 """The "cuda" backend: hand-written CUDA kernels, compiled from `csrc/cuda`, for sm_80 and newer.
 
-Importing the extension registers its kernels: the fused projection as `cuda_fused`, and
-`feedback_matrix.cuda`. Here it is decided which of two ways a projection takes:
+Importing the extension registers its kernels: the fused projection as `cuda_fused`, blocks of U as
+`cuda_entries`. Here it is decided which of two ways a projection takes:
 
 - **fused**: U is made in registers and multiplied there; nothing of it is ever stored.
 - **slabs**: U is made a slab at a time into a bounded workspace, and cuBLAS multiplies it.
@@ -12,8 +12,11 @@ projected by slabs in fp64.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,11 +111,8 @@ def project(
     def generate(
         rows: int, columns: int, row_offset: int, column_offset: int, dtype: torch.dtype
     ) -> Tensor:
-        kernels = torch.ops.dfa_kernels
-        make = kernels.feedback_matrix.cuda if in_float64 else kernels.cuda_lattice
-        return make(
-            rows, columns, seed, row_offset, column_offset, distribution, dtype, error.device
-        )
+        where = (row_offset, column_offset, distribution)
+        return _entries(rows, columns, seed, *where, dtype, error.device, not in_float64)
 
     if in_float64:
         return slabs.project(generate, error, *layers, column_offset, dtype)
@@ -125,6 +125,38 @@ def project(
         _log.debug("project %s, %d layers, %d terms: %s", [*error.shape], len(sizes), terms, way)
     if by_slabs:
         return tensor_cores.project(generate, error, *layers, column_offset, distribution, dtype)
-    return torch.ops.dfa_kernels.cuda_fused(
-        error, *layers, seed, column_offset, distribution, dtype, terms
-    )
+    with _allocating():
+        return torch.ops.dfa_kernels.cuda_fused(
+            error, *layers, seed, column_offset, distribution, dtype, terms
+        )
+
+
+def feedback_matrix(
+    rows: int,
+    columns: int,
+    seed: int,
+    row_offset: int,
+    column_offset: int,
+    distribution: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """The block of U with its first entry at (row_offset, column_offset)."""
+    where = (row_offset, column_offset, distribution)
+    return _entries(rows, columns, seed, *where, dtype, device, False)
+
+
+def _entries(*arguments: Any) -> Tensor:
+    with _allocating():
+        return torch.ops.dfa_kernels.cuda_entries(*arguments)
+
+
+@contextlib.contextmanager
+def _allocating() -> Iterator[None]:
+    """A kernel's failed allocation as torch's own error, which callers may know how to meet."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "CUDA out of memory" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise

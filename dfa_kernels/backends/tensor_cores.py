@@ -21,6 +21,7 @@ TERMS = {"highest": 3, "high": 2, "medium": 1}
 # matrix products and the making of U are fast with. Rows of a slab, for the products' sake.
 _COLUMN_STEP = 8
 _ROW_STEP = 128
+_IN_PLACE_COLUMNS = 2**11  # beyond, a vendor may add up parts of a product in its 16 bits
 _ERROR_ROWS = 2**14  # that one slab is made for, so that their sums leave room for its rows
 
 
@@ -72,11 +73,13 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def written_in_place(error: Tensor, layers: int, dtype: torch.dtype) -> bool:
-    """Whether a slab's product is a part of a signal: it is for one layer, of its operands' dtype.
+    """Whether a slab's product is a part of a signal.
 
-    All others are sums in fp32, which are scaled into the layers in a pass of their own.
+    It is for one layer, of its operands' dtype, and short. All others are sums in fp32, which are
+    scaled into the layers in a pass of their own; beside a long product that costs little.
     """
-    return layers == 1 and dtype == error.dtype != torch.float32
+    short = error.shape[1] <= _IN_PLACE_COLUMNS
+    return short and layers == 1 and dtype == error.dtype != torch.float32
 
 
 def slab_rows(error_rows: int, columns: int, terms: int, in_place: bool) -> int:

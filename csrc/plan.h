@@ -29,6 +29,7 @@ class RowPlan {
               [](const Range& a, const Range& b) { return a.row_offset < b.row_offset; });
     uint64_t reach = 0;
     for (const Range& r : ranges_) {
+      written_ += r.size;
       const uint64_t end = r.row_offset + static_cast<uint64_t>(r.size);
       add(std::max(reach, r.row_offset), end);
       reach = std::max(reach, end);
@@ -46,6 +47,7 @@ class RowPlan {
   }
 
   int64_t rows() const { return rows_; }
+  int64_t written() const { return written_; }  // the sum of the ranges' sizes
   int64_t tasks() const { return tasks_; }
 
   // What a kernel needs to find tasks and their layers by itself.
@@ -101,7 +103,7 @@ class RowPlan {
   std::vector<Range> ranges_;
   std::vector<uint64_t> reach_;
   std::vector<Interval> intervals_;
-  int64_t rows_ = 0;
+  int64_t rows_ = 0, written_ = 0;
   int64_t task_rows_ = 1;
   int64_t tasks_ = 0;
 };

@@ -229,6 +229,19 @@ def test_ranges_far_apart(isa):
     check_projection(error, offsets, [40, 33, 1, 1, 70, 3], [1.0] * 6, 2**64 - 1, 11, "normal")
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_signals_larger_than_the_caches(isa, dtype):
+    """Whole cache lines are written past the caches: the same bits, wherever lines begin."""
+    sizes, offsets, scales = [1003, 517, 1], [0, 5, 1100], [0.5, 2.0, -1.0]
+    count = (80 << 20) // (sum(sizes) * dtype.itemsize)
+    error = torch.randn(count, 3, generator=torch.Generator().manual_seed(0))
+    signals = project(error, offsets, sizes, scales, dtype=dtype)
+    for rows in range(0, count, 5000):
+        part = slice(rows, rows + 5000)
+        expected = project(error[part], offsets, sizes, scales, dtype=dtype)
+        assert all(torch.equal(s[part], e) for s, e in zip(signals, expected, strict=True))
+
+
 def test_threads_do_not_change_bits(isa, threads):  # which restores their number
     error = torch.randn(20, 700)
     outputs = []

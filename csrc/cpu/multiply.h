@@ -6,6 +6,8 @@
 namespace dfa {
 namespace {
 
+constexpr size_t kLineBytes = 64;  // of a cache
+
 // Vector types of one product: what is accumulated, and how one tile element meets one error
 // element.
 template <class S>
@@ -79,14 +81,27 @@ void multiply(const MultiplySpec& spec) {
   multiply_block<S, Ops, Block>(spec);
 }
 
-template <class Acc, class Out>
+template <class S, class Acc, class Out>
 void scale(const ScaleSpec& spec) {
+  constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(Out));
   const Acc factor = static_cast<Acc>(spec.scale);
   for (int64_t m = 0; m < spec.rows; ++m) {
     const Acc* acc = static_cast<const Acc*>(spec.acc) + m * spec.acc_stride;
     Out* out = static_cast<Out*>(spec.out) + m * spec.out_stride;
-    for (int64_t i = 0; i < spec.columns; ++i) out[i] = round_to<Out>(factor * acc[i]);
+    int64_t i = 0;
+    if (spec.stream) {  // whole lines; the first and the last may be shared with other threads
+      const auto misplaced = reinterpret_cast<uintptr_t>(out) % kLineBytes / sizeof(Out);
+      const int64_t first = (kLine - static_cast<int64_t>(misplaced)) % kLine;
+      for (; i < first && i < spec.columns; ++i) out[i] = round_to<Out>(factor * acc[i]);
+      for (; i + kLine <= spec.columns; i += kLine) {
+        alignas(kLineBytes) Out line[kLine];
+        for (int64_t j = 0; j < kLine; ++j) line[j] = round_to<Out>(factor * acc[i + j]);
+        S::stream(out + i, line);
+      }
+    }
+    for (; i < spec.columns; ++i) out[i] = round_to<Out>(factor * acc[i]);
   }
+  if (spec.stream) S::fence();
 }
 
 }  // namespace

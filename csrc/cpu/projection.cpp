@@ -23,6 +23,7 @@ constexpr int64_t kTaskPanels = 4;    // panels that share a block of error rows
 constexpr int64_t kPackedBytes = 16 << 20;
 constexpr int64_t kAccumulatorBytes = 16 << 20;
 constexpr int64_t kThreadAccumulatorBytes = 512 << 10;
+constexpr int64_t kCachedBytes = 64 << 20;  // larger signals are written past the caches
 constexpr double kSerialWork = 4e5;  // multiplications below which a second thread costs more
 
 struct AlignedDelete {
@@ -93,6 +94,7 @@ class Projection {
     tile_units_ = divide_up(units, tiles_);  // evened out
     tiles_ = divide_up(units, tile_units_);
     units_ = units;
+    stream_outputs_ = plan_.written() * error.rows * out_bytes_ > kCachedBytes;
   }
 
   void run() {
@@ -128,8 +130,11 @@ class Projection {
     const bool resident = window == tiles_;
     const int64_t panel_acc = rows_ * kernels_.panel * math_.acc_bytes;
 
-    // Panels per task: as many as keep the partial sums in L2 and every thread busy.
-    task_panels_ = std::min(kTaskPanels, plan_.rows() / (kernels_.panel * threads_ * 4));
+    // Panels per task: as many as keep the partial sums in L2 and every thread busy; more where
+    // many layers share them, so that each is written in longer runs.
+    const bool shared = plan_.written() > 4 * plan_.rows();
+    task_panels_ =
+        std::min((shared ? 2 : 1) * kTaskPanels, plan_.rows() / (kernels_.panel * threads_ * 4));
     if (tiles_ > 1) task_panels_ = std::min(task_panels_, kThreadAccumulatorBytes / panel_acc);
     if (!resident) task_panels_ = 1;
     task_panels_ = std::max<int64_t>(1, task_panels_);
@@ -243,6 +248,7 @@ class Projection {
       spec.rows = block;
       spec.columns = static_cast<int64_t>(end - begin);
       spec.scale = range.scale;
+      spec.stream = stream_outputs_;
       math_.scale(spec);
     });
   }
@@ -255,6 +261,7 @@ class Projection {
   RowPlan plan_;
   int64_t head_, first_unit_, units_, tiles_, tile_units_;
   int64_t first_row_ = 0, rows_ = 0, blocks_ = 0, threads_ = 1;
+  bool stream_outputs_ = false;
   int64_t task_panels_ = 1, task_rows_ = 1, task_acc_ = 0, thread_tile_ = 0;
   Buffer tile_buffer_, acc_buffer_, packed_buffer_;
 };

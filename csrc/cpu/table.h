@@ -22,10 +22,10 @@ constexpr Kernels make_kernels(const char* name) {
   k.multiply_f32 = multiply<S, Float32Ops<S>>;
   k.multiply_f64 = multiply<S, Float64Ops<S>>;
   k.multiply_bf16 = nullptr;
-  const ScaleKernel scale_f32[] = {scale<float, float>, scale<float, BFloat16>, scale<float, Half>,
-                                   scale<float, double>};
-  const ScaleKernel scale_f64[] = {scale<double, float>, scale<double, BFloat16>,
-                                   scale<double, Half>, scale<double, double>};
+  const ScaleKernel scale_f32[] = {scale<S, float, float>, scale<S, float, BFloat16>,
+                                   scale<S, float, Half>, scale<S, float, double>};
+  const ScaleKernel scale_f64[] = {scale<S, double, float>, scale<S, double, BFloat16>,
+                                   scale<S, double, Half>, scale<S, double, double>};
   const FillKernel fills[] = {fill<S, float>, fill<S, BFloat16>, fill<S, Half>, fill<S, double>};
   for (int i = 0; i < 4; ++i) {
     k.scale_f32[i] = scale_f32[i];

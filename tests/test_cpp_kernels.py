@@ -232,8 +232,13 @@ def test_ranges_far_apart(isa):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_signals_larger_than_the_caches(isa, dtype):
     """Whole cache lines are written past the caches: the same bits, wherever lines begin."""
-    sizes, offsets, scales = [1003, 517, 1], [0, 5, 1100], [0.5, 2.0, -1.0]
+    sizes, offsets, scales = (
+        [1003, 900, 517, 803, 1],
+        [0, 5, 3, 7, 1100],
+        [0.5, 2.0, -1.0, 3.0, 4.0],
+    )
     count = (80 << 20) // (sum(sizes) * dtype.itemsize)
+    assert count * max(sizes) * dtype.itemsize < 32 << 20
     error = torch.randn(count, 3, generator=torch.Generator().manual_seed(0))
     signals = project(error, offsets, sizes, scales, dtype=dtype)
     for rows in range(0, count, 5000):

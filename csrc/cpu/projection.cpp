@@ -23,7 +23,10 @@ constexpr int64_t kTaskPanels = 4;    // panels that share a block of error rows
 constexpr int64_t kPackedBytes = 16 << 20;
 constexpr int64_t kAccumulatorBytes = 16 << 20;
 constexpr int64_t kThreadAccumulatorBytes = 512 << 10;
-constexpr int64_t kCachedBytes = 64 << 20;  // larger signals are written past the caches
+// Signals of more bytes together are written past the caches; but not those of more bytes alone,
+// whose memory the C library maps anew, so that zeros of the system's are in the caches already.
+constexpr int64_t kCachedBytes = 64 << 20;
+constexpr int64_t kMappedBytes = 32 << 20;
 constexpr double kSerialWork = 4e5;  // multiplications below which a second thread costs more
 
 struct AlignedDelete {
@@ -248,7 +251,7 @@ class Projection {
       spec.rows = block;
       spec.columns = static_cast<int64_t>(end - begin);
       spec.scale = range.scale;
-      spec.stream = stream_outputs_;
+      spec.stream = stream_outputs_ && range.size * error_.rows * out_bytes_ < kMappedBytes;
       math_.scale(spec);
     });
   }

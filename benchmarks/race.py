@@ -149,8 +149,8 @@ class Race:
             signals, peak = peak_bytes(entrant, case.device_type)
         except ModuleNotFoundError as missing:
             raise LeftOut(f"{missing}", entrant) from None
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+        except (RuntimeError, MemoryError) as failure:
+            if not is_out_of_memory(failure):
                 raise
             raise LeftOut("runs out of memory", entrant) from None
         entrant.check(error, signals)

@@ -141,9 +141,9 @@ def attach(
         raise TypeError(f"attach: model must be a module, got {type(model).__name__}")
     if find_dfas(model):
         raise ValueError("attach: model must have no DFA yet; detach the other one first")
-    dims = points if isinstance(points, Mapping) else {}
     given = list(points) if isinstance(points, Mapping) else checks.listed(points)
-    if given is None or isinstance(points, nn.Module):  # a Sequential could be listed
+    is_module = isinstance(points, nn.Module) and not isinstance(points, nn.ModuleList)
+    if given is None or is_module:  # a Sequential could be listed
         got = repr(points) if isinstance(points, str) else type(points).__name__
         raise TypeError(
             f"attach: points must be a sequence of submodules or of their names, got {got}"
@@ -157,7 +157,8 @@ def attach(
     end = None if output is None else _name(model, "output", output)
     if end in names:
         raise ValueError(f"attach: output must not be one of the points, got {end!r}")
-    layers = {name: DFALayer(name, batch_dims=dims.get(name)) for name in names}
+    dims = points.values() if isinstance(points, Mapping) else [None] * len(names)
+    layers = {name: DFALayer(name, of) for name, of in zip(names, dims, strict=True)}
     return Attachment(model, layers, end, DFA(layers.values(), **arguments))
 
 

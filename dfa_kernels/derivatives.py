@@ -14,10 +14,26 @@ from torch.autograd import forward_ad
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func or a forward-mode derivative is under way."""
-    if torch.compiler.is_compiling():  # which takes the transforms apart itself
+    """Whether forward mode is on, or a transform of torch.func that differentiates or maps."""
+    if forward_ad._current_level >= 0:
+        return True
+    if not torch._C._are_functorch_transforms_active():
         return False
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling():
+        return True
+    innermost = torch._C._functorch.peek_interpreter_stack()
+    return innermost.key() != torch._C._functorch.TransformType.Functionalize
+
+
+_eager = torch.compiler.disable(
+    reason="dfa_kernels: a Function with forward mode cannot be compiled"
+)
+
+
+@_eager
+def project(error: Tensor, *arguments: Any) -> list[Tensor]:
+    """The signals, with all derivatives; see `Projection`."""
+    return list(Projection.apply(error, *arguments))
 
 
 class Projection(torch.autograd.Function):
@@ -36,6 +52,7 @@ class Projection(torch.autograd.Function):
         ctx.columns, ctx.dtype = error.shape[1], error.dtype
 
     @staticmethod
+    @_eager
     def backward(ctx, *signals: Tensor) -> tuple[Tensor | None, ...]:
         """The transpose."""
         *layers_and_stream, _, backend = ctx.arguments
@@ -43,11 +60,13 @@ class Projection(torch.autograd.Function):
         return Adjoint.apply(arguments, *signals), *[None] * len(ctx.arguments)
 
     @staticmethod
+    @_eager
     def jvp(ctx, tangent: Tensor, *_: None) -> tuple[Tensor, ...]:
         """The projection of the tangent."""
         return Projection.apply(tangent, *ctx.arguments)
 
     @staticmethod
+    @_eager
     def vmap(info, in_dims, error: Tensor, *arguments: Any):
         """All calls' errors are rows of one."""
         errors = _stacked(error, in_dims[0], info.batch_size)
@@ -76,17 +95,20 @@ class Adjoint(torch.autograd.Function):
         ctx.dtype = signals[0].dtype
 
     @staticmethod
+    @_eager
     def backward(ctx, error: Tensor) -> tuple[Tensor | None, ...]:
         """The projection."""
         *layers_and_stream, _, _, backend = ctx.arguments
         return None, *Projection.apply(error, *layers_and_stream, ctx.dtype, backend)
 
     @staticmethod
+    @_eager
     def jvp(ctx, _: None, *tangents: Tensor) -> Tensor:
         """The transpose, of the tangents."""
         return Adjoint.apply(ctx.arguments, *tangents)
 
     @staticmethod
+    @_eager
     def vmap(info, in_dims, arguments: tuple, *signals: Tensor):
         """All calls' signals are rows of one."""
         dims = in_dims[1:]

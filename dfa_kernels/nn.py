@@ -390,7 +390,7 @@ class DFA(nn.Module):
         if width == 0 or len({dim % len(shape) for dim in dims}) == len(shape):
             raise ValueError(
                 f"{where} must have units beside its batch_dims {dims}, got shape {shape}; "
-                "batch_dims=() is for one sample without a batch"
+                "unsqueeze(-1) is for a layer of one unit, batch_dims=() for one sample alone"
             )
         return width
 

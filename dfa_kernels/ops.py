@@ -173,7 +173,7 @@ def project(
     """scales[i] * error @ U[rows of layer i, columns].T: error [M, n] -> one [M, sizes[i]] each."""
     arguments = (error, row_offsets, sizes, scales, seed, column_offset, distribution, dtype)
     if derivatives.transformed():
-        return list(derivatives.Projection.apply(*arguments, backend))
+        return derivatives.project(*arguments, backend)
     if error.requires_grad and torch.is_grad_enabled():
         return torch.ops.dfa_kernels.project.default(*arguments, backend)
     return getattr(torch.ops.dfa_kernels.project, backend)(*arguments)

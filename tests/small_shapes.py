@@ -69,6 +69,7 @@ def large(backend):
     dfa_kernels.feedback_matrix(2**15, 1000, dtype=torch.bfloat16, device="cuda", backend=backend)
 
 
-for name in CHOICES:  # one that is not available says why
-    (large if "--large" in sys.argv else small)(name)
-    torch.cuda.synchronize()
+if __name__ == "__main__":
+    for name in CHOICES:  # one that is not available says why
+        (large if "--large" in sys.argv else small)(name)
+        torch.cuda.synchronize()

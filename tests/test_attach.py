@@ -163,7 +163,8 @@ def test_batch_dimensions_of_each_point():
 
     torch.manual_seed(0)
     model = Pooled()
-    handle = attach(model, {"block": (0, 1)})
+    model.alias = model.block
+    handle = attach(model, {"alias": (0, 1)})
     model(torch.randn(BATCH, 4, 12)).sum().backward()
     assert handle.dfa.dfa_layers[0].size == 12
     assert model.block.linear.weight.grad.abs().sum() > 0
@@ -278,6 +279,8 @@ def test_bad_arguments():
     for points, got in (("13", "'13'"), (model, "Sequential"), (None, "NoneType"), ({"1"}, "set")):
         with pytest.raises(TypeError, match=rf"points must be a sequence of .* names, got {got}$"):
             attach(model, points)
+    blocks = Stack()
+    assert len(attach(blocks, blocks.blocks, output="head").dfa.dfa_layers) == 3
     twice = nn.Sequential(nn.Linear(8, 8), model[1], nn.Linear(8, 8), model[1])
     with pytest.raises(ValueError, match=r"got \['1', '1'\] \(of several names of one module"):
         attach(twice, ["1", "3"])

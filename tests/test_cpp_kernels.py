@@ -229,8 +229,9 @@ def test_ranges_far_apart(isa):
     check_projection(error, offsets, [40, 33, 1, 1, 70, 3], [1.0] * 6, 2**64 - 1, 11, "normal")
 
 
+@pytest.mark.parametrize("error_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_signals_larger_than_the_caches(isa, dtype):
+def test_signals_larger_than_the_caches(isa, dtype, error_dtype):
     """Whole cache lines are written past the caches: the same bits, wherever lines begin."""
     sizes, offsets, scales = (
         [1003, 900, 517, 803, 1],
@@ -239,10 +240,10 @@ def test_signals_larger_than_the_caches(isa, dtype):
     )
     count = (80 << 20) // (sum(sizes) * dtype.itemsize)
     assert count * max(sizes) * dtype.itemsize < 32 << 20
-    error = torch.randn(count, 3, generator=torch.Generator().manual_seed(0))
+    error = torch.randn(count, 3, generator=torch.Generator().manual_seed(0)).to(error_dtype)
     signals = project(error, offsets, sizes, scales, dtype=dtype)
-    for rows in range(0, count, 5000):
-        part = slice(rows, rows + 5000)
+    for rows in range(0, count, count // 4):
+        part = slice(rows, rows + count // 4)
         expected = project(error[part], offsets, sizes, scales, dtype=dtype)
         assert all(torch.equal(s[part], e) for s, e in zip(signals, expected, strict=True))
 

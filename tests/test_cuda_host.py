@@ -419,9 +419,11 @@ def test_the_emulator_sees_mistakes(tmp_path):
         void left(Nothing) { if (device::thread() != 5) device::sync_block(); }
         void unaligned(Nothing) { device::copy_async(device::shared() + 8, from, true); }
         void outside(Nothing) { device::shared()[64] = 1; }
+        void nothing(Nothing) {}
         int main(int, char** a) {
-          void (*kernels[])(Nothing) = {no_wait, parted, left, unaligned, outside};
-          launch(kernels[a[1][0] - '0'], Nothing{}, 1, 32, 64, nullptr);
+          void (*kernels[])(Nothing) = {no_wait, parted, left, unaligned, outside, nothing};
+          const int which = a[1][0] - '0';
+          launch(kernels[which], Nothing{}, 1, 32, which == 5 ? 100 << 10 : 64, nullptr);
         }
     """
     program = tmp_path / "mistakes"
@@ -429,6 +431,7 @@ def test_the_emulator_sees_mistakes(tmp_path):
     (tmp_path / "m.cpp").write_text(source.replace("../csrc", str(HOST.parents[1] / "csrc")))
     subprocess.run([COMPILER, *flags, tmp_path / "m.cpp", "-o", program], check=True)
     messages = ["copies under way", "different operations", "for ever", "unaligned", "overflow"]
+    messages += ["too much shared memory"]
     for i, message in enumerate(messages):
         done = subprocess.run(
             [program, str(i)], capture_output=True, env={**os.environ, **ORDERS["late"]}

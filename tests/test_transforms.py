@@ -55,6 +55,27 @@ def test_transforms_of_the_projection(backend, transform):
     close(transform(by_projection(backend)), transform(by_product))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:torch._dynamo")
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to")
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_compiled_transforms(transform):
+    """Right, by a call that is not compiled, or refused where it must be."""
+    torch.compiler.reset()
+    compiled = torch.compile(lambda: transform(by_projection("torch")), backend="aot_eager")
+    close(compiled(), transform(by_product))
+    torch.compiler.reset()
+    whole = torch.compile(
+        lambda: transform(by_projection("torch")), backend="aot_eager", fullgraph=True
+    )
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="a Function with forward mode"):
+        whole()
+
+
+def test_functionalized_calls_are_operators(backend):
+    f = by_projection(backend)
+    close(func.functionalize(f)(ERROR), f(ERROR))
+
+
 @pytest.mark.parametrize("which", [0, 1], ids=["value", "tangent"])
 def test_a_transform_leaves_the_graph_around_it(backend, which):
     """What the function closes over gets its gradient too."""

@@ -41,7 +41,7 @@ struct ScaleSpec {
   int64_t rows;
   int64_t columns;
   double scale;
-  bool stream;  // past the caches, for more than they hold
+  bool past_caches;  // for more than they hold
 };
 
 // Part of the feedback matrix, row-major.

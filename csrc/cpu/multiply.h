@@ -89,19 +89,19 @@ void scale(const ScaleSpec& spec) {
     const Acc* acc = static_cast<const Acc*>(spec.acc) + m * spec.acc_stride;
     Out* out = static_cast<Out*>(spec.out) + m * spec.out_stride;
     int64_t i = 0;
-    if (spec.stream) {  // whole lines; the first and the last may be shared with other threads
+    if (spec.past_caches) {  // whole lines; the first and the last may be shared with other threads
       const auto misplaced = reinterpret_cast<uintptr_t>(out) % kLineBytes / sizeof(Out);
       const int64_t first = (kLine - static_cast<int64_t>(misplaced)) % kLine;
       for (; i < first && i < spec.columns; ++i) out[i] = round_to<Out>(factor * acc[i]);
       for (; i + kLine <= spec.columns; i += kLine) {
         alignas(kLineBytes) Out line[kLine];
         for (int64_t j = 0; j < kLine; ++j) line[j] = round_to<Out>(factor * acc[i + j]);
-        S::stream(out + i, line);
+        S::store_past_caches(out + i, line);
       }
     }
     for (; i < spec.columns; ++i) out[i] = round_to<Out>(factor * acc[i]);
   }
-  if (spec.stream) S::fence();
+  if (spec.past_caches) S::fence();
 }
 
 }  // namespace

@@ -23,8 +23,9 @@ constexpr int64_t kTaskPanels = 4;    // panels that share a block of error rows
 constexpr int64_t kPackedBytes = 16 << 20;
 constexpr int64_t kAccumulatorBytes = 16 << 20;
 constexpr int64_t kThreadAccumulatorBytes = 512 << 10;
-// Signals of more bytes together are written past the caches; but not those of more bytes alone,
-// whose memory the C library maps anew, so that zeros of the system's are in the caches already.
+// Signals that are larger than this together are written past the caches. One that is larger than
+// the second is not: the C library maps its memory anew, and the system has just put its zeros
+// there.
 constexpr int64_t kCachedBytes = 64 << 20;
 constexpr int64_t kMappedBytes = 32 << 20;
 constexpr double kSerialWork = 4e5;  // multiplications below which a second thread costs more
@@ -97,7 +98,7 @@ class Projection {
     tile_units_ = divide_up(units, tiles_);  // evened out
     tiles_ = divide_up(units, tile_units_);
     units_ = units;
-    stream_outputs_ = plan_.written() * error.rows * out_bytes_ > kCachedBytes;
+    past_caches_ = plan_.written() * error.rows * out_bytes_ > kCachedBytes;
   }
 
   void run() {
@@ -251,7 +252,7 @@ class Projection {
       spec.rows = block;
       spec.columns = static_cast<int64_t>(end - begin);
       spec.scale = range.scale;
-      spec.stream = stream_outputs_ && range.size * error_.rows * out_bytes_ < kMappedBytes;
+      spec.past_caches = past_caches_ && range.size * error_.rows * out_bytes_ < kMappedBytes;
       math_.scale(spec);
     });
   }
@@ -264,7 +265,7 @@ class Projection {
   RowPlan plan_;
   int64_t head_, first_unit_, units_, tiles_, tile_units_;
   int64_t first_row_ = 0, rows_ = 0, blocks_ = 0, threads_ = 1;
-  bool stream_outputs_ = false;
+  bool past_caches_ = false;
   int64_t task_panels_ = 1, task_rows_ = 1, task_acc_ = 0, thread_tile_ = 0;
   Buffer tile_buffer_, acc_buffer_, packed_buffer_;
 };

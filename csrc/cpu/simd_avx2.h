@@ -58,7 +58,7 @@ struct Avx2 {
   static I upper_halves(I high, I low) {  // the upper half of `low` below that of `high`
     return _mm256_blend_epi16(right<16>(low), high, 0xAA);
   }
-  static void stream(void* p, const void* line) {
+  static void store_past_caches(void* p, const void* line) {
     const auto* from = static_cast<const __m256i*>(line);
     auto* to = static_cast<__m256i*>(p);
     for (int i = 0; i < 2; ++i) _mm256_stream_si256(to + i, _mm256_load_si256(from + i));

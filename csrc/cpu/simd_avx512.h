@@ -189,7 +189,7 @@ struct Avx512 {
   static I upper_halves(I high, I low) {  // the upper half of `low` below that of `high`
     return _mm512_ternarylogic_epi32(high, bits(0xffff0000u), right<16>(low), 0xEA);
   }
-  static void stream(void* p, const void* line) {
+  static void store_past_caches(void* p, const void* line) {
     _mm512_stream_si512(static_cast<__m512i*>(p), _mm512_load_si512(line));
   }
   static void fence() { _mm_sfence(); }

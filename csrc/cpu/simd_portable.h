@@ -68,7 +68,7 @@ struct Portable {
   static I upper_halves(I high, I low) {  // the upper half of `low` below that of `high`
     return low >> 16 | (high & 0xffff0000u);
   }
-  static void stream(void* p, const void* line) { std::memcpy(p, line, 64); }
+  static void store_past_caches(void* p, const void* line) { std::memcpy(p, line, 64); }
   static void fence() {}
   static void store_bf16(void* p, F a) {
     uint16_t halves[kLanes];

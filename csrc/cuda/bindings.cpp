@@ -31,14 +31,14 @@ void* current_stream() {
   return stream;
 }
 
-// Torch's own error does not come through the stable ABI; `backends/cuda.py` knows this one by its
-// words.
+// Torch's own error does not come through the stable ABI; `backends/cuda.py` asks for it.
 Tensor allocate(int64_t rows, int64_t columns, ScalarType dtype, Device device, const char* op) {
   dfa::check_fits(rows, columns, op);
   try {
     return torch::stable::empty(std::vector<int64_t>{rows, columns}, dtype, std::nullopt, device);
   } catch (const std::exception&) {
-    check(false, op, ": CUDA out of memory for [", rows, ", ", columns, "] of ", dfa::name(dtype));
+    const int64_t size = dtype == ScalarType::Byte ? 1 : type_bytes(dfa::type_of(dtype, op, ""));
+    check(false, op, ": cannot allocate ", rows * columns * size, " bytes");
     throw;
   }
 }

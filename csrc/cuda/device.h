@@ -71,7 +71,7 @@ DFA_DEVICE void multiply_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// log2 of a normal number: two units in the last place, so 2^-18 where it is below 16 at most.
+// log2 of a normal number; absolute error below 2^-18 wherever the result is below 16.
 DFA_DEVICE float log2_approximate(float x) {
   float result;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));

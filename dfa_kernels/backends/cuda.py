@@ -13,10 +13,9 @@ projected by slabs in fp64.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
+import re
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +50,6 @@ def unavailable(device_type: str) -> str | None:
     return _missing or _unusable()
 
 
-@functools.cache
 def _unusable() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not a CUDA build"
@@ -125,7 +123,7 @@ def project(
         _log.debug("project %s, %d layers, %d terms: %s", [*error.shape], len(sizes), terms, way)
     if by_slabs:
         return tensor_cores.project(generate, error, *layers, column_offset, distribution, dtype)
-    with _allocating():
+    with _allocating(error.device):
         return torch.ops.dfa_kernels.cuda_fused(
             error, *layers, seed, column_offset, distribution, dtype, terms
         )
@@ -146,17 +144,34 @@ def feedback_matrix(
     return _entries(rows, columns, seed, *where, dtype, device, False)
 
 
-def _entries(*arguments: Any) -> Tensor:
-    with _allocating():
-        return torch.ops.dfa_kernels.cuda_entries(*arguments)
+def _entries(
+    rows: int,
+    columns: int,
+    seed: int,
+    row_offset: int,
+    column_offset: int,
+    distribution: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    lattice: bool,
+) -> Tensor:
+    where = (row_offset, column_offset, distribution)
+    with _allocating(device):
+        return torch.ops.dfa_kernels.cuda_entries(
+            rows, columns, seed, *where, dtype, device, lattice
+        )
 
 
 @contextlib.contextmanager
-def _allocating() -> Iterator[None]:
-    """A kernel's failed allocation as torch's own error, which callers may know how to meet."""
+def _allocating(device: torch.device) -> Iterator[None]:
+    """Torch's own error where an allocation fails, which callers may know how to meet.
+
+    It does not come through the stable ABI, so the same is asked of torch again.
+    """
     try:
         yield
     except RuntimeError as error:
-        if "CUDA out of memory" in str(error):
-            raise torch.OutOfMemoryError(str(error)) from None
+        failed = re.search(r"cannot allocate (\d+) bytes", str(error))
+        if failed:
+            torch.empty(int(failed[1]), dtype=torch.uint8, device=device)
         raise

@@ -6,6 +6,7 @@ numbers, as many as `torch.get_float32_matmul_precision()` asks for: each is wor
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -25,6 +26,7 @@ _IN_PLACE_COLUMNS = 2**11  # beyond, a vendor may add up parts of a product in i
 _ERROR_ROWS = 2**14  # that one slab is made for, so that their sums leave room for its rows
 
 
+@functools.cache
 def too_old() -> str | None:
     """Which of this machine's NVIDIA GPUs have no tensor cores for bf16, or None."""
     old = [

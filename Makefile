@@ -1,6 +1,6 @@
 # Every target sets up what it needs in $(VENV) and does its job; a second run finds it there.
 #   make demo    train a network on real data by DFA and compare it with backpropagation
-#   make test    run the tests with coverage
+#   make test    run the tests with coverage; one that hangs ends the run
 #   make bench   time the kernels against what they replace; results and figures in bench-<date>/
 #   make paper   run the paper's experiments; ARGS="table2 --quick" and the like
 #   make lint    formatting, lint and types
@@ -26,7 +26,7 @@ demo: $(VENV)/demo
 	$(bin)/dfa-kernels demo
 
 test: $(VENV)/test
-	$(bin)/python -m pytest --cov --cov-report=term $(ARGS)
+	$(bin)/python -m pytest -o faulthandler_exit_on_timeout=true --cov --cov-report=term $(ARGS)
 
 bench: $(VENV)/bench
 	$(bin)/dfa-kernels bench $(ARGS)

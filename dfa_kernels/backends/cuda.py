@@ -110,7 +110,7 @@ def project(
         rows: int, columns: int, row_offset: int, column_offset: int, dtype: torch.dtype
     ) -> Tensor:
         where = (row_offset, column_offset, distribution)
-        return _entries(rows, columns, seed, *where, dtype, error.device, not in_float64)
+        return feedback_matrix(rows, columns, seed, *where, dtype, error.device, not in_float64)
 
     if in_float64:
         return slabs.project(generate, error, *layers, column_offset, dtype)
@@ -138,23 +138,12 @@ def feedback_matrix(
     distribution: str,
     dtype: torch.dtype,
     device: torch.device,
+    lattice: bool = False,
 ) -> Tensor:
-    """The block of U with its first entry at (row_offset, column_offset)."""
-    where = (row_offset, column_offset, distribution)
-    return _entries(rows, columns, seed, *where, dtype, device, False)
+    """The block of U with its first entry at (row_offset, column_offset).
 
-
-def _entries(
-    rows: int,
-    columns: int,
-    seed: int,
-    row_offset: int,
-    column_offset: int,
-    distribution: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    lattice: bool,
-) -> Tensor:
+    `lattice` leaves out the factor of uniform entries, which makes them exact.
+    """
     where = (row_offset, column_offset, distribution)
     with _allocating(device):
         return torch.ops.dfa_kernels.cuda_entries(

@@ -5,10 +5,9 @@ Needs the `demo` extra (scikit-learn for the digits, rich, matplotlib).
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,15 +90,15 @@ class Run:
 
 
 def train(
-    mode: str, data: Data, epochs: int, seed: int, backend: str | None, tick: Callable[[], None]
-) -> Run:
-    """Train one network in one mode; `tick` is called after every epoch."""
+    mode: str, data: Data, epochs: int, seed: int, backend: str | None, run: Run
+) -> Iterator[None]:
+    """Train one network in one mode, an epoch at a time; `run` takes what it does."""
     torch.manual_seed(seed)
     model = Perceptron(data.train_x.shape[1], mode, seed, backend).to(data.train_x.device)
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
-    run = Run()
+    order = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
-        for batch in torch.randperm(len(data.train_x)).split(BATCH):
+        for batch in torch.randperm(len(data.train_x), generator=order).split(BATCH):
             x, y = data.train_x[batch], data.train_y[batch]
             start = time.perf_counter()
             optimizer.zero_grad()
@@ -110,10 +109,9 @@ def train(
             run.accuracies.append(
                 (model(data.test_x).argmax(1) == data.test_y).double().mean().item()
             )
-        tick()
+        yield
     if mode == "dfa":
         run.alignments = alignment(model, lambda: F.cross_entropy(model(data.test_x), data.test_y))
-    return run
 
 
 def report(runs: dict[str, Run]) -> list[Table]:
@@ -154,16 +152,20 @@ def draw(runs: dict[str, Run], figure: Path) -> None:
 def run(
     epochs: int, seed: int, backend: str | None, device: torch.device, figure: Path
 ) -> dict[str, Run]:
-    """Train in the three ways, print the tables, write the figure; returns what each way did."""
+    """Train in the three ways, print the tables, write the figure; returns what each way did.
+
+    The ways take turns, epoch by epoch, so that their times are those of the same conditions.
+    """
     console = Console()
     data = Data.load(device)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-    runs = {}
+    runs = {mode: Run() for mode in LABELS}
     with Progress(*columns, console=console) as progress:
-        for mode, label in LABELS.items():
-            task = progress.add_task(label, total=epochs)
-            tick = functools.partial(progress.advance, task)
-            runs[mode] = train(mode, data, epochs, seed, backend, tick)
+        tasks = [progress.add_task(label, total=epochs) for label in LABELS.values()]
+        ways = [train(mode, data, epochs, seed, backend, run) for mode, run in runs.items()]
+        for _ in zip(*ways, strict=True):  # all to their end, where alignment is measured
+            for task in tasks:
+                progress.advance(task)
     for table in report(runs):
         console.print(table)
     draw(runs, figure)

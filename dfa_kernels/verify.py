@@ -55,9 +55,7 @@ def checks_of(backend: str, device: torch.device) -> Iterator[Check]:
     fault has put out of use ends it.
     """
     yield _check("the definition, against known answers", [("this machine", _definition)])
-    module = ops._backend(backend)
-    modes = getattr(module, "modes", None)
-    for mode in modes() if modes is not None else ("",):
+    for mode in getattr(ops._backend(backend), "modes", lambda: ("",))():
         suffix = f", {mode}" if mode else ""
         for distribution in stream.BLOCK:
             blocks = (
@@ -159,11 +157,21 @@ def _signals(
         for out in dict.fromkeys((dtype, torch.float32)):
             with _one_thread():
                 expected = case.expected(out, terms=terms, lattice=lattice)
-            for name, project in ops._backend(backend).ways(error, distribution):
+            for name, project in ways_of(backend, error, distribution):
                 yield (
                     f"{name}, {distribution}, {out}",
                     functools.partial(_projected, project, case, error, out, expected),
                 )
+
+
+def ways_of(backend: str, error: Tensor, distribution: str) -> list[tuple[str, Callable]]:
+    """The functions, by name, that can project such an error.
+
+    The backend's operator, which chooses for itself, and each way that it may choose.
+    """
+    forced = getattr(ops._backend(backend), "ways", lambda error, distribution: ())
+    chosen = getattr(torch.ops.dfa_kernels.project, backend)
+    return [("its own choice", chosen), *forced(error, distribution)]
 
 
 def _projected(

@@ -10,7 +10,7 @@ import torch
 from conftest import AVAILABLE
 
 from dfa_kernels import cases, cli, ops, verify
-from dfa_kernels.backends import cuda
+from dfa_kernels.backends import cuda, tensor_cores
 
 CPU = torch.device("cpu")
 # What is more than the definition itself.
@@ -31,7 +31,7 @@ def small(monkeypatch):
 def stand_in(monkeypatch, project):
     """Backend "torch" with another projection."""
     monkeypatch.setattr(
-        ops._backend("torch"), "ways", lambda error, distribution: [("other", project)]
+        ops._backend("torch"), "ways", lambda error, distribution: [("other", project)], False
     )
 
 
@@ -107,11 +107,11 @@ def test_a_case_is_what_it_says():
 def test_what_is_compiled_for_the_cpu_passes(backend):
     found = list(verify.checks_of(backend, CPU))
     assert [check for check in found if check.mistake] == []
-    assert sum(check.cases for check in found) > 90
     if backend == "cpp":
         modes = {check.what.split(", ")[-1] for check in found[1:]}
         assert modes == set(ops._backend("cpp").modes())
         assert "portable" in modes
+        assert sum(check.cases for check in found) == 1 + len(modes) * (3 * 4 * 4 + 3 * 2 * 7)
         assert torch.ops.dfa_kernels.cpu_isa(None) == torch.ops.dfa_kernels.cpu_isa("")
 
 
@@ -285,13 +285,20 @@ def test_a_device_that_is_not_there_is_refused(capsys):
     assert "argument --device" in capsys.readouterr().err
 
 
-def test_ways_are_functions_of_a_projection(target):
-    """Each has a name of its own."""
-    names = [
-        name
-        for name, _ in ops._backend(target.name).ways(
-            torch.zeros(3, 5, device=target.device), "normal"
-        )
-    ]
-    assert names
-    assert len(set(names)) == len(names)
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(dtype, "highest") for dtype in FLOATS] + [(torch.float32, "high"), (torch.float32, "medium")],
+)
+def test_every_way_on_a_gpu(gpu_backend, dtype, precision):
+    """Each tile, each number of terms, and slabs."""
+    if gpu_backend == "torch" and precision != "highest":
+        pytest.skip("it leaves the precision of fp32 products to the vendor")
+    terms = tensor_cores.TERMS[precision] if dtype == torch.float32 else 3
+    with verify._precision(precision):
+        error = torch.zeros(3, 5, dtype=dtype, device="cuda")
+        names = [name for name, _ in verify.ways_of(gpu_backend, error, "normal")]
+        assert len(set(names)) == len(names)
+        signals = verify._signals(gpu_backend, torch.device("cuda"), dtype, terms)
+        check = verify._check("signals", signals)
+    assert check.mistake is None
+    assert check.cases >= 6 * len(names)

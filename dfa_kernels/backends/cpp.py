@@ -5,10 +5,9 @@ Importing the extension registers its kernels for the operators of `dfa_kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 _INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
 
@@ -39,8 +38,3 @@ def modes() -> Iterator[str]:
             yield name
     finally:
         force("")
-
-
-def ways(error: Tensor, distribution: str) -> Iterator[tuple[str, Callable]]:
-    """The ways a projection of such an error can go here, by name: one in every mode."""
-    yield "fused", torch.ops.dfa_kernels.project.cpp

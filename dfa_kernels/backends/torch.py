@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import torch
 from torch import Tensor
 
@@ -69,8 +67,3 @@ def project(
     return slabs.project(
         generate, error, row_offsets, sizes, scales, column_offset, dtype or error.dtype
     )
-
-
-def ways(error: Tensor, distribution: str) -> Iterator[tuple[str, Callable]]:
-    """The ways a projection of such an error can go here, by name: one."""
-    yield "slabs", project

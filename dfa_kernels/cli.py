@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from dfa_kernels import functional, ops, stream
+from dfa_kernels import functional, ops, stream, verdicts
 from dfa_kernels.version import __version__
 
 
@@ -100,7 +100,11 @@ def run_info(options: argparse.Namespace) -> int:
     )
     if torch.cuda.is_available():
         print(f"CUDA {torch.version.cuda}, {torch.cuda.get_device_name()}")
-    statuses = functional.backends()
+    try:
+        statuses = functional.backends()
+    except ValueError as reason:
+        print(reason)
+        return 1
     if any(status.name == "cpp" and status.available for status in statuses):
         print(f"instruction set of cpp: {torch.ops.dfa_kernels.cpu_isa(None)}")
     asked = os.environ.get("DFA_KERNELS_BACKEND")
@@ -108,14 +112,16 @@ def run_info(options: argparse.Namespace) -> int:
         print(f"DFA_KERNELS_BACKEND={asked} takes the place of the automatic choice")
     elif asked:
         print(f"DFA_KERNELS_BACKEND={asked} is no backend: calls that choose none will raise")
+    mode = os.environ.get("DFA_KERNELS_CHECK")
+    if mode in verdicts.MODES:
+        print(f"DFA_KERNELS_CHECK={mode}: {verdicts.MODES[mode]}")
     print()
     print(f"{'backend':10}{'device':10}state")
     for status in statuses:
         state = (
             "available, chosen automatically" if status.automatic else "available when asked for"
         )
-        state += "" if status.has_run else "; not yet run on a GPU"
-        print(f"{status.name:10}{status.device:10}{status.reason or state}")
+        print(f"{status.name:10}{status.device:10}{status.reason or status.check or state}")
     return 0
 
 
@@ -127,7 +133,7 @@ def run_demo(options: argparse.Namespace) -> int:
         print(f"dfa-kernels demo: {missing}; it comes with `pip install dfa-kernels[demo]`")
         return 1
     try:
-        ops.choose("demo", options.device.type, options.backend)
+        ops.choose("demo", options.device, options.backend)
     except (RuntimeError, ValueError) as reason:
         print(f"dfa-kernels {reason}")
         return 1

@@ -172,14 +172,21 @@ def test_gradients_of_a_traced_graph(checked_cpu):
     assert len(checked_cpu.checks()) == 1
 
 
-def test_transforms_of_a_traced_call(checked_cpu):
+def in_graph(error):
+    """What a graph holds that was traced before the check."""
+    row_offsets, sizes, scales = [0, 0], [30, 7], [(30 * 10) ** -0.5, (7 * 10) ** -0.5]
+    return ops.project(2 * error, row_offsets, sizes, scales, 0, 0, "normal", None, "")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_transforms_of_a_traced_call(checked_cpu, compiled):
     error, tangent = torch.randn(2, 4, 10)
-
-    def derivative(error, tangent):
-        return torch.func.jvp(lambda x: project_once(x)[0], (error,), (tangent,))
-
-    found = torch.compile(derivative, backend="aot_eager")(error, tangent)
+    call = torch.compile(project_once, backend="aot_eager") if compiled else in_graph
+    found = torch.func.jvp(lambda x: call(x)[0], (error,), (tangent,))
     torch.testing.assert_close(found, (by("cpp", error)[0], by("cpp", tangent)[0]))
+    (gradient,) = torch.func.vjp(lambda x: call(x)[0], error)[1](torch.ones(4, 30))
+    (expected,) = torch.func.vjp(lambda x: by("cpp", x)[0], error)[1](torch.ones(4, 30))
+    torch.testing.assert_close(gradient, expected)
     assert len(checked_cpu.checks()) == 1
 
 

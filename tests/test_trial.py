@@ -49,6 +49,11 @@ def test_a_fault_under_a_shell_is_known(machine):
             "CUDA out of memory, and 1 more",
             False,
         ),
+        (
+            WRONG.replace('["bits", "sums"]', "[]"),
+            "it ended with exit status 1 and no result",
+            False,
+        ),
         ("pass", "it ended with exit status 0 and no result", False),
         (WRONG.replace("exit(1)", "exit(0)"), "it ended with exit status 0 and no result", False),
         (PASSED + "; exit(1)", "it ended with exit status 1 and no result", False),

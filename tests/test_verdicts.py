@@ -242,7 +242,11 @@ def test_a_check_by_hand_is_kept(machine):
 # --- one at a time ---
 
 
-def test_two_threads_run_one_check(machine):
+@pytest.mark.parametrize("folder", [True, False])
+def test_two_threads_run_one_check(machine, folder):
+    if not folder:
+        machine.cache.write_text("in the way")
+        private(machine).write_text("in the way")
     barrier, found = threading.Barrier(4), []
 
     def run():

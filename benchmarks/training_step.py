@@ -105,7 +105,7 @@ def main():
     arguments = parser.parse_args()
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     origin = provenance.origin(device.type)  # now, so that it is of what is measured
-    backend = ops.choose("training_step", device.type, None)  # DFA_KERNELS_BACKEND's, if set
+    backend = ops.choose("training_step", device, None)  # DFA_KERNELS_BACKEND's, if set
     print(f"{device}, {dtype}, {torch.get_num_threads()} threads, backend {backend}")
     measured = []
     for name, case in (CASES if device.type == "cpu" else CASES | ACCELERATOR_CASES).items():

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from dfa_kernels import functional, ops, stream, verify
+from dfa_kernels import functional, ops, stream, verdicts, verify
 from dfa_kernels.version import __version__
 
 
@@ -115,7 +115,11 @@ def run_info(options: argparse.Namespace) -> int:
     )
     if torch.cuda.is_available():
         print(f"CUDA {torch.version.cuda}, {torch.cuda.get_device_name()}")
-    statuses = functional.backends()
+    try:
+        statuses = functional.backends()
+    except ValueError as reason:
+        print(reason)
+        return 1
     if any(status.name == "cpp" and status.available for status in statuses):
         print(f"instruction set of cpp: {torch.ops.dfa_kernels.cpu_isa(None)}")
     asked = os.environ.get("DFA_KERNELS_BACKEND")
@@ -123,21 +127,28 @@ def run_info(options: argparse.Namespace) -> int:
         print(f"DFA_KERNELS_BACKEND={asked} takes the place of the automatic choice")
     elif asked:
         print(f"DFA_KERNELS_BACKEND={asked} is no backend: calls that choose none will raise")
+    mode = os.environ.get("DFA_KERNELS_CHECK")
+    if mode in verdicts.MODES:
+        print(f"DFA_KERNELS_CHECK={mode}: {verdicts.MODES[mode]}")
     print()
     print(f"{'backend':10}{'device':10}state")
     for status in statuses:
         state = (
             "available, chosen automatically" if status.automatic else "available when asked for"
         )
-        state += "" if status.has_run else "; not yet run on a GPU"
-        print(f"{status.name:10}{status.device:10}{status.reason or state}")
+        print(f"{status.name:10}{status.device:10}{status.reason or status.check or state}")
     return 0
 
 
 def run_verify(options: argparse.Namespace) -> int:
     """Check backends and print a table; see `dfa_kernels.verify`."""
+    try:
+        statuses = functional.backends()
+    except ValueError as reason:
+        print(reason)
+        return 1
     chosen = []
-    for status in functional.backends():
+    for status in statuses:
         asked = options.backend in (None, status.name)
         if asked and (options.device is None or options.device.type == status.device):
             device = options.device or torch.device(status.device)
@@ -147,12 +158,15 @@ def run_verify(options: argparse.Namespace) -> int:
     start = time.perf_counter()
     for name, device in available:
         print(f"{name} on {device}")
+        wrong, began = [], time.perf_counter()
         for check in verify.checks_of(name, device):
             print(f"  {check.what:56}{check.cases:5} cases {check.seconds:7.1f} s  ", end="")
             print("wrong" if check.mistake else "passed", flush=True)
             if check.mistake:
                 print(f"    {check.mistake}", flush=True)
-                failures.append(f"{check.what}: {check.mistake}")
+                wrong.append(f"{check.what}: {check.mistake}")
+        ops.keep_check(name, device, wrong, time.perf_counter() - began)
+        failures += wrong
     for name, device, reason in chosen:
         if reason is not None:
             print(f"{name} on {device} was not checked: {reason}")
@@ -181,7 +195,7 @@ def run_demo(options: argparse.Namespace) -> int:
         print(f"dfa-kernels demo: {missing}; it comes with `pip install dfa-kernels[demo]`")
         return 1
     try:
-        ops.choose("demo", options.device.type, options.backend)
+        ops.choose("demo", options.device, options.backend)
     except (RuntimeError, ValueError) as reason:
         print(f"dfa-kernels {reason}")
         return 1

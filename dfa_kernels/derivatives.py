@@ -41,9 +41,8 @@ class Projection(torch.autograd.Function):
 
     @staticmethod
     def forward(error: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        """By the operator of the backend, which is the last argument."""
-        *others, backend = arguments
-        return tuple(getattr(torch.ops.dfa_kernels.project, backend)(error, *others))
+        """By the operator."""
+        return tuple(torch.ops.dfa_kernels.project.default(error, *arguments))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

@@ -48,7 +48,8 @@ def project(
             begins at column_offset. The sum of the shards' signals is the whole error's. None:
             error.shape[-1], no shard.
         dtype: of the signals. None: the error's (under autocast, the autocast dtype).
-        backend: None for the best one available, or a name from `backends()`.
+        backend: None for the best one available, or a name from `backends()`. A GPU's best one is
+            checked at its first use, once on a machine, which may take minutes.
 
     Returns:
         One tensor (..., l_i) per size. Layers with equal size, offset and scale get the same tensor
@@ -106,7 +107,8 @@ def project(
     checks.distribution("project", distribution)
     if dtype is not None:
         checks.dtype("project", "dtype", dtype)
-    backend = ops.choose("project", error.device.type, backend)
+    choose = ops.choose_for_graph if torch.compiler.is_compiling() else ops.choose
+    backend = choose("project", error.device, backend)
 
     # Every distinct layer, and where its signal will be: equal layers are one output.
     places: dict[tuple[int, int, float], int] = {}
@@ -176,19 +178,24 @@ def feedback_matrix(
     checks.dtype("feedback_matrix", "dtype", dtype)
     # Not torch.get_default_device(), which torch.compile cannot trace.
     device = torch.empty(()).device if device is None else torch.device(device)
-    backend = ops.choose("feedback_matrix", device.type, backend)
+    choose = ops.choose_for_graph if torch.compiler.is_compiling() else ops.choose
+    backend = choose("feedback_matrix", device, backend)
     return ops.feedback_matrix(
         rows, columns, seed, row_offset, column_offset, distribution, dtype, device, backend
     )
 
 
 def backends() -> list[ops.BackendStatus]:
-    """Every backend on the CPU and on this machine's accelerator.
+    """Every backend on the CPU and on this machine's current accelerator.
 
-    Each says whether it is available, whether an automatic choice takes it, and if not why not.
+    Each says whether it is available, whether an automatic choice takes it, what is known of its
+    check there (none is started), and if it is not available why not.
+
+    Raises:
+        ValueError: DFA_KERNELS_CHECK has an unknown value.
     """
-    device_types = ["cpu"]
+    devices = [torch.device("cpu")]
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None:
-        device_types.append(accelerator.type)
-    return ops.statuses(device_types)
+        devices.append(torch.device(accelerator.type))
+    return ops.statuses(devices)

@@ -1,6 +1,6 @@
 """The operators `torch.ops.dfa_kernels.*`, and which backend serves what.
 
-    project(..., backend)       all layers' signals, differentiable
+    project(..., backend)       all layers' signals, differentiable; "" chooses when it runs
     project.<backend>           the same from one backend, without the autograd layer's 10 us a call
     project_adjoint             the transpose of project
     feedback_matrix.<backend>   a block of U
@@ -18,20 +18,23 @@ import importlib
 import os
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dfa_kernels import derivatives
+from dfa_kernels import derivatives, verdicts
 from dfa_kernels.backends import slabs
 
 BACKENDS = ("torch", "cpp", "cuda", "triton")
 # Backends to try in turn on a device type, before "torch", which serves every device.
-_PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
-# Not yet run on a GPU; of these, only "torch" serves there without being asked for by name.
-_NOT_YET_RUN = {"torch", "cuda", "triton"}
+_PREFERRED: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpp",),
+    "cuda": ("triton",) if torch.version.hip else ("cuda", "triton"),
+}
+# Device types on which all but "torch" are checked before an automatic choice takes them.
+_CHECKED = ("cuda",)
 
 _RANGES = "int[] row_offsets, SymInt[] sizes, float[] scales"
 _STREAM = "int seed, SymInt column_offset, str distribution"
@@ -64,15 +67,16 @@ _library.define(f"cuda_entries{_SCHEMAS['feedback_matrix']}, bool lattice) -> Te
 class BackendStatus(NamedTuple):
     """One backend on one device type: whether it can serve, and why not.
 
-    `automatic` says whether it is what an automatic choice takes; `has_run`, whether its tests have
-    run on such a device.
+    `automatic` says whether it is what an automatic choice takes; where its check is still to come,
+    whether it is what the choice will take if it passes. `check` says what is known of its check on
+    the current device of that type, and since when; None where it needs none.
     """
 
     name: str
     device: str
     available: bool
     automatic: bool
-    has_run: bool
+    check: str | None
     reason: str | None
 
 
@@ -95,33 +99,87 @@ def unavailable(name: str, device_type: str) -> str | None:
     return _backend(name).unavailable(device_type)
 
 
-def _candidates(device_type: str) -> list[tuple[str, str | None]]:
-    """The backends an automatic choice tries, in turn, each with why it cannot serve, or None."""
-    preferred = (name for name in _PREFERRED.get(device_type, ()) if name not in _NOT_YET_RUN)
-    names = (*preferred, "torch")
-    return [(name, unavailable(name, device_type)) for name in names]
+def _wants_check(name: str, device: torch.device) -> bool:
+    """Whether a check decides if an automatic choice takes a backend."""
+    return device.type in _CHECKED and name != "torch" and not verdicts.trusted(name, device)
 
 
-_chosen: dict[str, str] = {}
+def _first(
+    device: torch.device, verdict_of: Callable[[str, torch.device], verdicts.Verdict | None]
+) -> tuple[str, bool, dict[str, str | verdicts.Verdict]]:
+    """The first backend that can serve, whether its check is to come, and what is against others.
+
+    It is to come where `verdict_of` gives None.
+    """
+    against: dict[str, str | verdicts.Verdict] = {}
+    for name in _PREFERRED.get(device.type, ()):
+        reason = unavailable(name, device.type)
+        if reason is not None:
+            against[name] = reason
+            continue
+        if not _wants_check(name, device):
+            return name, False, against
+        verdict = verdict_of(name, device)
+        if verdict is None or verdict.passed:
+            return name, verdict is None, against
+        against[name] = verdict
+    return "torch", False, against
 
 
-def _automatic(device_type: str) -> str:
-    """The first backend that can serve; what it falls through, it says once."""
-    if device_type not in _chosen:
-        skipped = []
-        for name, reason in _candidates(device_type):
-            if reason is None:
-                _chosen[device_type] = name
-                break
-            skipped.append(f"dfa_kernels: backend {name!r} cannot serve {device_type}: {reason}")
-        for message in skipped:
-            warnings.warn(message, RuntimeWarning, stacklevel=4)
-    return _chosen[device_type]
+_chosen: dict[torch.device, str] = {}
+_said: dict[object, object] = {}
 
 
-@torch.compiler.assume_constant_result
-def choose(function: str, device_type: str, backend: str | None) -> str:
+def _warn(fact: object, message: str) -> None:
+    """Once for each fact, whatever device, call and thread it is for."""
+    first = object()
+    if _said.setdefault(fact, first) is first:
+        warnings.warn(message, RuntimeWarning, stacklevel=5)
+
+
+def _checked(name: str, device: torch.device) -> verdicts.Verdict | None:
+    """The result of a check, made if need be, except while a CUDA graph is being captured."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return (verdicts.known if capturing else verdicts.obtain)(name, device)
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """A GPU without an index is the current one, where there is one."""
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _automatic(device: torch.device, tracing: bool) -> str:
+    """The first backend that can serve and is checked; what it falls through, it says once."""
+    device = _indexed(device)
+    if device in _chosen:
+        return _chosen[device]
+    name, to_come, against = _first(device, verdicts.known if tracing else _checked)
+    if to_come and tracing:
+        return ""
+    if to_come:
+        _warn(
+            "capturing",
+            f"dfa_kernels: backend {name!r} is not checked yet, and cannot be while a CUDA graph "
+            "is being captured: 'torch', which is slow, is what this graph holds. Call it once "
+            f"before, or run `python -m dfa_kernels verify --backend {name} --device {device}`",
+        )
+        return "torch"
+    _chosen[device] = name
+    for other, why in against.items():
+        message = f"dfa_kernels: backend {other!r} cannot serve {device.type}: {why}"
+        if isinstance(why, verdicts.Verdict):
+            message = verdicts.complaint(other, device, why, name)
+        _warn((other, why), message)
+    return name
+
+
+def choose(function: str, device: torch.device, backend: str | None, tracing: bool = False) -> str:
     """The backend that serves: the one asked for, else DFA_KERNELS_BACKEND, else the preferred.
+
+    The first automatic choice on a GPU may take minutes: backends are checked there. With `tracing`
+    no check is made; where only one can tell, "" comes back.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for one that was asked
     for and cannot serve.
@@ -131,29 +189,56 @@ def choose(function: str, device_type: str, backend: str | None) -> str:
         source = "DFA_KERNELS_BACKEND"
         backend = os.environ.get(source) or None
     if backend is None:
-        return _automatic(device_type)
+        return _chosen.get(device) or _automatic(device, tracing)
     if backend not in BACKENDS:
         raise ValueError(
             f"{function}: {source} must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"
         )
-    reason = unavailable(backend, device_type)
+    reason = unavailable(backend, device.type)
     if reason is not None:
-        raise RuntimeError(f"{function}: {source} {backend!r} cannot serve {device_type}: {reason}")
+        raise RuntimeError(f"{function}: {source} {backend!r} cannot serve {device.type}: {reason}")
     return backend
 
 
-def statuses(device_types: Sequence[str]) -> list[BackendStatus]:
-    """Every backend on every given device type."""
+@torch.compiler.assume_constant_result
+def choose_for_graph(function: str, device: torch.device, backend: str | None) -> str:
+    """As `choose`, for a graph that is being traced: "" where the choice is made when it runs."""
+    return choose(function, device, backend, tracing=True)
+
+
+def keep_check(name: str, device: torch.device, failures: list[str], seconds: float) -> None:
+    """Let a check by hand count, where an automatic choice depends on one."""
+    device = _indexed(device)
+    if _wants_check(name, device):
+        verdicts.keep(name, device, failures, seconds)
+
+
+def statuses(devices: Sequence[torch.device]) -> list[BackendStatus]:
+    """Every backend on every given device. No check is made."""
     found = []
-    for device_type in device_types:
-        automatic = next(name for name, why in _candidates(device_type) if why is None)
+    for device in map(_indexed, devices):
+        automatic = _first(device, verdicts.known)[0]
         for name in BACKENDS:
-            reason = unavailable(name, device_type)
-            has_run = device_type == "cpu" or name not in _NOT_YET_RUN
-            found.append(
-                BackendStatus(name, device_type, reason is None, name == automatic, has_run, reason)
-            )
+            reason = unavailable(name, device.type)
+            check = None
+            if reason is None and name in _PREFERRED.get(device.type, ()):
+                check = _check(name, device, name == automatic)
+            status = (reason is None, name == automatic, check, reason)
+            found.append(BackendStatus(name, device.type, *status))
     return found
+
+
+def _check(name: str, device: torch.device, automatic: bool) -> str | None:
+    """What is known of a backend's check, and what follows; None where it needs none."""
+    if not _wants_check(name, device):
+        return None
+    verdict = verdicts.known(name, device)
+    if verdict is None and automatic:
+        return "not checked yet; will be at its first use"
+    role = "chosen automatically" if automatic else "available when asked for"
+    if verdict is None:
+        return f"not checked yet; {role}"
+    return f"{verdict.describe()}{':' if verdict.passed else ';'} {role}"
 
 
 # --- project ---
@@ -170,11 +255,14 @@ def project(
     dtype: torch.dtype | None,
     backend: str,
 ) -> list[Tensor]:
-    """scales[i] * error @ U[rows of layer i, columns].T: error [M, n] -> one [M, sizes[i]] each."""
+    """scales[i] * error @ U[rows of layer i, columns].T: error [M, n] -> one [M, sizes[i]] each.
+
+    With backend "", the operator chooses when it runs.
+    """
     arguments = (error, row_offsets, sizes, scales, seed, column_offset, distribution, dtype)
     if derivatives.transformed():
         return derivatives.project(*arguments, backend)
-    if error.requires_grad and torch.is_grad_enabled():
+    if not backend or (error.requires_grad and torch.is_grad_enabled()):
         return torch.ops.dfa_kernels.project.default(*arguments, backend)
     return getattr(torch.ops.dfa_kernels.project, backend)(*arguments)
 
@@ -182,7 +270,8 @@ def project(
 def _project(
     error, row_offsets, sizes, scales, seed, column_offset, distribution, dtype, backend
 ) -> list[Tensor]:
-    kernel = getattr(torch.ops.dfa_kernels.project, choose("project", error.device.type, backend))
+    chosen = choose("project", error.device, backend or None)
+    kernel = getattr(torch.ops.dfa_kernels.project, chosen)
     return kernel(error, row_offsets, sizes, scales, seed, column_offset, distribution, dtype)
 
 
@@ -237,9 +326,8 @@ def _project_adjoint(
     signals, row_offsets, scales, seed, column_offset, distribution, columns, dtype, backend
 ) -> Tensor:
     device = signals[0].device
-    generator = getattr(
-        torch.ops.dfa_kernels.feedback_matrix, choose("project_adjoint", device.type, backend)
-    )
+    chosen = choose("project_adjoint", device, backend or None)
+    generator = getattr(torch.ops.dfa_kernels.feedback_matrix, chosen)
 
     def generate(
         rows: int, columns: int, row_offset: int, column_offset: int, dtype: torch.dtype
@@ -303,8 +391,11 @@ def feedback_matrix(
     device: torch.device,
     backend: str,
 ) -> Tensor:
-    """U[row_offset : row_offset + rows, column_offset : column_offset + columns]."""
-    kernel = getattr(torch.ops.dfa_kernels.feedback_matrix, backend)
+    """U[row_offset : row_offset + rows, column_offset : column_offset + columns].
+
+    With backend "", by "torch": the bits are the same, and no operator here chooses when it runs.
+    """
+    kernel = getattr(torch.ops.dfa_kernels.feedback_matrix, backend or "torch")
     return kernel(rows, columns, seed, row_offset, column_offset, distribution, dtype, device)
 
 

@@ -168,11 +168,13 @@ def test_an_unavailable_choice_raises_with_the_reason(monkeypatch):
 
 def test_the_environment_chooses(monkeypatch):
     monkeypatch.setenv("DFA_KERNELS_BACKEND", "torch")
-    assert ops.choose("project", "cpu", None) == "torch"
+    assert ops.choose("project", torch.device("cpu"), None) == "torch"
     monkeypatch.setenv("DFA_KERNELS_BACKEND", "abacus")
     with pytest.raises(ValueError, match=r"DFA_KERNELS_BACKEND must be one of .* got 'abacus'"):
         project(torch.randn(2, 3), [4])
-    assert ops.choose("project", "cpu", "torch") == "torch"  # the argument comes first
+    assert (
+        ops.choose("project", torch.device("cpu"), "torch") == "torch"
+    )  # the argument comes first
     monkeypatch.setenv("DFA_KERNELS_BACKEND", "")
     project(torch.randn(2, 3), [4])
 
@@ -187,21 +189,12 @@ def test_an_automatic_choice_falls_through_and_says_so_once(monkeypatch):
     monkeypatch.setattr(ops, "_PREFERRED", {"cpu": ("broken",)})
     monkeypatch.setattr(ops, "_backend", lambda name: Broken if name == "broken" else real(name))
     monkeypatch.setattr(ops, "_chosen", {})
+    monkeypatch.setattr(ops, "_said", {})
     with pytest.warns(RuntimeWarning, match="backend 'broken' cannot serve cpu: no cpu today"):
-        assert ops.choose("project", "cpu", None) == "torch"
+        assert ops.choose("project", torch.device("cpu"), None) == "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ops.choose("project", "cpu", None) == "torch"
-
-
-def test_kernels_that_have_not_run_on_a_gpu_are_not_chosen_there(monkeypatch):
-    monkeypatch.setattr(ops, "_chosen", {})
-    monkeypatch.setattr(ops, "_NOT_YET_RUN", {"torch", *ops._PREFERRED["cuda"]})
-    assert ops.choose("project", "cuda", None) == "torch"
-    monkeypatch.setattr(ops, "_chosen", {})
-    monkeypatch.setattr(ops, "_NOT_YET_RUN", set())
-    monkeypatch.setattr(ops, "unavailable", lambda name, device_type: None)
-    assert ops.choose("project", "cuda", None) == ops._PREFERRED["cuda"][0]
+        assert ops.choose("project", torch.device("cpu"), None) == "torch"
 
 
 def test_backends_report():

@@ -9,7 +9,7 @@ import reference
 import torch
 from conftest import AVAILABLE
 
-from dfa_kernels import cases, cli, ops, verify
+from dfa_kernels import cases, cli, functional, ops, verify
 from dfa_kernels.backends import cuda, tensor_cores
 
 CPU = torch.device("cpu")
@@ -261,8 +261,11 @@ def test_the_command_prints_a_table(capsys, tmp_path):
 def test_the_command_says_what_is_wrong(monkeypatch, capsys, tmp_path):
     path = tmp_path / "result.json"
     checks = [verify.Check("entries", 3, 0.1, None), verify.Check("signals", 2, 0.1, "off by one")]
+    kept = []
     monkeypatch.setattr(verify, "checks_of", lambda backend, device: checks)
-    assert cli.main(["verify", "--backend", "torch", "--json", str(path)]) == 1
+    monkeypatch.setattr(ops, "keep_check", lambda *a: kept.append(a[:3]))
+    assert cli.main(["verify", "--backend", "torch", "--device", "cpu", "--json", str(path)]) == 1
+    assert kept == [("torch", CPU, ["signals: off by one"])]
     text = capsys.readouterr().out
     assert re.search(r"^  signals +2 cases +0.1 s  wrong\n    off by one$", text, re.MULTILINE)
     result = json.loads(path.read_text())
@@ -276,6 +279,15 @@ def test_a_backend_that_cannot_serve_is_not_verified(monkeypatch, capsys):
     monkeypatch.setattr(verify, "checks_of", lambda backend, device: [])
     assert cli.main(["verify"]) == 0  # the others are
     assert "cuda on cpu was not checked: not today" in capsys.readouterr().out
+
+
+def test_an_unknown_mode_of_checks_is_said(monkeypatch, capsys):
+    def refuses():
+        raise ValueError("DFA_KERNELS_CHECK must be")
+
+    monkeypatch.setattr(functional, "backends", refuses)
+    assert cli.main(["verify"]) == 1
+    assert "DFA_KERNELS_CHECK must be" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

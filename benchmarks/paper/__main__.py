@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
                 summary = run_experiment(name, options, console, progress)
             if options.output:
                 how = {"threads": torch.get_num_threads(), "quick": options.quick}
-                how["backend"] = ops.choose("project", options.device.type, None)
+                how["backend"] = ops.choose("project", options.device, None)
                 results = origin | how | summary
                 provenance.save(options.output / f"paper_{name}.json", results)
                 figures.draw(name, results, options.output)

@@ -5,6 +5,12 @@ Importing the extension registers its kernels for the operators of `dfa_kernels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
+
+_INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
+
 try:
     import dfa_kernels._C  # noqa: F401
 
@@ -18,3 +24,17 @@ def unavailable(device_type: str) -> str | None:
     if device_type != "cpu":
         return "it serves the CPU only"
     return _missing
+
+
+def modes() -> Iterator[str]:
+    """Every instruction set that runs here, by name, each in use while it is the current one."""
+    force = torch.ops.dfa_kernels.cpu_isa
+    try:
+        for name in _INSTRUCTION_SETS:
+            try:
+                force(name)
+            except RuntimeError:
+                continue
+            yield name
+    finally:
+        force("")

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <string>
 #include <vector>
 
 #include "entries.h"
@@ -56,10 +57,25 @@ struct StridedMatrix {
 // Device memory that lives until what is launched on the stream so far is done.
 using Allocate = std::function<void*(int64_t bytes)>;
 
+// What tests may want otherwise than it would be chosen.
+struct Forced {
+  int64_t tile = -1;       // the index of a tile
+  int64_t processors = 0;  // multiprocessors to launch blocks for; 0: as many as there are
+};
+
 // On the current device; `cuda_stream` is a cudaStream_t. `terms`: bf16 terms of an fp32 error, 1
 // to 3; 1 for the other types. Nothing waits for the GPU.
 void project_cuda(const Stream& stream, const StridedMatrix& error, std::vector<Range> ranges,
-                  Type out_type, int terms, const Allocate& allocate, void* cuda_stream);
+                  Type out_type, int terms, const Forced& forced, const Allocate& allocate,
+                  void* cuda_stream);
+
+struct Tile {
+  int64_t index;
+  std::string name;  // "rows of U x rows of the error", and what else tells it apart
+};
+
+// The tiles that project_cuda may take for such an error on the current device.
+std::vector<Tile> cuda_tiles(Distribution distribution, Type error_type, int terms);
 
 // `lattice`: uniform entries as their exact lattice, without sqrt(3).
 void feedback_matrix_cuda(const Stream& stream, uint64_t row_offset, int64_t rows, int64_t columns,

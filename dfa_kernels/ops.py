@@ -7,6 +7,8 @@
     cpu_isa                     the instruction set of backend "cpp"
     cuda_fused, cuda_entries    the kernels of backend "cuda": the fused projection, and a block of
         U, on request without the sqrt(3) of uniform entries
+    cuda_tiles                  indices and names of the tiles that tests may force on `cuda_fused`,
+        which chooses one by itself (-1), and blocks for all of the GPU's `processors` (0)
 
 Arguments are trusted here; `functional` checks them. `seed` is the two's complement of the seed.
 """
@@ -57,8 +59,13 @@ for _name in BACKENDS:
     _library.define(f"project.{_name}{_SCHEMAS['project']}) -> Tensor[]", tags=_tags)
     _library.define(f"feedback_matrix.{_name}{_SCHEMAS['feedback_matrix']}) -> Tensor")
 _library.define("cpu_isa(str? force) -> str")
-_library.define(f"cuda_fused{_SCHEMAS['project']}, int terms) -> Tensor[]")
+_library.define(
+    f"cuda_fused{_SCHEMAS['project']}, int terms, int tile, int processors) -> Tensor[]"
+)
 _library.define(f"cuda_entries{_SCHEMAS['feedback_matrix']}, bool lattice) -> Tensor")
+_library.define(
+    "cuda_tiles(str distribution, ScalarType dtype, int terms, Device device) -> (int[], str[])"
+)
 
 
 # --- which backend serves what ---

@@ -102,12 +102,25 @@ def loops(sass):
     return sorted(found, key=len)
 
 
+Shape = collections.namedtuple("Shape", "n f warps chunks parts distribution operand")
+
+
 def shape(symbol):
-    """N, F and warps of a fused kernel's tile, its distribution and its operand."""
+    """The template arguments of a fused kernel, but for its least number of blocks."""
     found = re.search(
-        r"5ShapeILi(\d+)ELi(\d+)ELi(\d+)ELi\d+EE.*?DistributionE(\d).*?OperandE(\d)", symbol
+        r"5ShapeILi(\d+)ELi(\d+)ELi(\d+)ELi\d+ELi(\d+)ELi(\d+)EE"
+        r".*?DistributionE(\d).*?OperandE(\d)",
+        symbol,
     )
-    return found and tuple(map(int, found.groups()))
+    return found and Shape(*map(int, found.groups()))
+
+
+def tile(of):
+    """What csrc/cuda/shapes.h calls it, and its operand."""
+    rows = 16 * of.f * of.warps // of.parts
+    parts = f", columns in {of.parts}" if of.parts > 1 else ""
+    operand = ("bf16", "fp16", "exact")[of.operand]
+    return f"{DISTRIBUTIONS[of.distribution]} {operand} {rows} x {8 * of.n}{parts}"
 
 
 def shared_bytes(symbol):
@@ -115,10 +128,10 @@ def shared_bytes(symbol):
     found = shape(symbol)
     if not found:
         return []
-    n, fragments, warps, _, operand = found
-    terms = 3 if operand == 2 else 1  # Operand::kExact
-    stages = 2 * terms * 8 * n * 128
-    return [stages + warps * 8 * min(n, 4) * (16 * fragments + 4) * 4 + 1024]
+    terms = 3 if found.operand == 2 else 1  # Operand::kExact
+    stages = 2 * terms * 8 * found.n * 128 * found.chunks
+    staged = min(found.n, 4 if found.parts == 1 else 2)
+    return [stages + found.warps * 8 * staged * (16 * found.f + 4) * 4 + 1024]
 
 
 def test_no_kernel_spills_or_has_local_memory(kernels, resources):
@@ -127,14 +140,15 @@ def test_no_kernel_spills_or_has_local_memory(kernels, resources):
     for kernel in kernels:
         local = [text for _, text in kernel.sass if re.search(r"\b(LDL|STL)\b", text)]
         assert (kernel.stack, kernel.spills, local) == (0, 0, []), kernel.symbol
-        threads = 32 * shape(kernel.symbol)[2] if shape(kernel.symbol) else 256
+        of = shape(kernel.symbol)
+        threads = 32 * of.warps if of else 256
         blocks = 65536 // (threads * (kernel.registers + 7 & ~7))
         assert blocks >= 1
         shared = shared_bytes(kernel.symbol)
         blocks = min(blocks, 2048 // threads, *(SHARED[kernel.architecture] // s for s in shared))
         assert blocks >= 1
         resources(
-            f"{kernel.architecture:7}{kernel.source:22}{shape(kernel.symbol) or ''!s:20}"
+            f"{kernel.architecture:7}{tile(of) if of else kernel.source:44}"
             f"{threads} threads, {kernel.registers} registers, "
             f"{shared[0] if shared else 0} bytes shared: {blocks} blocks"
         )
@@ -143,10 +157,10 @@ def test_no_kernel_spills_or_has_local_memory(kernels, resources):
 def test_the_fused_loop_is_short(kernels, resources):
     seen = collections.Counter()
     for kernel in kernels:
-        if not shape(kernel.symbol):
+        of = shape(kernel.symbol)
+        if not of:
             continue
-        n, fragments, _, distribution, operand = shape(kernel.symbol)
-        entries = 16 * fragments  # of a lane, in 32 columns
+        entries = 16 * of.f  # of a lane, in 32 columns
         inner = next(
             body
             for body in loops(kernel.sass)
@@ -154,14 +168,13 @@ def test_the_fused_loop_is_short(kernels, resources):
             and any(op.startswith("HMMA") for op in body)
         )
         kinds = collections.Counter(op.split(".")[0] for op in inner)
-        assert kinds["HMMA"] >= 2 * n * fragments
-        name = DISTRIBUTIONS[distribution]
+        assert kinds["HMMA"] >= 2 * of.n * of.f
+        name = DISTRIBUTIONS[of.distribution]
         assert kinds["MUFU"] == (entries if name == "normal" else 0)
         count = len(inner) / entries
         common = ", ".join(f"{kind} {number}" for kind, number in kinds.most_common(8))
-        tile = f"{kernel.architecture} {name} {8 * n} x {16 * fragments}"
-        resources(f"{tile}: {count:.1f} an entry ({common})")
-        if n == 16 and operand == 0:
+        resources(f"{kernel.architecture:7}{tile(of):44}{count:.1f} an entry ({common})")
+        if of.n == 16 and of.parts == 1 and of.operand == 0:
             assert count <= MOST[name]
             seen[kernel.architecture, name] += 1
     assert len(seen) == len(ARCHITECTURES) * len(DISTRIBUTIONS)

@@ -11,6 +11,7 @@ import struct
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import reference
@@ -24,6 +25,7 @@ HOST = Path(__file__).parent / "cuda_host"
 SOURCES = [HOST / "main.cpp", *sorted((HOST.parents[1] / "csrc" / "cuda").glob("*.cu"))]
 DISTRIBUTIONS = ("normal", "uniform", "rademacher")
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # as dfa::Type
+SHARED = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}  # bytes that a block may have
 UNIT = {"normal": 1.0, "uniform": math.sqrt(3), "rademacher": 1.0}
 ORDERS = {
     "at-once": {},
@@ -91,13 +93,17 @@ class Projection:
         dtype=None,
         terms=None,
         misaligned=0,
+        tile=-1,
+        processors=0,
+        shared=SHARED["sm_86"],
     ):
         self.error, self.sizes, self.dtype = error, sizes, dtype or error.dtype
         self.scales = scales or [1 / math.sqrt(size * 3) for size in sizes]
         self.where = {"seed": seed, "distribution": distribution, "column_offset": column_offset}
         self.where["row_offsets"] = row_offsets or [0] * len(sizes)
         self.terms = terms or (3 if error.dtype == torch.float32 else 1)
-        self.misaligned = misaligned
+        self.forced = tile, processors
+        self.shared, self.misaligned = shared, misaligned
 
     def request(self):
         error, storage = self.error, self.error.untyped_storage()
@@ -111,6 +117,8 @@ class Projection:
             TYPES.index(error.dtype),
             TYPES.index(self.dtype),
             self.terms,
+            *self.forced,
+            self.shared,
             self.misaligned,
             storage.nbytes(),
         )
@@ -123,7 +131,7 @@ class Projection:
         return head + bytes(storage) + words(*layers)
 
     def signals(self, data):
-        """(launches, threads and shared bytes of the last one), and one signal a layer."""
+        """(launches, tile and blocks of the last one), and one signal a layer."""
         shapes = [(self.error.shape[0], size) for size in self.sizes]
         return struct.unpack("<3q", data[:24]), as_tensors(data[24:], self.dtype, shapes)
 
@@ -178,59 +186,189 @@ def random_error(rows, columns, dtype=torch.float32, seed=0):
 
 FAR = [2**62, 3, 20, 2**32 - 4, 2**63 - 1, 2**32 - 4, 60]  # row offsets, in no order
 FAR_SIZES = [5, 40, 5, 9, 1, 9, 3]
-# csrc/cuda/shapes.h: threads and rows of the error -> bytes of staged sums
-TILES = {(256, 128): 36864, (128, 64): 18432, (128, 32): 18432, (128, 8): 4608, (64, 32): 5120}
 
 
-def tile_of(case, log):
-    """Threads and error rows of the tile that a launch took, by its shared memory."""
-    _, threads, shared = log
-    (errors,) = (
-        errors
-        for (of_tile, errors), sums in TILES.items()
-        if of_tile == threads and shared == 2 * case.terms * errors * 128 + sums
-    )
-    return threads, errors
+# The tiles
 
 
-@pytest.mark.parametrize("order", ["late", "apart"])
-@pytest.mark.parametrize("dtype", TYPES[:3], ids=str)
+class Tile(NamedTuple):
+    """One of csrc/cuda/shapes.h."""
+
+    index: int
+    rows: int
+    errors: int
+    stage_columns: int
+    name: str
+
+
+OPERANDS = {
+    "bfloat16": (torch.bfloat16, 1),
+    "float16": (torch.float16, 1),
+    **{f"float32 as {terms} terms": (torch.float32, terms) for terms in (1, 2, 3)},
+}
+# Numbers of 24 bits that no two terms of 8 are.
+NEEDLE = 1 + 2**-6 + 2**-12 + 2**-20
+
+
+def tiles(emulator, dtype, terms, shared=SHARED["sm_90"]):
+    """The tiles that such an error may take."""
+    listing = run(emulator, words(4, shared, TYPES.index(dtype), terms), ORDERS["at-once"])
+    lines = (line.split("\t") for line in listing.decode().splitlines())
+    return [Tile(*map(int, line[:4]), line[4]) for line in lines]
+
+
+class StackedError(NamedTuple):
+    """An error whose rows prove different things, [M, n], and which of them are what."""
+
+    error: torch.Tensor
+    units: slice  # a single 1: the signals are entries
+    integers: slice  # sums of signs or of the uniform lattice are exact in any order
+    needle: slice  # a single number of 24 bits
+    normal: slice
+
+    @classmethod
+    def of(cls, rows, columns, dtype):
+        """At least 5 rows."""
+        units = torch.linspace(0, columns - 1, (rows - 1) // 2).round().long()
+        count = rows - 1 - len(units)
+        rest = random_error(count, columns, seed=columns)
+        rest[: count // 2] = (3 * rest[: count // 2]).round().clamp(-8, 8)
+        error = torch.zeros(rows, columns)
+        error[range(len(units)), units] = 1.0
+        error[len(units), columns // 2] = NEEDLE
+        error[-count:] = rest
+        parts = (slice(0, len(units)), slice(rows - count, rows - count + count // 2))
+        parts += (slice(len(units), len(units) + 1), slice(rows - count + count // 2, rows))
+        return cls(error.to(dtype), *parts)
+
+
+@pytest.mark.parametrize("operand", OPERANDS)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_every_tile(emulator, distribution, dtype, order):
-    """Several tiles in turn, several chunks of columns, three layers that overlap."""
-    shapes = [(1, 300, 37), (8, 70, 128), (20, 40, 300), (33, 500, 10), (60, 400, 33)]
-    shapes += [(100, 700, 40), (130, 20, 100)]
-    cases = [
-        Projection(
-            random_error(rows, columns, dtype, seed=i),
-            [size, size // 2 + 1, size],
-            scales=[0.5, 2.0, -1.25],
-            row_offsets=[0, i, 2**32 - 17 * i],
-            distribution=distribution,
-            terms=1 + i % 3 if dtype == torch.float32 else 1,
+def test_every_tile(emulator, distribution, operand):
+    """Several tiles in turn, three steps of columns, layers that overlap and cross row 2**32."""
+    dtype, terms = OPERANDS[operand]
+    for tile in tiles(emulator, dtype, terms):
+        rows, columns = tile.rows, 2 * tile.stage_columns + 5
+        # Two tiles of error rows, or for the largest ones a part of one.
+        stacked = StackedError.of(
+            tile.errors + 5 if tile.errors <= 32 else tile.errors - 5, columns, dtype
         )
-        for i, (rows, size, columns) in enumerate(shapes)
-    ]
-    found = run_all(emulator, cases, ORDERS[order])
-    tiles = {tile_of(case, log) for case, (log, _) in zip(cases, found, strict=True)}
-    assert tiles == TILES.keys() - ({(256, 128)} if dtype == torch.float32 else set())
+        case = Projection(
+            stacked.error,
+            [rows + 7, rows // 2, 1],
+            scales=[scale / UNIT[distribution] for scale in (1.0, -0.5, 2.0)],
+            row_offsets=[2**32 - rows // 2 - 3, 2**32 - 5, 2**40 + 1],
+            seed=0x9E3779B97F4A7C15,
+            distribution=distribution,
+            column_offset=2**20 + 77,
+            dtype=torch.float32,
+            terms=terms,
+            tile=tile.index,
+            processors=1,
+            shared=SHARED["sm_90"],
+        )
+        turn = tile.index + list(OPERANDS).index(operand) + DISTRIBUTIONS.index(distribution)
+        order = list(ORDERS)[turn % len(ORDERS)]
+        (((_, taken, blocks), signals),) = run_all(emulator, [case], ORDERS[order])
+        print(f"{tile.name}: {order}")
+        assert taken == tile.index
+        assert 3 * -(-len(stacked.error) // tile.errors) >= 2 * blocks
+        check_exact_rows(case, stacked, signals)
+
+
+def check_exact_rows(case, stacked, signals):
+    """What a single rounding at most may change."""
+    exact = reference_project(case, stacked.error)
+    for signal, expected in zip(signals, exact, strict=True):
+        same = [stacked.units]
+        if case.where["distribution"] != "normal":
+            same.append(stacked.integers)
+        for rows in same:
+            assert torch.equal(signal[rows], expected[rows].float())
+        left_out = 2.0 ** -(8 * case.terms) if stacked.error.dtype == torch.float32 else 0.0
+        needle = signal[stacked.needle].double(), expected[stacked.needle]
+        torch.testing.assert_close(*needle, rtol=left_out + 4 * EPSILON[torch.float32], atol=0)
+
+
+def test_there_is_every_tile(emulator):
+    """Of all that there are, each error has some; those with less memory have fewer."""
+    names = [tile.name for tile in tiles(emulator, torch.bfloat16, 1)]
+    assert names == [tile.name for tile in tiles(emulator, torch.float16, 1)]
+    assert len(set(names)) == len(names) >= 5
+    assert "128 x 128" in names
+    for terms in (1, 2, 3):
+        on = {gpu: tiles(emulator, torch.float32, terms, SHARED[gpu]) for gpu in SHARED}
+        assert {*on["sm_86"]} <= {*on["sm_80"]} <= {*on["sm_90"]}
+        assert any(tile.errors == 64 for tile in on["sm_86"])
+    assert len(on["sm_86"]) < len(on["sm_90"])
+
+
+def test_a_tile_that_is_not_there_is_refused(emulator):
+    there = [tile.index for tile in tiles(emulator, torch.float32, 3)]
+    assert 0 not in there
+    for tile in (0, 99):
+        case = Projection(random_error(3, 4), [5], tile=tile, shared=SHARED["sm_90"])
+        done = subprocess.run([emulator], input=case.request(), capture_output=True)
+        assert f"project: tile must be one of {there}, got {tile}" in done.stderr.decode()
 
 
 def test_a_tile_that_does_not_fit_is_not_taken(emulator):
-    """Two terms of 128 error rows are more shared memory than the emulated GPU has."""
-    case = Projection(random_error(128, 40), [3000], terms=2)
-    ((log, _),) = run_all(emulator, [case])
-    assert tile_of(case, log) == (128, 64)
+    """Two terms of 128 error rows are too much shared memory for two blocks of sm_80's."""
+    (large,) = [tile for tile in tiles(emulator, torch.float32, 2) if tile.name == "128 x 128"]
+    too_little = 2 * 2 * large.errors * 2 * large.stage_columns
+    assert large in tiles(emulator, torch.float32, 2)
+    assert large not in tiles(emulator, torch.float32, 2, too_little)
+    case = Projection(random_error(128, 40), [3000], terms=2, shared=too_little)
+    (((_, tile, _), _),) = run_all(emulator, [case])
+    assert tile != large.index
 
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 def test_in_any_order_of_threads_and_copies(emulator, order):
+    """An error of one or two steps, which stays where it is for as long as its tile lasts."""
     cases = [
-        Projection(random_error(rows, columns), [50, 30], row_offsets=[0, 20], distribution=kind)
-        for rows, columns, kind in ((3, 10, "normal"), (40, 200, "normal"), (9, 300, "rademacher"))
+        Projection(
+            random_error(tile.errors + 3, columns),
+            [3 * tile.rows, 30],
+            row_offsets=[0, 2**32 - 20],
+            distribution=kind,
+            tile=tile.index,
+            processors=1,
+        )
+        for tile in tiles(emulator, torch.float32, 3, SHARED["sm_86"])
+        if tile.errors <= 32
+        for kind, columns in (("normal", 10), ("rademacher", tile.stage_columns + 3))
     ]
-    cases.append(Projection(random_error(100, 200, torch.bfloat16), [700]))
     run_all(emulator, cases, order)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_which_tile(emulator, distribution):
+    """On an H100: the largest for many rows; for few, those that divide the columns."""
+
+    def tile_for(rows, errors, columns=1000, dtype=torch.bfloat16, terms=1):
+        where = DISTRIBUTIONS.index(distribution), rows, errors, columns, TYPES.index(dtype), terms
+        log = run(emulator, words(3, 132, SHARED["sm_90"], *where), ORDERS["at-once"])
+        (tile,) = (
+            tile
+            for tile in tiles(emulator, dtype, terms)
+            if tile.index == struct.unpack("<2q", log)[0]
+        )
+        return tile
+
+    for dtype in (torch.bfloat16, torch.float16):
+        for errors in (8, 32, 128):
+            tile = tile_for(4096, errors, dtype=dtype)
+            assert "columns in" in tile.name
+            assert tile.errors == (128 if errors == 128 else 32)
+        assert tile_for(200_000, 128, dtype=dtype).name == "128 x 128"
+        assert tile_for(200_000, 1024, dtype=dtype).name == "128 x 128"
+        assert tile_for(200_000, 32, dtype=dtype).name == "128 x 32"
+        assert tile_for(200_000, 1, dtype=dtype).name == "128 x 8"
+    for terms in (2, 3):
+        assert "columns in" in tile_for(4096, 32, dtype=torch.float32, terms=terms).name
+        assert "columns in" not in tile_for(200_000, 32, dtype=torch.float32, terms=terms).name
+    assert tile_for(200_000, 128, dtype=torch.float32, terms=3).errors == 64
 
 
 def test_the_maps_of_the_fragments(emulator):
@@ -333,7 +471,8 @@ def test_any_number_of_layers_is_one_launch(emulator, layers):
 def test_an_aligned_16_bit_error_is_read_where_it_lies(emulator):
     wide = random_error(20, 96, torch.bfloat16)
     shard = Projection(wide[:, :72], [30], distribution="rademacher", column_offset=256)
-    as_it_is = [Projection(wide, [30]), shard, Projection(wide[:1, 8:16].clone(), [30])]
+    row = Projection(random_error(20, 97, torch.bfloat16)[:1, :72], [30])  # of any stride
+    as_it_is = [Projection(wide, [30]), shard, row, Projection(wide[:1, 8:16].clone(), [30])]
     copied = [
         Projection(wide, [30], misaligned=2),
         Projection(wide, [30], column_offset=4),
@@ -345,7 +484,7 @@ def test_an_aligned_16_bit_error_is_read_where_it_lies(emulator):
         Projection(wide[0].expand(5, 96), [30]),
     ]
     found = run_all(emulator, as_it_is + copied)
-    assert [log[0] for log, _ in found] == [1] * 3 + [2] * 7 + [1]
+    assert [log[0] for log, _ in found] == [1] * 4 + [2] * 7 + [1]
 
 
 def test_strided_errors_of_32_bits(emulator):

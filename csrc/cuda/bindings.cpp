@@ -9,6 +9,7 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../checks.h"
@@ -43,17 +44,30 @@ Tensor allocate(int64_t rows, int64_t columns, ScalarType dtype, Device device, 
   }
 }
 
+void check_terms(ScalarType error, int64_t terms, const char* op) {
+  dfa::check_integer(terms, 1, error == ScalarType::Float ? 3 : 1, op, "terms");
+}
+
+// The device that `device` names, of which the current one has no index.
+Device with_index(Device device, const char* op) {
+  check(device.type() == DeviceType::CUDA, op, ": device must be cuda for backend cuda");
+  if (device.index() >= 0) return device;
+  return {DeviceType::CUDA, torch::stable::accelerator::getCurrentDeviceIndex()};
+}
+
 std::vector<Tensor> project(const Tensor& error, const std::vector<int64_t>& row_offsets,
                             const std::vector<int64_t>& sizes, const std::vector<double>& scales,
                             int64_t seed, int64_t column_offset, const std::string& distribution,
-                            std::optional<ScalarType> dtype, int64_t terms) {
+                            std::optional<ScalarType> dtype, int64_t terms, int64_t tile,
+                            int64_t processors) {
   dfa::ProjectArguments checked = dfa::check_project(error, row_offsets, sizes, scales, seed,
                                                      column_offset, distribution, dtype);
   check(error.scalar_type() != ScalarType::Double,
         "project: error must be float16, bfloat16 or float32 for the fused kernel, got ",
         dfa::name(error.scalar_type()));
-  const bool split = error.scalar_type() == ScalarType::Float;
-  dfa::check_integer(terms, 1, split ? 3 : 1, "project", "terms");
+  check_terms(error.scalar_type(), terms, "project");
+  dfa::check_integer(tile, -1, dfa::kMaxInteger, "project", "tile");
+  dfa::check_integer(processors, 0, std::numeric_limits<int32_t>::max(), "project", "processors");
   const Device device = error.device();
   const torch::stable::accelerator::DeviceGuard guard(device.index());
   std::vector<Tensor> outputs;
@@ -70,8 +84,8 @@ std::vector<Tensor> project(const Tensor& error, const std::vector<int64_t>& row
   dfa::project_cuda(checked.stream,
                     {error.const_data_ptr(), error.size(0), error.size(1), error.stride(0),
                      error.stride(1), checked.error_type},
-                    std::move(checked.ranges), checked.out_type, static_cast<int>(terms), take,
-                    current_stream());
+                    std::move(checked.ranges), checked.out_type, static_cast<int>(terms),
+                    {tile, processors}, take, current_stream());
   return outputs;
 }
 
@@ -80,17 +94,32 @@ Tensor entries(int64_t rows, int64_t columns, int64_t seed, int64_t row_offset,
                int64_t column_offset, const std::string& distribution, ScalarType dtype,
                Device device, bool lattice) {
   const char* const op = "feedback_matrix";
-  check(device.type() == DeviceType::CUDA, op, ": device must be cuda for backend cuda");
+  device = with_index(device, op);
   const dfa::Stream stream =
       dfa::check_feedback_matrix(rows, columns, seed, row_offset, column_offset, distribution);
   const dfa::Type type = dfa::type_of(dtype, op, "dtype");
-  const int32_t index = device.index() >= 0 ? static_cast<int32_t>(device.index())
-                                            : torch::stable::accelerator::getCurrentDeviceIndex();
-  const torch::stable::accelerator::DeviceGuard guard(index);
-  Tensor out = allocate(rows, columns, dtype, Device(DeviceType::CUDA, index), op);
+  const torch::stable::accelerator::DeviceGuard guard(device.index());
+  Tensor out = allocate(rows, columns, dtype, device, op);
   dfa::feedback_matrix_cuda(stream, static_cast<uint64_t>(row_offset), rows, columns, type, lattice,
                             out.mutable_data_ptr(), current_stream());
   return out;
+}
+
+// The tiles of a projection, for tests to force: their indices, and what they are called.
+std::tuple<std::vector<int64_t>, std::vector<std::string>> tiles(const std::string& distribution,
+                                                                 ScalarType dtype, int64_t terms,
+                                                                 Device device) {
+  const char* const op = "cuda_tiles";
+  const torch::stable::accelerator::DeviceGuard guard(with_index(device, op).index());
+  check_terms(dtype, terms, op);
+  const dfa::Stream stream = dfa::stream_of(0, 0, 0, distribution, op);
+  std::tuple<std::vector<int64_t>, std::vector<std::string>> found;
+  for (const dfa::Tile& tile : dfa::cuda_tiles(
+           stream.distribution, dfa::type_of(dtype, op, "dtype"), static_cast<int>(terms))) {
+    std::get<0>(found).push_back(tile.index);
+    std::get<1>(found).push_back(tile.name);
+  }
+  return found;
 }
 
 }  // namespace
@@ -100,6 +129,7 @@ STABLE_TORCH_LIBRARY_IMPL(dfa_kernels, CUDA, m) { m.impl("cuda_fused", TORCH_BOX
 // No tensor argument: there is no backend to dispatch on.
 STABLE_TORCH_LIBRARY_IMPL(dfa_kernels, CompositeExplicitAutograd, m) {
   m.impl("cuda_entries", TORCH_BOX(&entries));
+  m.impl("cuda_tiles", TORCH_BOX(&tiles));
 }
 
 // `import dfa_kernels._CUDA` loads the library; the registrations above are its only content.

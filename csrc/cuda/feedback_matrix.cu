@@ -27,13 +27,14 @@ struct FillParameters {
 // The words of element `i` begin at i * size / 4; 16-bit elements come in pairs.
 template <Type kType, Distribution kDistribution>
 DFA_DEVICE void unit_words(const Words4& block, int quad, double unit, uint32_t (&words)[16]) {
+  constexpr Halves halves = halves_of(kDistribution);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     uint32_t pair;  // bf16 patterns
     float low, high;
     if constexpr (kDistribution == Distribution::kUniform) {
-      low = uniform_value(block.word[i], kUniformLow);
-      high = uniform_value(block.word[i], kUniformHigh);
+      low = uniform_value(block.word[i], halves.low);
+      high = uniform_value(block.word[i], halves.high);
       if constexpr (kType != Type::kFloat64) {
         low *= static_cast<float>(unit);
         high *= static_cast<float>(unit);
@@ -41,7 +42,7 @@ DFA_DEVICE void unit_words(const Words4& block, int quad, double unit, uint32_t 
       pair = device::pack_bf16(low, high);
     } else {
       if constexpr (kDistribution == Distribution::kNormal) {
-        pair = normal_pair(block.word[i]);
+        pair = normal_pair(block.word[i], halves);
       } else {
         pair = ((block.word[0] << (15 - 4 * quad - i)) & 0x80008000u) | 0x3f803f80u;
       }

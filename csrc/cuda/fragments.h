@@ -14,7 +14,7 @@
 namespace dfa {
 
 constexpr int kBlock32 = 32;                    // columns of U per pair of steps
-constexpr int kChunkColumns = 64;               // columns of the error staged at once
+constexpr int kChunkColumns = 64;               // columns of the error that are staged together
 constexpr int kChunkBytes = 2 * kChunkColumns;  // of one error row
 constexpr int kPieces = kChunkBytes / 16;       // 16-byte pieces of it
 constexpr int kFragmentRows = 16;               // rows of U in one A operand

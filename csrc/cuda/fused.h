@@ -2,7 +2,9 @@
 // the error staged in shared memory, and writes the sums, scaled, to every layer with those rows.
 //
 // A block of threads takes tiles of [rows of U] x [rows of the error] in turn. Each entry of U is
-// made once per tile of error rows, whatever the number of layers and of terms of the error.
+// made once per tile of error rows, whatever the number of layers and of terms of the error. Its
+// warps divide the rows of U, or else, so that few rows keep all schedulers busy, the columns: then
+// each has its own sums of all rows, and they are added up in the order of the warps.
 #pragma once
 
 #include "generator.h"
@@ -16,7 +18,7 @@ struct FusedParameters {
   int64_t rows, columns;  // columns: a multiple of 8
   int64_t row_tiles;      // of U
   int64_t items;          // row_tiles times the tiles of error rows
-  int32_t chunks;         // of columns, at least 1
+  int32_t steps;          // of the columns that a stage holds, at least 1
   int32_t terms;
   Type out_type;
   uint32_t first_block;  // Philox column block of column 0
@@ -25,16 +27,24 @@ struct FusedParameters {
 };
 static_assert(sizeof(FusedParameters) <= 4096, "what a kernel may be given on every GPU");
 
-// The tile of one block: N fragments of 8 error rows by `WARPS` x F fragments of 16 rows of U.
-template <int N, int F, int WARPS, int BLOCKS>
+// The tile of one block: N fragments of 8 error rows by F fragments of 16 rows of U for each warp,
+// or for all of them if each makes one of as many PARTS of the columns. CHUNKS of columns of the
+// error are staged at once: the more, the fewer barriers.
+template <int N, int F, int WARPS, int BLOCKS, int CHUNKS, int PARTS = 1>
 struct Shape {
-  static constexpr int kN = N, kF = F, kWarps = WARPS;
+  static_assert(PARTS == 1 || PARTS == WARPS, "all warps share their rows, or none do");
+  static constexpr int kN = N, kF = F, kWarps = WARPS, kChunks = CHUNKS, kParts = PARTS;
   static constexpr int kThreads = 32 * WARPS;
   static constexpr int kBlocks = BLOCKS;  // that a multiprocessor should hold, for the registers
   static constexpr int kErrors = kFragmentErrors * N;
   static constexpr int kWarpRows = kFragmentRows * F;
-  static constexpr int kRows = kWarpRows * WARPS;
-  static constexpr int kStagedN = N < 4 ? N : 4;
+  static constexpr int kRows = kWarpRows * WARPS / PARTS;
+  static constexpr int kStageColumns = kChunkColumns * CHUNKS;
+  static constexpr int kTermBytes = kErrors * kChunkBytes * CHUNKS;  // of a stage
+  // Blocks of 32 columns in a stage, and those of one warp.
+  static constexpr int kStageBlocks = kStageColumns / kBlock32, kOwnBlocks = kStageBlocks / PARTS;
+  static constexpr int kMostStagedN = PARTS == 1 ? 4 : 2;  // with 2, no thread of many idles
+  static constexpr int kStagedN = N < kMostStagedN ? N : kMostStagedN;
   // With 4 mod 16 floats to a row of staged sums, the quads of a warp write to different banks.
   static constexpr int kSumStride = kWarpRows + 4;
   static constexpr int kSumFloats = kFragmentErrors * kStagedN * kSumStride;  // of a warp
@@ -42,48 +52,73 @@ struct Shape {
 
 constexpr int kStages = 2;
 
-// Starts the copies of one chunk of columns of one tile of error rows into a stage.
+// What a thread copies of a tile of error rows: pieces of every kStep-th of its rows.
 template <class S>
-DFA_DEVICE void stage_error(const FusedParameters& p, int64_t error_row, int32_t chunk,
-                            char* stage) {
-  constexpr int kStep = S::kThreads / kPieces;  // even, so that a thread's places keep their parity
-  const int piece = device::thread() % kPieces, first = device::thread() / kPieces;
-  const int64_t column = int64_t{kChunkColumns} * chunk + 8 * piece;
-  const int64_t left = column < p.columns ? p.rows - error_row : 0;  // rows there are
-  const int rows = left < S::kErrors ? static_cast<int>(left) : S::kErrors;
-  const uint16_t* of_term = p.error + (error_row * p.row_stride + column);
-  char* to = stage + staged_byte(first, piece);
-#pragma unroll 1
-  for (int term = 0; term < p.terms; ++term) {
-    const uint16_t* from = of_term + first * p.row_stride;
-#pragma unroll
-    for (int row = 0; row < S::kErrors; row += kStep) {
-      if (S::kErrors >= kStep || first < S::kErrors) {
-        device::copy_async(to + row * kChunkBytes, from, row + first < rows);
-      }
-      from += kStep * p.row_stride;
-    }
-    of_term += p.term_stride;
-    to += S::kErrors * kChunkBytes;
-  }
-}
+struct ErrorPieces {
+  static constexpr int kAcross = kPieces * S::kChunks;
+  static constexpr int kStep = S::kThreads / kAcross;
+  static_assert(kStep % 2 == 0, "a thread's places keep their parity, and so their order");
 
-// sums += U's rows of this warp times one staged chunk.
-template <class S, Distribution kDistribution, Operand kOperand>
-DFA_DEVICE void multiply_chunk(const FusedParameters& p,
-                               Generator<kDistribution, kOperand, S::kF>& generator, int32_t chunk,
-                               const char* stage, int lane, float (&sums)[S::kF][S::kN][4]) {
-  const int64_t left = p.columns - int64_t{kChunkColumns} * chunk;
+  const uint16_t* from;
+  int rows;  // that there are, from its first on
+
+  DFA_DEVICE static int piece() { return device::thread() % kAcross; }
+  DFA_DEVICE static int first() { return device::thread() / kAcross; }
+
+  DFA_DEVICE void start(const FusedParameters& p, int64_t tile) {
+    const int64_t row = tile * S::kErrors + first();
+    const int64_t left = p.rows - row;
+    from = p.error + (row * p.row_stride + 8 * piece());
+    rows = left < S::kErrors ? static_cast<int>(left) : S::kErrors;
+  }
+
+  // Starts the copies of one step of columns into a stage: [terms][chunks][error rows][columns].
+  DFA_DEVICE void copy(const FusedParameters& p, int32_t step, char* stage) const {
+    const int64_t column = int64_t{S::kStageColumns} * step;
+    const int there = p.columns - column > 8 * piece() ? rows : 0;
+    const uint16_t* of_term = from + column;
+    char* to = stage + piece() / kPieces * (S::kErrors * kChunkBytes) +
+               staged_byte(first(), piece() % kPieces);
 #pragma unroll 1
-  for (int half = 0; half < kChunkColumns / kBlock32; ++half) {
-    if (left <= half * kBlock32) break;
+    for (int term = 0; term < p.terms; ++term) {
+      const uint16_t* of_row = of_term;
+#pragma unroll
+      for (int row = 0; row < S::kErrors; row += kStep) {
+        if (S::kErrors >= kStep || first() < S::kErrors) {
+          device::copy_async(to + row * kChunkBytes, of_row, row < there);
+        }
+        of_row += kStep * p.row_stride;
+      }
+      of_term += p.term_stride;
+      to += S::kTermBytes;
+    }
+  }
+};
+
+// sums += U's rows of this warp times its part of what is staged.
+template <class S, Distribution kDistribution, Operand kOperand>
+DFA_DEVICE void multiply_step(const FusedParameters& p,
+                              Generator<kDistribution, kOperand, S::kF>& generator, int32_t step,
+                              const char* stage, int part, int lane,
+                              float (&sums)[S::kF][S::kN][4]) {
+  constexpr int kBlocks = S::kStageBlocks, kOwn = S::kOwnBlocks;
+  // How many blocks follow one another: of a warp that makes all columns, any number.
+  constexpr int kRun = S::kParts == 1 ? 4 : kOwn;
+  const int64_t left = p.columns - int64_t{S::kStageColumns} * step;
+  const int blocks =
+      left < S::kStageColumns ? (static_cast<int>(left) + kBlock32 - 1) / kBlock32 : kBlocks;
+  const int own_end = kOwn * (part + 1), end = own_end < blocks ? own_end : blocks;
+#pragma unroll 1
+  for (int block = kOwn * part; block < end; ++block) {
     uint32_t a[S::kF][2][4];
-    generator.make(p.keys, p.first_block, static_cast<uint32_t>(2 * chunk + half), lane, a);
-    const int piece = 4 * half + lane % 4;
+    generator.template make<kRun>(p.keys, p.first_block,
+                                  static_cast<uint32_t>(kBlocks * step + block), lane, a);
+    const char* chunk = stage + block / 2 * (S::kErrors * kChunkBytes);
+    const int piece = 4 * (block % 2) + lane % 4;
     // Of these 32 columns, the smallest terms first.
 #pragma unroll 1
     for (int term = p.terms - 1; term >= 0; --term) {
-      const char* from = stage + term * S::kErrors * kChunkBytes + staged_byte(lane / 4, piece);
+      const char* from = chunk + term * S::kTermBytes + staged_byte(lane / 4, piece);
 #pragma unroll
       for (int n = 0; n < S::kN; ++n) {
         // A whole fragment further down, a row keeps its parity and so its place.
@@ -104,24 +139,29 @@ DFA_DEVICE void multiply_chunk(const FusedParameters& p,
   }
 }
 
-// Staged sums [errors][rows] of a warp into a layer: neighbouring lanes hold neighbouring rows,
-// which are neighbours in memory.
+// Staged sums [parts][errors][rows] into a layer: neighbouring lanes hold neighbouring rows, which
+// are neighbours in memory. The warps that share rows divide the errors.
 template <class S, class Out, class Round>
 DFA_DEVICE void write_sums(const float* staged, int errors, int begin, int end, int64_t size,
-                           Out* out, int lane, const Round& round) {
+                           Out* out, int part, int lane, const Round& round) {
   constexpr int kTogether = 32 / S::kWarpRows;  // error rows written at once
   const int row = lane % S::kWarpRows;
   if (row < begin || row >= end) return;
+  constexpr int kStep = kTogether * S::kParts;
 #pragma unroll 4
-  for (int m = lane / S::kWarpRows; m < errors; m += kTogether) {
-    device::store_streaming(out + m * size + row, round(staged[m * S::kSumStride + row]));
+  for (int m = lane / S::kWarpRows + kTogether * part; m < errors; m += kStep) {
+    const float* from = staged + m * S::kSumStride + row;
+    float sum = *from;
+#pragma unroll
+    for (int i = 1; i < S::kParts; ++i) sum += from[i * S::kSumFloats];
+    device::store_streaming(out + m * size + row, round(sum));
   }
 }
 
 template <class S>
 DFA_DEVICE void write_layer(const FusedParameters& p, const LayerEntry& layer, uint64_t row,
                             uint64_t end, int64_t error_row, int errors, const float* staged,
-                            int lane) {
+                            int part, int lane) {
   const uint64_t first = layer.row > row ? layer.row : row;
   const uint64_t last = layer.end < end ? layer.end : end;
   const int begin_row = static_cast<int>(first - row), end_row = static_cast<int>(last - row);
@@ -131,7 +171,7 @@ DFA_DEVICE void write_layer(const FusedParameters& p, const LayerEntry& layer, u
   const float scale = static_cast<float>(layer.scale);
   const auto write = [&](auto* none, const auto& round) {
     auto* out = reinterpret_cast<decltype(none)>(layer.out) + offset;
-    write_sums<S>(staged, errors, begin_row, end_row, size, out, lane, round);
+    write_sums<S>(staged, errors, begin_row, end_row, size, out, part, lane, round);
   };
   switch (p.out_type) {
     case Type::kFloat32:
@@ -150,16 +190,28 @@ DFA_DEVICE void write_layer(const FusedParameters& p, const LayerEntry& layer, u
   }
 }
 
+// Waits for the warps that share this one's rows.
+template <class S>
+DFA_DEVICE void sync_parts() {
+  if constexpr (S::kParts == 1) {
+    device::sync_warp();
+  } else {
+    device::sync_block();
+  }
+}
+
 // The sums of a warp's rows, which are [row, end), to all layers that have some of them.
 template <class S>
 DFA_DEVICE void write_layers(const FusedParameters& p, uint64_t row, uint64_t end,
-                             int64_t error_row, float* staged, int lane,
+                             int64_t error_row, float* staged, int part, int lane,
                              const float (&sums)[S::kF][S::kN][4]) {
+  float* const own = staged + part * S::kSumFloats;
+  const int layers = p.table.layers_before(end);
 #pragma unroll 1
   for (int first = 0; first < S::kN; first += S::kStagedN) {
     const int64_t from = error_row + kFragmentErrors * first;
     if (from >= p.rows) break;
-    device::sync_warp();
+    sync_parts<S>();
 #pragma unroll
     for (int n = 0; n < S::kN; ++n) {
       if (n < first || n >= first + S::kStagedN) continue;
@@ -168,37 +220,37 @@ DFA_DEVICE void write_layers(const FusedParameters& p, uint64_t row, uint64_t en
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int m = kFragmentErrors * (n % S::kStagedN) + sum_error(lane, i);
-          staged[m * S::kSumStride + kFragmentRows * f + sum_row(lane, i)] = sums[f][n][i];
+          own[m * S::kSumStride + kFragmentRows * f + sum_row(lane, i)] = sums[f][n][i];
         }
       }
     }
-    device::sync_warp();
+    sync_parts<S>();
     const int64_t left = p.rows - from;
     constexpr int kMost = kFragmentErrors * S::kStagedN;
     const int errors = left < kMost ? static_cast<int>(left) : kMost;
-    for (int top = p.table.layers_before(end); top > 0; top -= 32) {
+    for (int top = layers; top > 0; top -= 32) {
       if (p.table.reach(top - 1) <= row) break;
       const int mine = top - 1 - lane;
       const bool overlaps = mine >= 0 && p.table.layer_end(mine) > row;
       for (uint32_t left_over = device::ballot(overlaps); left_over != 0;
            left_over &= left_over - 1) {
         const LayerEntry layer = p.table.layer(top - 1 - device::lowest_bit(left_over));
-        write_layer<S>(p, layer, row, end, from, errors, staged, lane);
+        write_layer<S>(p, layer, row, end, from, errors, staged, part, lane);
       }
     }
   }
 }
 
 // The tensor cores cut their sums off where fp32 arithmetic rounds them, so that errors of many
-// additions add up. Exact sums are those of single chunks, added with rounding.
+// additions add up. Exact sums are those of single steps, added with rounding.
 template <class S>
-DFA_DEVICE void add_sums(const float (&part)[S::kF][S::kN][4], float (&sums)[S::kF][S::kN][4]) {
+DFA_DEVICE void add_sums(const float (&one)[S::kF][S::kN][4], float (&sums)[S::kF][S::kN][4]) {
 #pragma unroll
   for (int f = 0; f < S::kF; ++f) {
 #pragma unroll
     for (int n = 0; n < S::kN; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[f][n][i] += part[f][n][i];
+      for (int i = 0; i < 4; ++i) sums[f][n][i] += one[f][n][i];
     }
   }
 }
@@ -207,66 +259,60 @@ template <class S, Distribution kDistribution, Operand kOperand>
 DFA_KERNEL(S::kThreads, S::kBlocks)
 fused(DFA_ARGUMENT FusedParameters p) {
   const int lane = device::thread() % 32, warp = device::thread() / 32;
-  const int stage_bytes = p.terms * S::kErrors * kChunkBytes;
-  char* stage = device::shared();
-  char* other = stage + stage_bytes;
-  float* staged =
-      reinterpret_cast<float*>(device::shared() + kStages * stage_bytes) + warp * S::kSumFloats;
+  const int part = warp % S::kParts, of_rows = warp / S::kParts;
+  const int stage_bytes = p.terms * S::kTermBytes;
+  float* staged = reinterpret_cast<float*>(device::shared() + kStages * stage_bytes) +
+                  of_rows * S::kParts * S::kSumFloats;
 
-  // What a stage holds: error tile * chunks + chunk. A short error stays where it is.
-  int64_t held = -1, held_other = -1;
-  bool loading = false;
-  const auto fetch = [&](int64_t error_tile, int32_t chunk, char* to) {
-    stage_error<S>(p, error_tile * S::kErrors, chunk, to);
-  };
+  // While one stage is multiplied the other is filled. An error that fits the two of them is left
+  // there for as long as its tile lasts.
+  const bool fits = p.steps <= kStages;
+  ErrorPieces<S> pieces;
+  int stage = 0;  // bytes before it
+  bool loading = false, fresh = true;
   int64_t item = device::block();
   if (item < p.items) {
-    held = item / p.row_tiles * p.chunks;
-    fetch(item / p.row_tiles, 0, stage);
+    pieces.start(p, item / p.row_tiles);
+    pieces.copy(p, 0, device::shared());
     loading = true;
   }
   for (; item < p.items; item += device::blocks()) {
     const int64_t error_tile = item / p.row_tiles, next = item + device::blocks();
     const int64_t next_error_tile = next / p.row_tiles;
+    const bool stays = fits && next_error_tile == error_tile;
     const RowTile tile = p.table.tile(item % p.row_tiles, S::kRows);
-    const uint64_t row = tile.row + static_cast<uint64_t>(warp * S::kWarpRows);
+    const uint64_t row = tile.row + static_cast<uint64_t>(of_rows * S::kWarpRows);
     Generator<kDistribution, kOperand, S::kF> generator;
     generator.start(p.keys, row, lane);
     float sums[S::kF][S::kN][4] = {};
 #pragma unroll 1
-    for (int32_t chunk = 0; chunk < p.chunks; ++chunk) {
-      const bool last = chunk + 1 == p.chunks;
-      const int64_t after_tile = last ? next_error_tile : error_tile;
-      const int32_t after_chunk = last ? 0 : chunk + 1;
-      const int64_t after = after_tile * p.chunks + after_chunk;
-      const bool load = (!last || next < p.items) && held_other != after;
+    for (int32_t step = 0; step < p.steps; ++step) {
+      const bool last = step + 1 == p.steps;
+      const bool load = last ? next < p.items && !stays : fresh || !fits;
       if (loading || load) {
         device::wait_copies();
         device::sync_block();
       }
       if (load) {
-        fetch(after_tile, after_chunk, other);
-        held_other = after;
+        if (last) pieces.start(p, next_error_tile);
+        pieces.copy(p, last ? 0 : step + 1, device::shared() + (stage_bytes - stage));
       }
       loading = load;
+      const char* const staged_error = device::shared() + stage;
       if constexpr (kOperand == Operand::kExact) {
-        float part[S::kF][S::kN][4] = {};
-        multiply_chunk<S>(p, generator, chunk, stage, lane, part);
-        add_sums<S>(part, sums);
+        float one[S::kF][S::kN][4] = {};
+        multiply_step<S>(p, generator, step, staged_error, part, lane, one);
+        add_sums<S>(one, sums);
       } else {
-        multiply_chunk<S>(p, generator, chunk, stage, lane, sums);
+        multiply_step<S>(p, generator, step, staged_error, part, lane, sums);
       }
-      char* const swapped = stage;
-      stage = other;
-      other = swapped;
-      const int64_t swapped_held = held;
-      held = held_other;
-      held_other = swapped_held;
+      if (load || p.steps > 1) stage = stage_bytes - stage;
     }
+    fresh = !stays;
     const uint64_t tile_end = tile.row + static_cast<uint64_t>(tile.rows);
     const uint64_t warp_end = row + S::kWarpRows;
     const uint64_t end = warp_end < tile_end ? warp_end : tile_end;
-    if (row < end) write_layers<S>(p, row, end, error_tile * S::kErrors, staged, lane, sums);
+    if (row < end) write_layers<S>(p, row, end, error_tile * S::kErrors, staged, part, lane, sums);
   }
 }
 

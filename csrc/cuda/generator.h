@@ -80,11 +80,24 @@ DFA_DEVICE float normal_unrounded(uint32_t bits) {
   return p * g;
 }
 
+// Selectors of `permute` that pick the bits of a word's halves.
+struct Halves {
+  uint32_t low, high;
+
+  // The same, kept in registers: the compiler makes constants anew before each use of theirs, at
+  // the price of an instruction for each entry, but not what a shuffle brings.
+  DFA_DEVICE Halves kept() const { return {device::shuffle(low, 0), device::shuffle(high, 0)}; }
+};
+
+DFA_HOST_DEVICE constexpr Halves halves_of(Distribution distribution) {
+  return distribution == Distribution::kUniform ? Halves{0x7414, 0x7434} : Halves{0x7410, 0x7432};
+}
+
 // bf16 patterns of the normal entries of a word's two halves.
-DFA_DEVICE uint32_t normal_pair(uint32_t word) {
+DFA_DEVICE uint32_t normal_pair(uint32_t word, const Halves& halves) {
   const uint32_t k = word & 0xfff0fff0u;
-  return device::pack_bf16(normal_unrounded(device::permute(k, 0x4b000000u, 0x7410)),
-                           normal_unrounded(device::permute(k, 0x4b000000u, 0x7432)));
+  return device::pack_bf16(normal_unrounded(device::permute(k, 0x4b000000u, halves.low)),
+                           normal_unrounded(device::permute(k, 0x4b000000u, halves.high)));
 }
 
 // (2k - 255) / 256, k = byte 1 or 3 of a word.
@@ -92,16 +105,15 @@ DFA_DEVICE float uniform_value(uint32_t word, uint32_t selector) {
   const uint32_t bits = device::permute(word, 0x47000000u, selector);  // 2^15 + k
   return fmaf(device::as_float(bits), 0x1p-7f, -65791.0f / 256);       // exact
 }
-constexpr uint32_t kUniformLow = 0x7414, kUniformHigh = 0x7434;
 
 // Two neighbouring entries of U as tensor-core operands, all of them exact in either type.
 template <Distribution kDistribution, Operand kOperand>
-DFA_DEVICE uint32_t operand_pair(uint32_t word) {
+DFA_DEVICE uint32_t operand_pair(uint32_t word, const Halves& halves) {
   if constexpr (kDistribution == Distribution::kUniform) {
-    const float low = uniform_value(word, kUniformLow), high = uniform_value(word, kUniformHigh);
+    const float low = uniform_value(word, halves.low), high = uniform_value(word, halves.high);
     return kOperand == Operand::kHalf ? device::pack_half(low, high) : device::pack_bf16(low, high);
   } else {
-    const uint32_t pair = normal_pair(word);
+    const uint32_t pair = normal_pair(word, halves);
     if constexpr (kOperand != Operand::kHalf) return pair;
     return device::pack_half(device::as_float(pair << 16), device::as_float(pair & 0xffff0000u));
   }
@@ -112,10 +124,12 @@ template <Distribution kDistribution, Operand kOperand, int F>
 struct Generator {
   RowState rows[2 * F];
   uint32_t row_high;
+  Halves halves;
 
   // `row` is the first of the warp's rows, none of which crosses a multiple of 2^32.
   DFA_DEVICE void start(const RoundKeys& keys, uint64_t row, int lane) {
     row_high = upper(row);
+    halves = halves_of(kDistribution).kept();
 #pragma unroll
     for (int i = 0; i < 2 * F; ++i) {
       const int offset = kFragmentRows * (i / 2) + fragment_row(lane, i % 2);
@@ -123,7 +137,9 @@ struct Generator {
     }
   }
 
-  // Columns 32 k .. 32 k + 31 counted from column block `first_block`.
+  // Columns 32 k .. 32 k + 31 counted from column block `first_block`. The k of a row are asked for
+  // in runs of at least kRun, which begin at multiples of it.
+  template <int kRun>
   DFA_DEVICE void make(const RoundKeys& keys, uint32_t first_block, uint32_t k, int lane,
                        uint32_t (&a)[F][2][4]) {
     const ColumnState column(keys, first_block + 4 * k + static_cast<uint32_t>(lane % 4), row_high);
@@ -135,7 +151,7 @@ struct Generator {
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {
           a[i / 2][step][a_register(i % 2, pair)] =
-              operand_pair<kDistribution, kOperand>(block.word[word_of(step, pair)]);
+              operand_pair<kDistribution, kOperand>(block.word[word_of(step, pair)], halves);
         }
       }
     }
@@ -157,11 +173,14 @@ struct Generator<Distribution::kRademacher, kOperand, F> {
     row_state.set(keys, lower(row) + static_cast<uint32_t>(offset));
   }
 
+  template <int kRun>
   DFA_DEVICE void make(const RoundKeys& keys, uint32_t first_block, uint32_t k, int lane,
                        uint32_t (&a)[F][2][4]) {
-    if (k % 4 == 0) {
+    if (kRun == 1 || k % (kRun < 4 ? kRun : 4) == 0) {
       own = join(keys, row_state, ColumnState(keys, first_block + k / 4, row_high));
-    } else {
+      if (kRun < 4 && k % 4 >= 2) own = {{own.word[2], own.word[3], own.word[0], own.word[1]}};
+    }
+    if (kRun == 1 ? k % 2 != 0 : k % (kRun < 4 ? kRun : 4) != 0) {
       own = {{own.word[1], own.word[2], own.word[3], own.word[0]}};
     }
     constexpr uint32_t kOne = kOperand == Operand::kHalf ? 0x3c003c00u : 0x3f803f80u;

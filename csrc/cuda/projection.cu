@@ -21,36 +21,65 @@ FusedKernel kernel_of(Distribution distribution, Operand operand, int shape) {
   throw std::logic_error("dfa_kernels: unknown distribution");
 }
 
-struct Choice {
+Operand operand_of(Type error_type, int terms) {
+  if (error_type == Type::kFloat16) return Operand::kHalf;
+  return terms == 3 ? Operand::kExact : Operand::kBFloat16;
+}
+
+struct Candidate {
+  int shape;
   FusedKernel kernel;
   int resident;
 };
 
-Choice choose(const Work& work, Operand operand, const DeviceLimits& limits) {
-  Choice best{};
-  double least = std::numeric_limits<double>::infinity();
+// The kernels there are that fit the current device's shared memory.
+std::vector<Candidate> candidates(Distribution distribution, Operand operand, int terms,
+                                  const DeviceLimits& limits) {
+  std::vector<Candidate> found;
   for (int shape = 0; shape < kShapes; ++shape) {
-    const FusedKernel kernel = kernel_of(work.distribution, operand, shape);
-    const int bytes = kernel.shared_bytes(work.terms);
+    const FusedKernel kernel = kernel_of(distribution, operand, shape);
+    const int bytes = kernel.shared_bytes(terms);
     if (kernel.kernel == nullptr || bytes > limits.shared_bytes) continue;
     const int resident = resident_blocks(kernel.kernel, kernel.threads(), bytes);
-    if (resident == 0) continue;
-    const double cycles = estimated_cycles(work, kernel, resident, limits.processors);
+    if (resident > 0) found.push_back({shape, kernel, resident});
+  }
+  return found;
+}
+
+// The tile asked for, or that of the least estimated time.
+Candidate choose(const Work& work, Operand operand, int64_t tile, const DeviceLimits& limits) {
+  const auto found = candidates(work.distribution, operand, work.terms, limits);
+  const Candidate* best = nullptr;
+  double least = std::numeric_limits<double>::infinity();
+  std::string indices;
+  for (const Candidate& candidate : found) {
+    indices += (indices.empty() ? "" : ", ") + std::to_string(candidate.shape);
+    if (tile >= 0 && candidate.shape != tile) continue;
+    const double cycles =
+        estimated_cycles(work, candidate.kernel, candidate.resident, limits.processors);
     if (cycles < least) {
       least = cycles;
-      best = {kernel, resident};
+      best = &candidate;
     }
   }
-  if (best.resident == 0) {
+  if (found.empty()) {
     throw std::runtime_error("dfa_kernels: no tile fits this GPU's shared memory");
   }
-  return best;
+  if (best == nullptr) {
+    throw std::runtime_error("project: tile must be one of [" + indices + "], got " +
+                             std::to_string(tile));
+  }
+  return *best;
 }
+
+// Addresses of rows beyond the last are formed too, though nothing is read there: those of a single
+// row, whatever its stride, are the row's own.
+int64_t row_stride(const StridedMatrix& error) { return error.rows == 1 ? 0 : error.row_stride; }
 
 bool usable_as_it_is(const StridedMatrix& error, int64_t head) {
   return error.type != Type::kFloat32 && head == 0 && error.columns > 0 && error.columns % 8 == 0 &&
          error.column_stride == 1 && reinterpret_cast<uintptr_t>(error.data) % 16 == 0 &&
-         (error.rows == 1 || error.row_stride % 8 == 0);
+         row_stride(error) % 8 == 0;
 }
 
 void set_error(const StridedMatrix& error, int64_t head, int terms, const Allocate& allocate,
@@ -58,10 +87,9 @@ void set_error(const StridedMatrix& error, int64_t head, int terms, const Alloca
   p.rows = error.rows;
   p.terms = terms;
   p.columns = std::max<int64_t>(1, divide_up(head + error.columns, 8)) * 8;
-  p.chunks = static_cast<int32_t>(divide_up(p.columns, kChunkColumns));
   if (usable_as_it_is(error, head)) {
     p.error = static_cast<const uint16_t*>(error.data);
-    p.row_stride = error.row_stride;
+    p.row_stride = row_stride(error);
     p.term_stride = 0;
     return;
   }
@@ -99,12 +127,11 @@ void set_table(const RowPlan& plan, const Allocate& allocate, void* stream, Laye
 }  // namespace
 
 void project_cuda(const Stream& stream, const StridedMatrix& error, std::vector<Range> ranges,
-                  Type out_type, int terms, const Allocate& allocate, void* cuda_stream) {
+                  Type out_type, int terms, const Forced& forced, const Allocate& allocate,
+                  void* cuda_stream) {
   if (ranges.empty() || error.rows == 0) return;
-  const DeviceLimits limits = device_limits();
-  const Operand operand = error.type == Type::kFloat16 ? Operand::kHalf
-                          : terms == 3                 ? Operand::kExact
-                                                       : Operand::kBFloat16;
+  DeviceLimits limits = device_limits();
+  if (forced.processors > 0) limits.processors = static_cast<int>(forced.processors);
   const int64_t width =
       stream.distribution == Distribution::kRademacher ? kRademacherBlockColumns : kBlockColumns;
   int64_t layer_rows = 0;
@@ -117,7 +144,8 @@ void project_cuda(const Stream& stream, const StridedMatrix& error, std::vector<
   p.first_block = static_cast<uint32_t>(stream.column_offset / width);
   set_error(error, stream.column_offset % width, terms, allocate, limits, cuda_stream, p);
   const Work work{stream.distribution, plan.rows(), layer_rows, p.rows, p.columns, terms};
-  const Choice choice = choose(work, operand, limits);
+  const Candidate choice = choose(work, operand_of(error.type, terms), forced.tile, limits);
+  p.steps = static_cast<int32_t>(divide_up(p.columns, choice.kernel.stage_columns));
   plan.cut(choice.kernel.rows);
   p.row_tiles = plan.tasks();
   p.items = p.row_tiles * divide_up(p.rows, choice.kernel.errors);
@@ -125,6 +153,15 @@ void project_cuda(const Stream& stream, const StridedMatrix& error, std::vector<
   const int64_t blocks = int64_t{limits.processors} * choice.resident;
   launch(choice.kernel.kernel, p, std::min(p.items, blocks), choice.kernel.threads(),
          choice.kernel.shared_bytes(terms), cuda_stream);
+}
+
+std::vector<Tile> cuda_tiles(Distribution distribution, Type error_type, int terms) {
+  std::vector<Tile> tiles;
+  const Operand operand = operand_of(error_type, terms);
+  for (const Candidate& each : candidates(distribution, operand, terms, device_limits())) {
+    tiles.push_back({each.shape, each.kernel.name()});
+  }
+  return tiles;
 }
 
 }  // namespace dfa

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #include "fused.h"
@@ -13,27 +14,42 @@ namespace dfa {
 // One compiled kernel, or none.
 struct FusedKernel {
   void (*kernel)(FusedParameters);
-  int rows, errors, warps, fragments;  // of U, of the error; F of its shape
-  int sum_bytes;                       // shared memory beside the error's
+  int rows, errors, warps, fragments, parts;  // of U, of the error; F and PARTS of its shape
+  int stage_columns;
+  int term_bytes, sum_bytes;  // shared memory: of a term of the error in a stage, of staged sums
 
   int threads() const { return 32 * warps; }
-  int shared_bytes(int terms) const { return kStages * terms * errors * kChunkBytes + sum_bytes; }
+  int shared_bytes(int terms) const { return kStages * terms * term_bytes + sum_bytes; }
+  std::string name() const {
+    return std::to_string(rows) + " x " + std::to_string(errors) +
+           (parts == 1 ? "" : ", columns in " + std::to_string(parts));
+  }
 };
 
-// From the largest tile of error rows to the smallest; the last is for few rows of U.
-constexpr int kShapes = 5;
-using LargeShape = Shape<16, 2, 8, 1>;  // 128 error rows by 256
-using MediumShape = Shape<8, 2, 4, 3>;  // 64 by 128
-using SmallShape = Shape<4, 2, 4, 3>;   // 32 by 128
-using SingleShape = Shape<1, 2, 4, 4>;  // 8 by 128
-using NarrowShape = Shape<4, 1, 2, 8>;  // 32 by 32
-// Exact sums take twice the registers.
-using ExactMediumShape = Shape<8, 2, 4, 2>;
-using ExactNarrowShape = Shape<4, 1, 2, 6>;
+// From the largest tile of error rows to the smallest; the last three are for few rows of U.
+constexpr int kShapes = 7;
+using LargeShape = Shape<16, 2, 4, 2, 1>;          // 128 error rows by 128
+using MediumShape = Shape<8, 2, 4, 2, 1>;          // 64 by 128
+using SmallShape = Shape<4, 2, 4, 3, 2>;           // 32 by 128
+using SingleShape = Shape<1, 2, 4, 4, 4>;          // 8 by 128
+using NarrowShape = Shape<4, 1, 2, 8, 2>;          // 32 by 32
+using LargeSplitShape = Shape<16, 1, 8, 1, 4, 8>;  // 128 by 16
+using SplitShape = Shape<4, 1, 8, 2, 8, 8>;        // 32 by 16
+// Exact sums take twice the registers, and an exact error three times the shared memory.
+using ExactNarrowShape = Shape<4, 1, 2, 6, 1>;
+using ExactLargeSplitShape = Shape<8, 1, 4, 2, 2, 4>;  // 64 by 16
+using ExactSplitShape = Shape<4, 1, 4, 4, 2, 4>;
 
 template <class S, Distribution kDistribution, Operand kOperand>
 FusedKernel fused_kernel() {
-  return {fused<S, kDistribution, kOperand>, S::kRows, S::kErrors, S::kWarps, S::kF,
+  return {fused<S, kDistribution, kOperand>,
+          S::kRows,
+          S::kErrors,
+          S::kWarps,
+          S::kF,
+          S::kParts,
+          S::kStageColumns,
+          S::kTermBytes,
           S::kWarps * S::kSumFloats * 4};
 }
 
@@ -47,14 +63,19 @@ FusedKernel fused_kernel_of(int shape) {
       else
         return fused_kernel<LargeShape, kDistribution, kOperand>();
     case 1:
-      return fused_kernel<std::conditional_t<kExact, ExactMediumShape, MediumShape>, kDistribution,
-                          kOperand>();
+      return fused_kernel<MediumShape, kDistribution, kOperand>();
     case 2:
       return fused_kernel<SmallShape, kDistribution, kOperand>();
     case 3:
       return fused_kernel<SingleShape, kDistribution, kOperand>();
-    default:
+    case 4:
       return fused_kernel<std::conditional_t<kExact, ExactNarrowShape, NarrowShape>, kDistribution,
+                          kOperand>();
+    case 5:
+      return fused_kernel<std::conditional_t<kExact, ExactLargeSplitShape, LargeSplitShape>,
+                          kDistribution, kOperand>();
+    default:
+      return fused_kernel<std::conditional_t<kExact, ExactSplitShape, SplitShape>, kDistribution,
                           kOperand>();
   }
 }
@@ -92,6 +113,7 @@ constexpr double kSlots[] = {17, 8, 4};  // by Distribution
 constexpr double kMatrixCycles = 6;
 // Issue slots per 32 elements written: an estimate, as the rest here.
 constexpr double kWriteSlots = 8;
+constexpr double kAddSlots = 2;  // more for each further part of the columns
 // Warps that one scheduler needs to issue every cycle, and cycles to fill and drain a tile.
 constexpr double kEnoughWarps = 2;
 constexpr double kTileCycles = 2000;
@@ -109,12 +131,13 @@ inline double estimated_cycles(const Work& work, const FusedKernel& kernel, int 
   const double schedulers_warps = blocks * kernel.warps / 4;
   // Of one warp and one tile.
   const double entries =
-      tiles(work.columns, kBlock32) * kBlock32 * 16 * kernel.fragments / 32;  // of a lane
+      tiles(work.columns, kBlock32 * kernel.parts) * 16 * kernel.fragments;  // of a lane
   const double fragments = kernel.errors / kFragmentErrors;
   const double matrix = entries / 8 * fragments * work.terms;  // mma instructions
   const double loads = entries / 16 / kernel.fragments * fragments * work.terms;
   const double copies = static_cast<double>(work.layer_rows) / static_cast<double>(work.rows);
-  const double writes = copies * 16 * kernel.fragments * kernel.errors / 32 * kWriteSlots;
+  const double write_slots = (kWriteSlots + kAddSlots * (kernel.parts - 1)) / kernel.parts;
+  const double writes = copies * 16 * kernel.fragments * kernel.errors / 32 * write_slots;
   const double issued =
       entries * kSlots[static_cast<int>(work.distribution)] + matrix + loads + writes;
   const double busy = std::max(issued, matrix * kMatrixCycles) * kernel.warps / 4;

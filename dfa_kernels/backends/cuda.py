@@ -13,9 +13,10 @@ projected by slabs in fp64.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -102,6 +103,83 @@ def project(
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """scales[i] * error @ U[rows of layer i, columns].T: [M, n] -> one [M, sizes[i]] per layer."""
+    by_slabs = error.dtype == torch.float64
+    if not by_slabs:
+        terms = tensor_cores.terms_of(error)
+        in_place = tensor_cores.written_in_place(error, len(sizes), dtype or error.dtype)
+        count, columns = error.shape
+        by_slabs = prefers_slabs(row_offsets, sizes, count, columns, terms, distribution, in_place)
+        if _log.isEnabledFor(logging.DEBUG):
+            name = "slabs" if by_slabs else "fused"
+            _log.debug(
+                "project %s, %d layers, %d terms: %s", [*error.shape], len(sizes), terms, name
+            )
+    way: Callable[..., list[Tensor]] = _by_slabs if by_slabs else _fused
+    return way(error, row_offsets, sizes, scales, seed, column_offset, distribution, dtype)
+
+
+def ways(error: Tensor, distribution: str) -> Iterator[tuple[str, Callable[..., list[Tensor]]]]:
+    """Every way a projection of such an error can go here: its name, and a function like `project`.
+
+    There is one for each tile of the fused kernel that the error's device has room for, with so few
+    blocks that each of them takes several tiles, as it does of millions of rows.
+    """
+    if error.dtype == torch.float64:
+        yield "slabs", _by_slabs
+        return
+    terms = tensor_cores.terms_of(error)
+    tiles = torch.ops.dfa_kernels.cuda_tiles(distribution, error.dtype, terms, error.device)
+    for tile, name in zip(*tiles, strict=True):
+        yield f"fused {name}", functools.partial(_fused, tile=tile, processors=1)
+    if terms < 3:
+        yield "slabs", _by_slabs
+
+
+def _fused(
+    error: Tensor,
+    row_offsets: list[int],
+    sizes: list[int],
+    scales: list[float],
+    seed: int,
+    column_offset: int,
+    distribution: str,
+    dtype: torch.dtype | None = None,
+    *,
+    tile: int = -1,
+    processors: int = 0,
+) -> list[Tensor]:
+    """`project` by the fused kernel, with a tile of its own choice or the one of index `tile`.
+
+    It has blocks for `processors` multiprocessors, or for all there are.
+    """
+    terms = tensor_cores.terms_of(error)
+    with _allocating(error.device):
+        return torch.ops.dfa_kernels.cuda_fused(
+            error,
+            row_offsets,
+            sizes,
+            scales,
+            seed,
+            column_offset,
+            distribution,
+            dtype,
+            terms,
+            tile,
+            processors,
+        )
+
+
+def _by_slabs(
+    error: Tensor,
+    row_offsets: list[int],
+    sizes: list[int],
+    scales: list[float],
+    seed: int,
+    column_offset: int,
+    distribution: str,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """`project` by slabs: in fp64 for an fp64 error, else on tensor cores."""
     layers = (row_offsets, sizes, scales)
     dtype = dtype or error.dtype
     in_float64 = error.dtype == torch.float64
@@ -114,19 +192,7 @@ def project(
 
     if in_float64:
         return slabs.project(generate, error, *layers, column_offset, dtype)
-    terms = tensor_cores.terms_of(error)
-    in_place = tensor_cores.written_in_place(error, len(sizes), dtype)
-    count, columns = error.shape
-    by_slabs = prefers_slabs(row_offsets, sizes, count, columns, terms, distribution, in_place)
-    if _log.isEnabledFor(logging.DEBUG):
-        way = "slabs" if by_slabs else "fused"
-        _log.debug("project %s, %d layers, %d terms: %s", [*error.shape], len(sizes), terms, way)
-    if by_slabs:
-        return tensor_cores.project(generate, error, *layers, column_offset, distribution, dtype)
-    with _allocating(error.device):
-        return torch.ops.dfa_kernels.cuda_fused(
-            error, *layers, seed, column_offset, distribution, dtype, terms
-        )
+    return tensor_cores.project(generate, error, *layers, column_offset, distribution, dtype)
 
 
 def feedback_matrix(

@@ -17,6 +17,7 @@
 #include <sanitizer/asan_interface.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -69,7 +70,7 @@ struct Meeting {
 // The stack of a fiber, taken from fibers that have ended: the system is slow to give new ones.
 class Stack {
  public:
-  static constexpr size_t kSize = 128 << 10;
+  static constexpr size_t kSize = 32 << 10;
 
   Stack() {
     if (free().empty()) free().emplace_back(new char[kSize]);
@@ -191,7 +192,8 @@ inline int lowest_bit(uint32_t mask) { return __builtin_ctz(mask); }
 inline void copy_async(void* to, const void* from, bool valid) {
   const uintptr_t offset = reinterpret_cast<uintptr_t>(to) - reinterpret_cast<uintptr_t>(shared());
   if (offset % 16 != 0) fail("copy to an unaligned place");
-  if (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("copy from an unaligned place");
+  // Of what is not valid too: a GPU forms the address all the same.
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("copy from an unaligned place");
   const Copy copy{to, from, valid};
   if (running->late) {
     running->fibers[static_cast<size_t>(thread())].copies.push_back(copy);
@@ -350,26 +352,38 @@ struct DeviceLimits {
   int processors, shared_bytes;
 };
 
+struct Device {
+  DeviceLimits limits;
+  int warps;      // that a multiprocessor holds
+  bool launches;  // or else takes note of what would be launched
+};
+
 // Few of everything, so that blocks take several tiles in turn. No more memory than an sm_86 has.
-inline DeviceLimits device_limits() { return {3, 99 << 10}; }
+inline Device emulated{{3, 99 << 10}, 4, true};
+
+inline DeviceLimits device_limits() { return emulated.limits; }
 
 template <class Parameters>
-int resident_blocks(void (*)(Parameters), int threads, int) {
-  return threads > 128 ? 1 : 2;
+int resident_blocks(void (*)(Parameters), int threads, int shared_bytes) {
+  constexpr int kReserved = 1 << 10;  // by CUDA, of each block
+  const int by_memory = (emulated.limits.shared_bytes + kReserved) / (shared_bytes + kReserved);
+  return std::min(std::max(1, emulated.warps / (threads / 32)), by_memory);
 }
 
-// How many there were, and of the last one what tells the tiles apart.
-inline int launches = 0, last_threads = 0, last_shared_bytes = 0;
+// How many there were, and the last one's kernel and blocks.
+inline int launches = 0;
+inline const void* last_kernel = nullptr;
+inline int64_t last_blocks = 0;
 
 template <class Parameters>
 void launch(void (*kernel)(Parameters), const Parameters& parameters, int64_t blocks, int threads,
             int shared_bytes, void*) {
   ++launches;
-  last_threads = threads;
-  last_shared_bytes = shared_bytes;
+  last_kernel = reinterpret_cast<const void*>(kernel);
+  last_blocks = blocks;
   if (blocks < 1 || blocks > INT32_MAX) device::fail("a grid of no size that a GPU takes");
   if (shared_bytes > device_limits().shared_bytes) device::fail("too much shared memory");
-  for (int64_t i = 0; i < blocks; ++i) {
+  for (int64_t i = 0; i < blocks && emulated.launches; ++i) {
     device::Block b{};
     b.threads = threads;
     b.index = static_cast<int>(i);

@@ -9,6 +9,7 @@
 
 #include "../../csrc/cuda/device.h"
 #include "../../csrc/cuda/fragments.h"
+#include "../../csrc/cuda/shapes.h"
 #include "../../csrc/projection.h"
 
 namespace {
@@ -30,6 +31,26 @@ struct Buffer {
   char* data;
 };
 
+// The index of the tile whose kernel was launched last.
+int64_t last_tile() {
+  using namespace dfa;
+  for (const auto of : {fused_normal, fused_uniform, fused_rademacher}) {
+    for (const Operand operand : {Operand::kBFloat16, Operand::kHalf, Operand::kExact}) {
+      for (int shape = 0; shape < kShapes; ++shape) {
+        const FusedKernel kernel = of(operand, shape);
+        if (kernel.kernel && reinterpret_cast<const void*>(kernel.kernel) == last_kernel) {
+          return shape;
+        }
+      }
+    }
+  }
+  return -1;
+}
+
+void write(const std::vector<int64_t>& numbers) {
+  std::fwrite(numbers.data(), sizeof numbers[0], numbers.size(), stdout);
+}
+
 void project() {
   dfa::Stream stream{};
   stream.seed = static_cast<uint64_t>(next());
@@ -43,6 +64,10 @@ void project() {
   error.type = static_cast<dfa::Type>(next());
   const auto out_type = static_cast<dfa::Type>(next());
   const int terms = static_cast<int>(next());
+  dfa::Forced forced{};
+  forced.tile = next();
+  forced.processors = next();
+  dfa::emulated.limits.shared_bytes = static_cast<int>(next());
   const int64_t misaligned = next(), bytes = next();
   const Buffer input(bytes, misaligned);
   if (std::fread(input.data, 1, static_cast<size_t>(bytes), stdin) != static_cast<size_t>(bytes)) {
@@ -66,12 +91,50 @@ void project() {
   };
   const std::vector<dfa::Range> kept = ranges;
   dfa::launches = 0;
-  dfa::project_cuda(stream, error, std::move(ranges), out_type, terms, allocate, nullptr);
-  const int64_t log[] = {dfa::launches, dfa::last_threads, dfa::last_shared_bytes};
-  std::fwrite(log, sizeof log[0], 3, stdout);
+  dfa::project_cuda(stream, error, std::move(ranges), out_type, terms, forced, allocate, nullptr);
+  write({dfa::launches, last_tile(), dfa::last_blocks});
   for (const dfa::Range& range : kept) {
     std::fwrite(range.out, static_cast<size_t>(dfa::type_bytes(out_type)),
                 static_cast<size_t>(error.rows * range.size), stdout);
+  }
+}
+
+// The tile and the blocks that a GPU of that many multiprocessors and bytes of shared memory would
+// be given for one layer of `rows`. Nothing is computed.
+void choice() {
+  const dfa::Device kept = dfa::emulated;
+  const int processors = static_cast<int>(next()), shared_bytes = static_cast<int>(next());
+  dfa::emulated = {{processors, shared_bytes}, 16, false};
+  dfa::Stream stream{};
+  stream.distribution = static_cast<dfa::Distribution>(next());
+  const std::vector<dfa::Range> ranges = {{0, next(), 1.0, nullptr}};
+  dfa::StridedMatrix error{};
+  error.rows = next();
+  error.columns = next();
+  error.row_stride = error.columns;
+  error.column_stride = 1;
+  error.type = static_cast<dfa::Type>(next());
+  const int terms = static_cast<int>(next());
+  dfa::project_cuda(
+      stream, error, ranges, error.type, terms, {}, [](int64_t) -> void* { return nullptr; },
+      nullptr);
+  dfa::emulated = kept;
+  write({last_tile(), dfa::last_blocks});
+}
+
+// The tiles there are for such an error, a line each: index, rows of U, rows of the error, columns
+// of a stage, name.
+void tiles() {
+  dfa::emulated.limits.shared_bytes = static_cast<int>(next());
+  const auto type = static_cast<dfa::Type>(next());
+  const int terms = static_cast<int>(next());
+  for (const dfa::Tile& tile : dfa::cuda_tiles(dfa::Distribution::kNormal, type, terms)) {
+    const auto operand = terms == 3                    ? dfa::Operand::kExact
+                         : type == dfa::Type::kFloat16 ? dfa::Operand::kHalf
+                                                       : dfa::Operand::kBFloat16;
+    const dfa::FusedKernel kernel = dfa::fused_normal(operand, static_cast<int>(tile.index));
+    std::printf("%d\t%d\t%d\t%d\t%s\n", static_cast<int>(tile.index), kernel.rows, kernel.errors,
+                kernel.stage_columns, tile.name.c_str());
   }
 }
 
@@ -139,6 +202,12 @@ int main() {
         break;
       case 1:
         feedback_matrix();
+        break;
+      case 3:
+        choice();
+        break;
+      case 4:
+        tiles();
         break;
       default:
         fragments();

@@ -40,31 +40,34 @@ class Tile(NamedTuple):
     warps: int
 
 
-# For an error of up to so many rows. Chosen from compiled sm_90 and sm_80 code: no spills, and as
-# many warps on a multiprocessor as the registers of a tile's sums allow.
-_TILES = {
-    16: Tile(128, 16, 32, 4),
-    32: Tile(128, 32, 32, 4),
-    64: Tile(128, 64, 32, 4),
-    128: Tile(64, 128, 64, 4),
-}
+# By rows of the error. Chosen from compiled sm_90 and sm_80 code: no spills, and as many warps on a
+# multiprocessor as the registers of a tile's sums allow.
+_TILES = (Tile(128, 16, 32, 4), Tile(128, 32, 32, 4), Tile(128, 64, 32, 4))
+_WIDE = Tile(64, 128, 64, 4)
 # The terms of an fp32 error are made, or read, in every program: more rows of U share them.
-# Where U has so many entries that another launch is worth it, a small kernel makes them beforehand.
+_WIDE_OF_TERMS = Tile(128, 128, 32, 8)
+# One Philox block of signs is 128 columns of a row.
+_TILES_OF_SIGNS = (Tile(128, 16, 128, 4), Tile(128, 32, 128, 4), Tile(128, 64, 128, 4))
+_TILES_OF_SIGNS_AND_TERMS = (Tile(128, 16, 128, 8), Tile(128, 32, 128, 8))
+# Where U has so many entries that another launch is worth it, a small kernel makes the terms
+# beforehand.
 _SPLIT_ENTRIES = 2**25
 _SPLIT_COLUMNS = 256
-_TILE_OF_TERMS = Tile(128, 128, 32, 8)
+
+
+def tiles(distribution: str, terms: int, fragments: bool) -> tuple[Tile, ...]:
+    """All tiles for errors that are the sum of `terms` terms, from the smallest."""
+    if distribution == "rademacher":
+        return _TILES_OF_SIGNS_AND_TERMS if terms > 1 else _TILES_OF_SIGNS
+    if not fragments:
+        return _TILES
+    return (*_TILES, _WIDE_OF_TERMS if terms > 1 else _WIDE)
 
 
 def tile_for(count: int, distribution: str, terms: int, fragments: bool) -> Tile:
     """The tile for an error of `count` rows that is the sum of `terms` terms."""
-    if distribution == "rademacher":  # one Philox block is 128 columns of a row
-        most, warps = (32, 8) if terms > 1 else (64, 4)
-        return Tile(128, min(max(16, triton.next_power_of_2(count)), most), 128, warps)
-    most = 128 if fragments else 64
-    bucket = min(max(16, triton.next_power_of_2(count)), most)
-    if bucket == 128 and terms > 1:
-        return _TILE_OF_TERMS
-    return _TILES[bucket]
+    fitting = tiles(distribution, terms, fragments)
+    return next((tile for tile in fitting if count <= tile.error_rows), fitting[-1])
 
 
 def matrix_tile(distribution: str) -> tuple[int, int, int]:
@@ -203,7 +206,8 @@ class Fused:
     """The fused projection of errors of one shape, one layout and one device into a set of layers.
 
     Everything that does not change from call to call is worked out here, once. The error is not
-    fp64. Calls must be made on its device.
+    fp64. Calls must be made on its device. `tile`, and `split`, whether the terms of an fp32 error
+    are made beforehand, are chosen here if None.
     """
 
     def __init__(
@@ -215,13 +219,18 @@ class Fused:
         column_offset: int,
         distribution: str,
         dtype: torch.dtype,
+        *,
+        tile: Tile | None = None,
+        split: bool | None = None,
     ) -> None:
         count, columns = error.shape
         terms = terms_of(error)
         operands = Operands.on(error.device)
-        rows = slabs.union_rows(row_offsets, sizes)
-        split = terms > 1 and rows * columns >= _SPLIT_ENTRIES
-        tile = tile_for(count, distribution, terms, operands.fragments)
+        if split is None:
+            rows = slabs.union_rows(row_offsets, sizes)
+            split = terms > 1 and rows * columns >= _SPLIT_ENTRIES
+        if tile is None:
+            tile = tile_for(count, distribution, terms, operands.fragments)
         factor = tensor_cores.lattice_factor(distribution)
         plan = plan_for(row_offsets, sizes, scales, factor, tile.rows, error.device)
         block = stream.BLOCK[distribution]

@@ -96,8 +96,9 @@ def split_kernel(
 
 @triton.jit
 def _end(number, TARGET: tl.constexpr):
-    """Where a loop begins or ends: a tensor, of which Triton 3.6's interpreter makes no number itself
-    with NumPy 2.4 or newer.
+    """Where a loop begins or ends.
+
+    Triton 3.6's interpreter makes no number of a tensor itself with NumPy 2.4 and newer.
     """
     if TARGET == "interpreter":
         return number.handle.data.item()

@@ -1,20 +1,22 @@
-"""The command line: `python -m dfa_kernels` or `dfa-kernels`, with info, demo and bench."""
+"""The command line: `python -m dfa_kernels` or `dfa-kernels`, with info, verify, demo and bench."""
 
 from __future__ import annotations
 
 import argparse
 import datetime
 import importlib.util
+import json
 import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from dfa_kernels import functional, ops, stream
+from dfa_kernels import functional, ops, stream, verify
 from dfa_kernels.version import __version__
 
 
@@ -29,6 +31,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     info = commands.add_parser("info", help="versions, and which backends are available or why not")
     info.set_defaults(run=run_info)
+
+    check = commands.add_parser(
+        "verify",
+        help="prove that the backends compute what they should on this machine",
+        description="Checks the bits of the matrix's entries, and the signals of every kernel, "
+        "against the definition. The exit status is 1 if anything is wrong.",
+    )
+    check.add_argument("--backend", choices=ops.BACKENDS, help="by default all available ones")
+    check.add_argument(
+        "--device", type=_device, help="by default the CPU, and the GPU where there is one"
+    )
+    check.add_argument("--json", type=_file, help="write the result there, too")
+    check.set_defaults(run=run_verify)
 
     demo = commands.add_parser(
         "demo",
@@ -117,6 +132,45 @@ def run_info(options: argparse.Namespace) -> int:
         state += "" if status.has_run else "; not yet run on a GPU"
         print(f"{status.name:10}{status.device:10}{status.reason or state}")
     return 0
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """Check backends and print a table; see `dfa_kernels.verify`."""
+    chosen = []
+    for status in functional.backends():
+        asked = options.backend in (None, status.name)
+        if asked and (options.device is None or options.device.type == status.device):
+            device = options.device or torch.device(status.device)
+            chosen.append((status.name, device, status.reason))
+    available = [(name, device) for name, device, reason in chosen if reason is None]
+    failures = []
+    start = time.perf_counter()
+    for name, device in available:
+        print(f"{name} on {device}")
+        for check in verify.checks_of(name, device):
+            print(f"  {check.what:56}{check.cases:5} cases {check.seconds:7.1f} s  ", end="")
+            print("wrong" if check.mistake else "passed", flush=True)
+            if check.mistake:
+                print(f"    {check.mistake}", flush=True)
+                failures.append(f"{check.what}: {check.mistake}")
+    for name, device, reason in chosen:
+        if reason is not None:
+            print(f"{name} on {device} was not checked: {reason}")
+            if options.backend is not None and not available:
+                failures.append(reason)
+    if not chosen:
+        failures.append(f"there is no device {options.device}")
+        print(f"dfa-kernels verify: {failures[-1]}")
+    if options.json:
+        result = {
+            "backend": options.backend,
+            "device": str(options.device) if options.device else None,
+            "passed": not failures,
+            "seconds": round(time.perf_counter() - start, 3),
+            "failures": failures,
+        }
+        options.json.write_text(json.dumps(result) + "\n")
+    return 1 if failures else 0
 
 
 def run_demo(options: argparse.Namespace) -> int:

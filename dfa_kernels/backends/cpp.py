@@ -5,6 +5,13 @@ Importing the extension registers its kernels for the operators of `dfa_kernels.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+_INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
+
 try:
     import dfa_kernels._C  # noqa: F401
 
@@ -18,3 +25,22 @@ def unavailable(device_type: str) -> str | None:
     if device_type != "cpu":
         return "it serves the CPU only"
     return _missing
+
+
+def modes() -> Iterator[str]:
+    """Every instruction set that runs here, by name, each in use while it is the current one."""
+    force = torch.ops.dfa_kernels.cpu_isa
+    try:
+        for name in _INSTRUCTION_SETS:
+            try:
+                force(name)
+            except RuntimeError:
+                continue
+            yield name
+    finally:
+        force("")
+
+
+def ways(error: Tensor, distribution: str) -> Iterator[tuple[str, Callable]]:
+    """The ways a projection of such an error can go here, by name: one in every mode."""
+    yield "fused", torch.ops.dfa_kernels.project.cpp

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -67,3 +69,8 @@ def project(
     return slabs.project(
         generate, error, row_offsets, sizes, scales, column_offset, dtype or error.dtype
     )
+
+
+def ways(error: Tensor, distribution: str) -> Iterator[tuple[str, Callable]]:
+    """The ways a projection of such an error can go here, by name: one."""
+    yield "slabs", project

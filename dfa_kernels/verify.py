@@ -1,0 +1,248 @@
+"""Proves that a backend computes what it should on this machine; see `checks_of`.
+
+`python -m dfa_kernels verify` prints it as a table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dfa_kernels import checks, ops, stream
+from dfa_kernels.backends import tensor_cores
+from dfa_kernels.cases import LAYERS, Case, Signal
+
+# Random123's known answer for counter and key pi, and the codebook's bf16 patterns.
+_COUNTER = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+_KEY = (0xA4093822, 0x299F31D0)
+_BLOCK = [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+_CODEBOOK = "5ed3a79e706d6115f423a79720ff5fa68f0a6724c3fbd8b75d4e18c361900340"
+
+# Blocks of U: seed, rows, columns, row offset, column offset. The first has more than 2**18
+# entries, so that every normal level occurs, and crosses row 2**32; the last ends where U does.
+_BLOCKS = (
+    (-3, 512, 521, 2**32 - 200, 8 * 12_345 + 3),
+    (0, 9, 131, 0, 0),
+    (-(2**63), 5, 140, 2**31 - 2, 127),
+    (2**32, 9, 131, 2**63 - 9, 2**34 - 131),
+)
+
+
+class Check(NamedTuple):
+    """What was checked, in how many cases and seconds, and the first mistake, if any."""
+
+    what: str
+    cases: int
+    seconds: float
+    mistake: str | None
+
+
+def checks_of(backend: str, device: torch.device) -> Iterator[Check]:
+    """Check an available backend on a device, one aspect after the other.
+
+    The bits of U in every distribution and dtype, and the signals of every way that a projection
+    can go there (each tile, each number of terms of an fp32 error, each instruction set), against
+    the definition in PyTorch on the CPU, which is held against known answers first. A GPU that a
+    fault has put out of use ends it.
+    """
+    yield _check("the definition, against known answers", [("this machine", _definition)])
+    module = ops._backend(backend)
+    modes = getattr(module, "modes", None)
+    for mode in modes() if modes is not None else ("",):
+        suffix = f", {mode}" if mode else ""
+        for distribution in stream.BLOCK:
+            blocks = (
+                (
+                    f"{dtype}",
+                    functools.partial(_entries, backend, device, distribution, dtype, *block),
+                )
+                for dtype in checks.DTYPES
+                for block in _BLOCKS
+            )
+            yield _check(f"entries, {distribution}{suffix}", blocks)
+            if lost := _lost(device):
+                yield lost
+                return
+        for dtype, precision in _errors(backend):
+            with _precision(precision):
+                terms = tensor_cores.TERMS[precision] if dtype == torch.float32 else 3
+                yield _check(
+                    f"signals, {_named(dtype, precision)}{suffix}",
+                    _signals(backend, device, dtype, terms),
+                )
+            if lost := _lost(device):
+                yield lost
+                return
+
+
+def _check(what: str, cases: Iterable[tuple[str, Callable[[], str | None]]]) -> Check:
+    """Run cases, each with its name and a function that returns its mistake or None."""
+    start = time.perf_counter()
+    mistakes, count = [], 0
+    with _poisoned():
+        name, remaining = "preparation", iter(cases)
+        while True:
+            try:  # whatever a kernel or a compiler raises is its result
+                name, case = next(remaining, (name, None))
+                if case is None:
+                    break
+                count += 1
+                mistake = case()
+            except Exception as error:
+                said = str(error).strip() or "no message"
+                mistake = f"{type(error).__name__}: {said.splitlines()[0]}"
+            if mistake is not None:
+                mistakes.append(f"{name}: {mistake}")
+    mistake = None
+    if mistakes:
+        mistake = f"{len(mistakes)} of {count} cases, the first is {mistakes[0]}"
+    return Check(what, count, time.perf_counter() - start, mistake)
+
+
+def _definition() -> str | None:
+    c0, c1, c2, c3 = (torch.tensor(word) for word in _COUNTER)
+    if [int(word) for word in stream.philox((c0, c1, c2, c3), _KEY)] != _BLOCK:
+        return "a block of Philox4x32-10 is not Random123's"
+    levels = stream.levels("normal", torch.bfloat16, torch.device("cpu"))
+    patterns = levels.view(torch.int16).numpy().astype("<i2").tobytes()
+    if hashlib.sha256(patterns).hexdigest() != _CODEBOOK:
+        return "the codebook of normal entries has other values"
+    return None
+
+
+def _entries(
+    backend: str,
+    device: torch.device,
+    distribution: str,
+    dtype: torch.dtype,
+    seed: int,
+    rows: int,
+    columns: int,
+    row_offset: int,
+    column_offset: int,
+) -> str | None:
+    where = (seed, row_offset, column_offset, distribution, dtype)
+    found = ops.feedback_matrix(rows, columns, *where, device, backend).cpu()
+    with _one_thread():
+        expected = ops.feedback_matrix(rows, columns, *where, torch.device("cpu"), "torch")
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return f"{found.dtype} of shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
+    wrong = found != expected  # NaN is wrong
+    if wrong.any():
+        row, column = (int(i) for i in wrong.nonzero()[0])
+        return (
+            f"{int(wrong.sum())} of {wrong.numel()} entries, the first at row "
+            f"{row_offset + row}, column {column_offset + column}: {found[row, column]:.9g} "
+            f"instead of {expected[row, column]:.9g}"
+        )
+    return None
+
+
+def _signals(
+    backend: str, device: torch.device, dtype: torch.dtype, terms: int
+) -> Iterator[tuple[str, Callable[[], str | None]]]:
+    """The cases of one kind of error: all ways, distributions, and dtypes of the signals."""
+    lattice = backend != "torch" and dtype != torch.float64
+    # A single layer is written by another path of the slabs.
+    for distribution, layers in itertools.product(stream.BLOCK, (LAYERS, LAYERS[:1])):
+        case = Case.of(dtype, distribution, layers=layers)
+        error = case.error.to(device)
+        for out in dict.fromkeys((dtype, torch.float32)):
+            with _one_thread():
+                expected = case.expected(out, terms=terms, lattice=lattice)
+            for name, project in ops._backend(backend).ways(error, distribution):
+                yield (
+                    f"{name}, {distribution}, {out}",
+                    functools.partial(_projected, project, case, error, out, expected),
+                )
+
+
+def _projected(
+    project: Callable,
+    case: Case,
+    error: Tensor,
+    dtype: torch.dtype,
+    expected: list[Signal],
+) -> str | None:
+    signals = project(error, *case.arguments, dtype)
+    for signal in signals:
+        if signal.dtype != dtype or signal.device != error.device:
+            return f"a signal of {signal.dtype} on {signal.device}"
+        if not signal.is_contiguous():
+            return f"a signal of strides {signal.stride()}"
+    return case.mistake(signals, expected)
+
+
+def _errors(backend: str) -> Iterator[tuple[torch.dtype, str]]:
+    """Dtypes of errors, each with the precisions of fp32 products that change what is done."""
+    for dtype in checks.DTYPES:
+        by_terms = dtype == torch.float32 and backend in ("cuda", "triton")
+        for precision in tensor_cores.TERMS if by_terms else ("highest",):
+            yield dtype, precision
+
+
+def _named(dtype: torch.dtype, precision: str) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return name if precision == "highest" else f"{name} at precision {precision!r}"
+
+
+@contextlib.contextmanager
+def _precision(name: str) -> Iterator[None]:
+    """The precision of fp32 products, and then what it was."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """No more threads for what is expected: on a busy machine they would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _poisoned() -> Iterator[None]:
+    """Fresh memory is NaN, so that a signal which a kernel does not write is not right by chance.
+
+    The allocator would give it the right signals of the case before.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by the second line
+    before = torch.are_deterministic_algorithms_enabled()
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def _lost(device: torch.device) -> Check | None:
+    """A GPU that no longer answers, as a check that failed."""
+    if device.type != "cuda":
+        return None
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        return Check("the rest", 0, 0.0, f"not checked: the GPU is out of use ({reason})")
+    return None

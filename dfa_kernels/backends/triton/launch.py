@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -117,19 +118,23 @@ class Operands(NamedTuple):
         return cls(major == 9, major in (8, 12))
 
 
-_HERE = contextlib.nullcontext()
+def is_current(index: int) -> bool:
+    """Whether a tensor's device, of number `index`, is the one where kernels are launched."""
+    return index < 0 or index == torch.cuda.current_device()  # the CPU's is -1
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:
-    """A context in which a tensor's device is the current one, where kernels are launched."""
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
-        return _HERE
+    """A context in which a tensor's device is the current one."""
+    if device.type == "cpu" or is_current(device.index):
+        return contextlib.nullcontext()
     return torch.cuda.device(device)
 
 
-def current_stream(device: torch.device) -> int:
-    """The number of a device's current stream; 0 in the interpreter."""
-    return 0 if INTERPRETED else triton.runtime.driver.active.get_current_stream(device.index)
+def stream_of(device: torch.device) -> Callable[[], int]:
+    """A function that gives the number of a device's current stream; 0 in the interpreter."""
+    if INTERPRETED:
+        return int
+    return functools.partial(triton.runtime.driver.active.get_current_stream, device.index)
 
 
 class Launch:
@@ -188,7 +193,7 @@ def _outputs(signals: list[Tensor], stream_id: int, capturing: bool) -> tuple[Te
     """
     if len(signals) <= _OUTPUTS:
         return tuple(signals)
-    addresses = tuple(signal.data_ptr() for signal in signals)
+    addresses = tuple([signal.data_ptr() for signal in signals])
     key = (signals[0].device, stream_id, addresses)
     table = None if capturing else _tables.get(key)
     if table is None:
@@ -252,8 +257,10 @@ class Fused:
         else:
             vector = _vector(error, row_stride, columns, shift)
         self._plan = plan
-        self._shapes = [(count, size) for size in sizes]
-        self._dtype = dtype
+        self._sorted = plan.order == list(range(len(sizes)))
+        self._count, self._sizes = count, sizes
+        self._like = error.new_empty(0, dtype=dtype)
+        self._stream = stream_of(error.device)
         self._before_seed = (
             plan.tiles,
             plan.layers,
@@ -285,8 +292,9 @@ class Fused:
 
     def __call__(self, error: Tensor, seed: int) -> list[Tensor]:
         """One signal [M, size] per layer."""
-        signals = [error.new_empty(shape, dtype=self._dtype) for shape in self._shapes]
-        stream_id = current_stream(error.device)
+        count, new = self._count, self._like.new_empty  # with no argument that costs time to read
+        signals = [new(count, size) for size in self._sizes]
+        stream_id = self._stream()
         capturing = not INTERPRETED and torch.cuda.is_current_stream_capturing()
         self._plan.read_by(stream_id, capturing)
         if self._split is not None:
@@ -295,7 +303,8 @@ class Fused:
             error = terms
         elif self._copied:
             error = error.contiguous()
-        outputs = _outputs([signals[i] for i in self._plan.order], stream_id, capturing)
+        ordered = signals if self._sorted else [signals[i] for i in self._plan.order]
+        outputs = _outputs(ordered, stream_id, capturing)
         self._launch(stream_id, error, outputs, *self._before_seed, seed, *self._strides)
         return signals
 
@@ -335,4 +344,4 @@ def fill(
         _fills.keep(key, launch)
     first_block = column_offset // width
     numbers = (rows, columns, row_stride, shift, first_block, row_offset, seed)
-    launch(current_stream(matrix.device), matrix, *numbers)
+    launch(stream_of(matrix.device)(), matrix, *numbers)

@@ -78,11 +78,31 @@ def project(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """scales[i] * error @ U[rows of layer i, columns].T: [M, n] -> one [M, sizes[i]] per layer."""
+    index = error.get_device()
+    arguments = (row_offsets, sizes, scales, seed, column_offset, distribution, dtype)
+    if launch.is_current(index):
+        return _project(index, error, *arguments)
+    with torch.cuda.device(index):
+        return _project(index, error, *arguments)
+
+
+def _project(
+    index: int,
+    error: Tensor,
+    row_offsets: list[int],
+    sizes: list[int],
+    scales: list[float],
+    seed: int,
+    column_offset: int,
+    distribution: str,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """`project` on the current device, whose number is `index`."""
     key = (
         error.shape,
         error.stride(),
         error.dtype,
-        error.device,
+        index,
         error.data_ptr() % 16 == 0,
         tuple(row_offsets),
         tuple(sizes),
@@ -90,19 +110,18 @@ def project(
         column_offset,
         distribution,
         dtype,
-        torch.get_float32_matmul_precision(),
+        error.dtype is torch.float32 and torch.get_float32_matmul_precision(),
     )
-    with launch.on(error.device):
-        way = _ways.get(key)
-        if way is None:
-            if error.is_cuda and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "project: call it once with such an error and these layers before capturing a "
-                    "CUDA graph, so that what runs is compiled and what it reads is on the device"
-                )
-            way = _way(error, row_offsets, sizes, scales, column_offset, distribution, dtype)
-            _ways.keep(key, way)
-        return way(error, seed)
+    way = _ways.get(key)
+    if way is None:
+        if error.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "project: call it once with such an error and these layers before capturing a "
+                "CUDA graph, so that what runs is compiled and what it reads is on the device"
+            )
+        way = _way(error, row_offsets, sizes, scales, column_offset, distribution, dtype)
+        _ways.keep(key, way)
+    return way(error, seed)
 
 
 _ways = Kept()

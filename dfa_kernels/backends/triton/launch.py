@@ -47,6 +47,8 @@ _TILES = (Tile(128, 16, 32, 4), Tile(128, 32, 32, 4), Tile(128, 64, 32, 4))
 _WIDE = Tile(64, 128, 64, 4)
 # The terms of an fp32 error are made, or read, in every program: more rows of U share them.
 _WIDE_OF_TERMS = Tile(128, 128, 32, 8)
+# Where products are mma.sync: with 4 warps Triton 3.6 spills.
+_MIDDLE_OF_TERMS = Tile(128, 64, 32, 8)
 # One Philox block of signs is 128 columns of a row.
 _TILES_OF_SIGNS = (Tile(128, 16, 128, 4), Tile(128, 32, 128, 4), Tile(128, 64, 128, 4))
 _TILES_OF_SIGNS_AND_TERMS = (Tile(128, 16, 128, 8), Tile(128, 32, 128, 8))
@@ -61,7 +63,7 @@ def tiles(distribution: str, terms: int, fragments: bool) -> tuple[Tile, ...]:
     if distribution == "rademacher":
         return _TILES_OF_SIGNS_AND_TERMS if terms > 1 else _TILES_OF_SIGNS
     if not fragments:
-        return _TILES
+        return (*_TILES[:-1], _MIDDLE_OF_TERMS) if terms > 1 else _TILES
     return (*_TILES, _WIDE_OF_TERMS if terms > 1 else _WIDE)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import types
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -57,6 +58,16 @@ def project(
     return _kernels().project(  # type: ignore[union-attr]
         error, row_offsets, sizes, scales, seed, column_offset, distribution, dtype or error.dtype
     )
+
+
+def ways(error: Tensor, distribution: str) -> Iterator[tuple[str, Callable[..., list[Tensor]]]]:
+    """Every way that a projection of such an error can go here: its name, and it, as `project`.
+
+    "fused R x M" in tiles of R rows of U and M of the error, also with the terms of an fp32 error
+    "split beforehand"; and "slabs", but for what is always fused. For any shape of the error that
+    is not longer, and the current precision of fp32 products.
+    """
+    return _kernels().ways(error, distribution)  # type: ignore[union-attr]
 
 
 def feedback_matrix(

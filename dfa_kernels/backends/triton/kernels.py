@@ -95,6 +95,17 @@ def split_kernel(
 
 
 @triton.jit
+def _end(number, TARGET: tl.constexpr):
+    """Where a loop begins or ends.
+
+    Triton 3.6's interpreter makes no number of a tensor itself with NumPy 2.4 and newer.
+    """
+    if TARGET == "interpreter":
+        return number.handle.data.item()
+    return number
+
+
+@triton.jit
 def _rounded(values, DTYPE: tl.constexpr, TARGET: tl.constexpr):
     if tl.bfloat16 == DTYPE:
         values = to_bfloat16(values, TARGET)
@@ -180,7 +191,7 @@ def project_kernel(
     key1 = (seed >> 32).to(tl.uint32)
     blocks = tl.arange(0, BLOCK_K // WIDTH)[None, :]
     sums = tl.zeros([BLOCK_L, BLOCK_M], tl.float32)
-    for left in tl.range(0, shift + columns, BLOCK_K, num_stages=STAGES):
+    for left in tl.range(0, _end(shift + columns, TARGET), BLOCK_K, num_stages=STAGES):
         column = left - shift + k
         here = (column >= 0) & (column < columns)
         mask = here[:, None] & in_count[None, :]
@@ -202,7 +213,7 @@ def project_kernel(
         sums = sums + apart if TERMS == 3 else apart
         at += BLOCK_K
 
-    for layer in range(tl.load(tile + 2), tl.load(tile + 3)):
+    for layer in range(_end(tl.load(tile + 2), TARGET), _end(tl.load(tile + 3), TARGET)):
         first = tl.load(layers + 2 * layer)
         size = tl.load(layers + 2 * layer + 1)
         # Rows of the tile before the layer's first; negative for a layer begun in another tile.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -40,31 +41,36 @@ class Tile(NamedTuple):
     warps: int
 
 
-# For an error of up to so many rows. Chosen from compiled sm_90 and sm_80 code: no spills, and as
-# many warps on a multiprocessor as the registers of a tile's sums allow.
-_TILES = {
-    16: Tile(128, 16, 32, 4),
-    32: Tile(128, 32, 32, 4),
-    64: Tile(128, 64, 32, 4),
-    128: Tile(64, 128, 64, 4),
-}
+# By rows of the error. Chosen from compiled sm_90 and sm_80 code: no spills, and as many warps on a
+# multiprocessor as the registers of a tile's sums allow.
+_TILES = (Tile(128, 16, 32, 4), Tile(128, 32, 32, 4), Tile(128, 64, 32, 4))
+_WIDE = Tile(64, 128, 64, 4)
 # The terms of an fp32 error are made, or read, in every program: more rows of U share them.
-# Where U has so many entries that another launch is worth it, a small kernel makes them beforehand.
+_WIDE_OF_TERMS = Tile(128, 128, 32, 8)
+# Where products are mma.sync: with 4 warps Triton 3.6 spills.
+_MIDDLE_OF_TERMS = Tile(128, 64, 32, 8)
+# One Philox block of signs is 128 columns of a row.
+_TILES_OF_SIGNS = (Tile(128, 16, 128, 4), Tile(128, 32, 128, 4), Tile(128, 64, 128, 4))
+_TILES_OF_SIGNS_AND_TERMS = (Tile(128, 16, 128, 8), Tile(128, 32, 128, 8))
+# Where U has so many entries that another launch is worth it, a small kernel makes the terms
+# beforehand.
 _SPLIT_ENTRIES = 2**25
 _SPLIT_COLUMNS = 256
-_TILE_OF_TERMS = Tile(128, 128, 32, 8)
+
+
+def tiles(distribution: str, terms: int, fragments: bool) -> tuple[Tile, ...]:
+    """All tiles for errors that are the sum of `terms` terms, from the smallest."""
+    if distribution == "rademacher":
+        return _TILES_OF_SIGNS_AND_TERMS if terms > 1 else _TILES_OF_SIGNS
+    if not fragments:
+        return (*_TILES[:-1], _MIDDLE_OF_TERMS) if terms > 1 else _TILES
+    return (*_TILES, _WIDE_OF_TERMS if terms > 1 else _WIDE)
 
 
 def tile_for(count: int, distribution: str, terms: int, fragments: bool) -> Tile:
     """The tile for an error of `count` rows that is the sum of `terms` terms."""
-    if distribution == "rademacher":  # one Philox block is 128 columns of a row
-        most, warps = (32, 8) if terms > 1 else (64, 4)
-        return Tile(128, min(max(16, triton.next_power_of_2(count)), most), 128, warps)
-    most = 128 if fragments else 64
-    bucket = min(max(16, triton.next_power_of_2(count)), most)
-    if bucket == 128 and terms > 1:
-        return _TILE_OF_TERMS
-    return _TILES[bucket]
+    fitting = tiles(distribution, terms, fragments)
+    return next((tile for tile in fitting if count <= tile.error_rows), fitting[-1])
 
 
 def matrix_tile(distribution: str) -> tuple[int, int, int]:
@@ -114,19 +120,23 @@ class Operands(NamedTuple):
         return cls(major == 9, major in (8, 12))
 
 
-_HERE = contextlib.nullcontext()
+def is_current(index: int) -> bool:
+    """Whether a tensor's device, of number `index`, is the one where kernels are launched."""
+    return index < 0 or index == torch.cuda.current_device()  # the CPU's is -1
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:
-    """A context in which a tensor's device is the current one, where kernels are launched."""
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
-        return _HERE
+    """A context in which a tensor's device is the current one."""
+    if device.type == "cpu" or is_current(device.index):
+        return contextlib.nullcontext()
     return torch.cuda.device(device)
 
 
-def current_stream(device: torch.device) -> int:
-    """The number of a device's current stream; 0 in the interpreter."""
-    return 0 if INTERPRETED else triton.runtime.driver.active.get_current_stream(device.index)
+def stream_of(device: torch.device) -> Callable[[], int]:
+    """A function that gives the number of a device's current stream; 0 in the interpreter."""
+    if INTERPRETED:
+        return int
+    return functools.partial(triton.runtime.driver.active.get_current_stream, device.index)
 
 
 class Launch:
@@ -185,7 +195,7 @@ def _outputs(signals: list[Tensor], stream_id: int, capturing: bool) -> tuple[Te
     """
     if len(signals) <= _OUTPUTS:
         return tuple(signals)
-    addresses = tuple(signal.data_ptr() for signal in signals)
+    addresses = tuple([signal.data_ptr() for signal in signals])
     key = (signals[0].device, stream_id, addresses)
     table = None if capturing else _tables.get(key)
     if table is None:
@@ -203,7 +213,8 @@ class Fused:
     """The fused projection of errors of one shape, one layout and one device into a set of layers.
 
     Everything that does not change from call to call is worked out here, once. The error is not
-    fp64. Calls must be made on its device.
+    fp64. Calls must be made on its device. `tile`, and `split`, whether the terms of an fp32 error
+    are made beforehand, are chosen here if None.
     """
 
     def __init__(
@@ -215,13 +226,18 @@ class Fused:
         column_offset: int,
         distribution: str,
         dtype: torch.dtype,
+        *,
+        tile: Tile | None = None,
+        split: bool | None = None,
     ) -> None:
         count, columns = error.shape
         terms = terms_of(error)
         operands = Operands.on(error.device)
-        rows = slabs.union_rows(row_offsets, sizes)
-        split = terms > 1 and rows * columns >= _SPLIT_ENTRIES
-        tile = tile_for(count, distribution, terms, operands.fragments)
+        if split is None:
+            rows = slabs.union_rows(row_offsets, sizes)
+            split = terms > 1 and rows * columns >= _SPLIT_ENTRIES
+        if tile is None:
+            tile = tile_for(count, distribution, terms, operands.fragments)
         factor = tensor_cores.lattice_factor(distribution)
         plan = plan_for(row_offsets, sizes, scales, factor, tile.rows, error.device)
         block = stream.BLOCK[distribution]
@@ -243,8 +259,10 @@ class Fused:
         else:
             vector = _vector(error, row_stride, columns, shift)
         self._plan = plan
-        self._shapes = [(count, size) for size in sizes]
-        self._dtype = dtype
+        self._sorted = plan.order == list(range(len(sizes)))
+        self._count, self._sizes = count, sizes
+        self._like = error.new_empty(0, dtype=dtype)
+        self._stream = stream_of(error.device)
         self._before_seed = (
             plan.tiles,
             plan.layers,
@@ -276,8 +294,9 @@ class Fused:
 
     def __call__(self, error: Tensor, seed: int) -> list[Tensor]:
         """One signal [M, size] per layer."""
-        signals = [error.new_empty(shape, dtype=self._dtype) for shape in self._shapes]
-        stream_id = current_stream(error.device)
+        count, new = self._count, self._like.new_empty  # with no argument that costs time to read
+        signals = [new(count, size) for size in self._sizes]
+        stream_id = self._stream()
         capturing = not INTERPRETED and torch.cuda.is_current_stream_capturing()
         self._plan.read_by(stream_id, capturing)
         if self._split is not None:
@@ -286,7 +305,8 @@ class Fused:
             error = terms
         elif self._copied:
             error = error.contiguous()
-        outputs = _outputs([signals[i] for i in self._plan.order], stream_id, capturing)
+        ordered = signals if self._sorted else [signals[i] for i in self._plan.order]
+        outputs = _outputs(ordered, stream_id, capturing)
         self._launch(stream_id, error, outputs, *self._before_seed, seed, *self._strides)
         return signals
 
@@ -326,4 +346,4 @@ def fill(
         _fills.keep(key, launch)
     first_block = column_offset // width
     numbers = (rows, columns, row_stride, shift, first_block, row_offset, seed)
-    launch(current_stream(matrix.device), matrix, *numbers)
+    launch(stream_of(matrix.device)(), matrix, *numbers)

@@ -9,8 +9,9 @@ error is nothing for tensor cores, and goes through `dfa_kernels.backends.slabs`
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -77,11 +78,31 @@ def project(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """scales[i] * error @ U[rows of layer i, columns].T: [M, n] -> one [M, sizes[i]] per layer."""
+    index = error.get_device()
+    arguments = (row_offsets, sizes, scales, seed, column_offset, distribution, dtype)
+    if launch.is_current(index):
+        return _project(index, error, *arguments)
+    with torch.cuda.device(index):
+        return _project(index, error, *arguments)
+
+
+def _project(
+    index: int,
+    error: Tensor,
+    row_offsets: list[int],
+    sizes: list[int],
+    scales: list[float],
+    seed: int,
+    column_offset: int,
+    distribution: str,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """`project` on the current device, whose number is `index`."""
     key = (
         error.shape,
         error.stride(),
         error.dtype,
-        error.device,
+        index,
         error.data_ptr() % 16 == 0,
         tuple(row_offsets),
         tuple(sizes),
@@ -89,19 +110,18 @@ def project(
         column_offset,
         distribution,
         dtype,
-        torch.get_float32_matmul_precision(),
+        error.dtype is torch.float32 and torch.get_float32_matmul_precision(),
     )
-    with launch.on(error.device):
-        way = _ways.get(key)
-        if way is None:
-            if error.is_cuda and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "project: call it once with such an error and these layers before capturing a "
-                    "CUDA graph, so that what runs is compiled and what it reads is on the device"
-                )
-            way = _way(error, row_offsets, sizes, scales, column_offset, distribution, dtype)
-            _ways.keep(key, way)
-        return way(error, seed)
+    way = _ways.get(key)
+    if way is None:
+        if error.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "project: call it once with such an error and these layers before capturing a "
+                "CUDA graph, so that what runs is compiled and what it reads is on the device"
+            )
+        way = _way(error, row_offsets, sizes, scales, column_offset, distribution, dtype)
+        _ways.keep(key, way)
+    return way(error, seed)
 
 
 _ways = Kept()
@@ -123,13 +143,7 @@ def _way(
     if count == 0:
         return lambda error, seed: [error.new_empty(0, size, dtype=dtype) for size in sizes]
     if error.dtype == torch.float64:
-        return lambda error, seed: slabs.project(
-            _generator(error.device, seed, distribution, False),
-            error,
-            *layers,
-            column_offset,
-            dtype,
-        )
+        return _by_slabs(error, *layers, *options)
     terms = launch.terms_of(error)
     tile = launch.tile_for(count, distribution, terms, launch.Operands.on(error.device).fragments)
     scaled_apart = not tensor_cores.written_in_place(error, len(sizes), dtype)
@@ -152,9 +166,72 @@ def _way(
     )
     if fused:
         return launch.Fused(error, *layers, *options)
+    return _by_slabs(error, *layers, *options)
+
+
+def _by_slabs(
+    error: Tensor,
+    row_offsets: list[int],
+    sizes: list[int],
+    scales: list[float],
+    column_offset: int,
+    distribution: str,
+    dtype: torch.dtype,
+) -> Callable[[Tensor, int], list[Tensor]]:
+    """The function of an error and a seed that projects errors like this one by slabs."""
+    layers = (row_offsets, sizes, scales)
+    if error.dtype == torch.float64:
+        return lambda error, seed: slabs.project(
+            _generator(error.device, seed, distribution, False),
+            error,
+            *layers,
+            column_offset,
+            dtype,
+        )
     return lambda error, seed: tensor_cores.project(
-        _generator(error.device, seed, distribution, True), error, *layers, *options
+        _generator(error.device, seed, distribution, True),
+        error,
+        *layers,
+        column_offset,
+        distribution,
+        dtype,
     )
+
+
+def ways(error: Tensor, distribution: str) -> Iterator[tuple[str, Callable[..., list[Tensor]]]]:
+    """See `dfa_kernels.backends.triton.ways`."""
+    short = error.shape[1] <= _FUSED_COLUMNS
+    if error.dtype != torch.float64 and short:
+        terms = launch.terms_of(error)
+        fragments = launch.Operands.on(error.device).fragments
+        for split in (False, True) if terms > 1 else (False,):
+            for tile in launch.tiles(distribution, terms, fragments):
+                name = f"fused {tile.rows} x {tile.error_rows}"
+                fused = functools.partial(launch.Fused, tile=tile, split=split)
+                yield (
+                    f"{name}, split beforehand" if split else name,
+                    functools.partial(_through, fused),
+                )
+        if terms == 3:
+            return
+    yield "slabs", functools.partial(_through, _by_slabs)
+
+
+def _through(
+    way: Callable[..., Callable[[Tensor, int], list[Tensor]]],
+    error: Tensor,
+    row_offsets: list[int],
+    sizes: list[int],
+    scales: list[float],
+    seed: int,
+    column_offset: int,
+    distribution: str,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """`project` by one way."""
+    with launch.on(error.device):
+        options = (column_offset, distribution, dtype or error.dtype)
+        return way(error, row_offsets, sizes, scales, *options)(error, seed)
 
 
 def _generator(device: torch.device, seed: int, distribution: str, lattice: bool) -> slabs.Generate:

@@ -204,7 +204,7 @@ def execute(
             os.killpg(process.pid, signal.SIGINT)
             while is_there(process) and time.monotonic() < end:
                 time.sleep(0.05)
-            return process.poll() or -signal.SIGKILL, f", which is more than its {limit:.0f} s"
+            return process.poll() or -signal.SIGKILL, f", cut off at its limit of {limit:.0f} s"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

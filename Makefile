@@ -5,7 +5,7 @@
 #   make paper   run the paper's experiments; ARGS="table2 --quick" and the like
 #   make lint    formatting, lint and types
 #   make gpu-check    on a machine with an NVIDIA GPU: build, tests, sanitizer, benchmarks, profile;
-#                     GPU_PYTHON=python3 takes a Python that has what it needs, ARGS="--only tests" a part
+#                     GPU_PYTHON=python3 takes a Python that has what it needs, ARGS="--stage A" a part
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -47,10 +47,10 @@ format: $(VENV)/dev
 
 ifdef GPU_PYTHON
 gpu-check:
-	PYTHONPATH=$(CURDIR):$(PYTHONPATH) $(GPU_PYTHON) benchmarks/gpu_check.py $(ARGS)
+	$(GPU_PYTHON) .ci/gpu_check.py $(ARGS)
 else
 gpu-check: $(VENV)/dev
-	$(bin)/python benchmarks/gpu_check.py $(ARGS)
+	$(bin)/python .ci/gpu_check.py $(ARGS)
 endif
 
 $(VENV)/torch:

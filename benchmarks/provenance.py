@@ -80,3 +80,7 @@ def save(path: Path, results: dict) -> None:
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(json.dumps(results, indent=2) + "\n")
     unfinished.replace(path)  # at once: who is killed here leaves the file as it was
+
+
+if __name__ == "__main__":
+    print(json.dumps(origin("cuda" if torch.cuda.is_available() else "cpu")))

@@ -33,7 +33,17 @@ def needs(what, is_here):
         pytest.skip(f"needs {what}", allow_module_level=True)
 
 
-@pytest.fixture(params=AVAILABLE, ids=lambda status: f"{status.name}-{status.device}")
+def marked(value, status):
+    """A parameter that stands for a backend on a device, so that `pytest -m gpu` selects it."""
+    marks = [pytest.mark.gpu] if status.device == "cuda" else []
+    marks += [pytest.mark.triton] if status.name == "triton" else []
+    return pytest.param(value, marks=marks)
+
+
+@pytest.fixture(
+    params=[marked(status, status) for status in AVAILABLE],
+    ids=lambda status: f"{status.name}-{status.device}",
+)
 def target(request):
     """Every backend on every device it serves here: has `.name` and `.device`."""
     return request.param
@@ -45,7 +55,9 @@ def backend(request):
     return request.param
 
 
-@pytest.fixture(params=[status.name for status in AVAILABLE if status.device == "cuda"])
+@pytest.fixture(
+    params=[marked(status.name, status) for status in AVAILABLE if status.device == "cuda"]
+)
 def gpu_backend(request):
     """Every backend that serves the GPU; none where there is no GPU."""
     return request.param

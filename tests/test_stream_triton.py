@@ -10,6 +10,7 @@ import torch
 
 from dfa_kernels import stream
 
+pytestmark = pytest.mark.triton
 # TRITON_INTERPRET must be set before Triton is imported, so the kernel runs in its own process.
 PROGRAM = """
 import torch, triton, triton.language as tl

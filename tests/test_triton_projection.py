@@ -21,10 +21,11 @@ pytest.importorskip("triton")
 from dfa_kernels.backends import tensor_cores
 from dfa_kernels.backends.triton import launch, plan, projection
 
-# Of Triton 3.6's interpreter.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Conversion of an array with ndim:DeprecationWarning"
-)
+pytestmark = [
+    pytest.mark.triton,
+    # Of Triton 3.6's interpreter.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DISTRIBUTIONS = ["normal", "uniform", "rademacher"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -144,8 +144,8 @@ def run_verify(options: argparse.Namespace) -> int:
     """Check backends and print a table; see `dfa_kernels.verify`."""
     try:
         statuses = functional.backends()
-    except ValueError as reason:
-        print(reason)
+    except ValueError as error:
+        print(error)
         return 1
     chosen = []
     for status in statuses:

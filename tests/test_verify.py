@@ -313,4 +313,4 @@ def test_every_way_on_a_gpu(gpu_backend, dtype, precision):
         signals = verify._signals(gpu_backend, torch.device("cuda"), dtype, terms)
         check = verify._check("signals", signals)
     assert check.mistake is None
-    assert check.cases >= 6 * len(names)
+    assert check.cases >= 3 * len(names)

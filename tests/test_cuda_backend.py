@@ -1,6 +1,7 @@
 """What the "cuda" backend decides in Python."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,7 +79,8 @@ def test_failed_allocations_are_torchs_own_errors(monkeypatch):
     def fails(*_):
         raise RuntimeError(message)
 
-    monkeypatch.setattr(torch.ops.dfa_kernels, "cuda_entries", fails, raising=False)
+    failing = SimpleNamespace(default=fails)
+    monkeypatch.setattr(torch.ops.dfa_kernels, "cuda_entries", failing, raising=False)
     arguments = (2, 3, 0, 0, 0, "normal", torch.float32, torch.device("cpu"))
     message = f"feedback_matrix: cannot allocate {10**15} bytes"
     with pytest.raises(RuntimeError, match=f"tried to allocate {10**15} bytes"):

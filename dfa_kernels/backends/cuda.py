@@ -12,7 +12,6 @@ projected by slabs in fp64.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import re
@@ -153,8 +152,8 @@ def _fused(
     It has blocks for `processors` multiprocessors, or for all there are.
     """
     terms = tensor_cores.terms_of(error)
-    with _allocating(error.device):
-        return torch.ops.dfa_kernels.cuda_fused(
+    try:
+        return torch.ops.dfa_kernels.cuda_fused.default(
             error,
             row_offsets,
             sizes,
@@ -167,6 +166,9 @@ def _fused(
             tile,
             processors,
         )
+    except RuntimeError as failure:
+        _raise_if_out_of_memory(failure, error.device)
+        raise
 
 
 def _by_slabs(
@@ -211,22 +213,20 @@ def feedback_matrix(
     `lattice` leaves out the factor of uniform entries, which makes them exact.
     """
     where = (row_offset, column_offset, distribution)
-    with _allocating(device):
-        return torch.ops.dfa_kernels.cuda_entries(
+    try:
+        return torch.ops.dfa_kernels.cuda_entries.default(
             rows, columns, seed, *where, dtype, device, lattice
         )
+    except RuntimeError as failure:
+        _raise_if_out_of_memory(failure, device)
+        raise
 
 
-@contextlib.contextmanager
-def _allocating(device: torch.device) -> Iterator[None]:
-    """Torch's own error where an allocation fails, which callers may know how to meet.
+def _raise_if_out_of_memory(failure: RuntimeError, device: torch.device) -> None:
+    """Raise torch's own error where an allocation failed, which callers may know how to meet.
 
     It does not come through the stable ABI, so the same is asked of torch again.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        failed = re.search(r"cannot allocate (\d+) bytes", str(error))
-        if failed:
-            torch.empty(int(failed[1]), dtype=torch.uint8, device=device)
-        raise
+    failed = re.search(r"cannot allocate (\d+) bytes", str(failure))
+    if failed:
+        torch.empty(int(failed[1]), dtype=torch.uint8, device=device)

@@ -42,6 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument(
         "--device", type=_device, help="by default the CPU, and the GPU where there is one"
     )
+    check.add_argument("--only", metavar="NAME", help="one check, by its name in the table")
+    check.add_argument(
+        "--processes",
+        type=_positive,
+        default=min(8, len(os.sched_getaffinity(0))),
+        help="side by side, for Triton, whose checks are mostly compiling",
+    )
     check.add_argument("--json", type=_file, help="write the result there, too")
     check.set_defaults(run=run_verify)
 
@@ -154,18 +161,24 @@ def run_verify(options: argparse.Namespace) -> int:
             device = options.device or torch.device(status.device)
             chosen.append((status.name, device, status.reason))
     available = [(name, device) for name, device, reason in chosen if reason is None]
-    failures = []
+    failures, cases = [], 0
     start = time.perf_counter()
     for name, device in available:
         print(f"{name} on {device}")
         wrong, began = [], time.perf_counter()
-        for check in verify.checks_of(name, device):
+        if name == "triton" and options.only is None and options.processes > 1:
+            found = verify.checks_side_by_side(name, device, options.processes)
+        else:
+            found = verify.checks_of(name, device, options.only)
+        for check in found:
+            cases += check.cases
             print(f"  {check.what:56}{check.cases:5} cases {check.seconds:7.1f} s  ", end="")
             print("wrong" if check.mistake else "passed", flush=True)
             if check.mistake:
                 print(f"    {check.mistake}", flush=True)
                 wrong.append(f"{check.what}: {check.mistake}")
-        ops.keep_check(name, device, wrong, time.perf_counter() - began)
+        if options.only is None:
+            ops.keep_check(name, device, wrong, time.perf_counter() - began)
         failures += wrong
     for name, device, reason in chosen:
         if reason is not None:
@@ -175,12 +188,16 @@ def run_verify(options: argparse.Namespace) -> int:
     if not chosen:
         failures.append(f"there is no device {options.device}")
         print(f"dfa-kernels verify: {failures[-1]}")
+    elif options.only is not None and available and not cases:
+        failures.append(f"no check is named {options.only!r}")
+        print(f"dfa-kernels verify: {failures[-1]}")
     if options.json:
         result = {
             "backend": options.backend,
             "device": str(options.device) if options.device else None,
             "passed": not failures,
             "seconds": round(time.perf_counter() - start, 3),
+            "cases": cases,
             "failures": failures,
         }
         options.json.write_text(json.dumps(result) + "\n")

@@ -83,7 +83,7 @@ def _run(backend: str, device: torch.device, folder: Path) -> Outcome:
         process = subprocess.Popen(
             command(backend, device, report),
             cwd=folder,  # empty, because with -m a module there would be imported before others
-            env=_environment(),
+            env=environment(),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -102,7 +102,7 @@ def _run(backend: str, device: torch.device, folder: Path) -> Outcome:
     return _judge(status, _load(report), "; ".join(line.strip() for line in said[-3:])[-500:])
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """This process's, in which the same modules are imported and no other check is started."""
     paths = [os.path.abspath(path) for path in sys.path]
     package = str(Path(__file__).resolve().parent.parent)

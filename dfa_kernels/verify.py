@@ -9,15 +9,21 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import json
 import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dfa_kernels import checks, ops, stream
+from dfa_kernels import checks, ops, stream, trial
 from dfa_kernels.backends import tensor_cores
 from dfa_kernels.cases import LAYERS, Case, Signal
 
@@ -37,6 +43,10 @@ _BLOCKS = (
 )
 
 
+# Each with its name and a function that returns its mistake or None.
+Cases = Iterable[tuple[str, Callable[[], str | None]]]
+
+
 class Check(NamedTuple):
     """What was checked, in how many cases and seconds, and the first mistake, if any."""
 
@@ -46,44 +56,79 @@ class Check(NamedTuple):
     mistake: str | None
 
 
-def checks_of(backend: str, device: torch.device) -> Iterator[Check]:
-    """Check an available backend on a device, one aspect after the other.
+def checks_of(backend: str, device: torch.device, only: str | None = None) -> Iterator[Check]:
+    """Check an available backend on a device, one aspect after the other, or `only` one of them.
 
     The bits of U in every distribution and dtype, and the signals of every way that a projection
     can go there (each tile, each number of terms of an fp32 error, each instruction set), against
     the definition in PyTorch on the CPU, which is held against known answers first. A GPU that a
     fault has put out of use ends it.
     """
-    yield _check("the definition, against known answers", [("this machine", _definition)])
     for mode in getattr(ops._backend(backend), "modes", lambda: ("",))():
-        suffix = f", {mode}" if mode else ""
-        for distribution in stream.BLOCK:
-            blocks = (
-                (
-                    f"{dtype}",
-                    functools.partial(_entries, backend, device, distribution, dtype, *block),
-                )
-                for dtype in checks.DTYPES
-                for block in _BLOCKS
-            )
-            yield _check(f"entries, {distribution}{suffix}", blocks)
-            if lost := _lost(device):
-                yield lost
-                return
-        for dtype, precision in _errors(backend):
-            with _precision(precision):
-                terms = tensor_cores.TERMS[precision] if dtype == torch.float32 else 3
-                yield _check(
-                    f"signals, {_named(dtype, precision)}{suffix}",
-                    _signals(backend, device, dtype, terms),
-                )
+        for name, check in _aspects(backend, device):
+            if only is not None and name != only:
+                continue
+            result = check()
+            yield result._replace(what=f"{result.what}{f', {mode}' if mode else ''}")
             if lost := _lost(device):
                 yield lost
                 return
 
 
-def _check(what: str, cases: Iterable[tuple[str, Callable[[], str | None]]]) -> Check:
-    """Run cases, each with its name and a function that returns its mistake or None."""
+def checks_side_by_side(backend: str, device: torch.device, processes: int) -> Iterator[Check]:
+    """The same, each aspect in a process of its own: for Triton, which compiles for each of them.
+
+    `processes`: how many there are at once.
+    """
+    names = [name for name, _ in _aspects(backend, device)]
+    with ThreadPoolExecutor(processes) as pool:
+        yield from pool.map(functools.partial(_in_a_process, backend, device), names)
+
+
+def _aspects(backend: str, device: torch.device) -> Iterator[tuple[str, Callable[[], Check]]]:
+    """What there is to check, by name."""
+
+    def aspect(name: str, cases: Cases) -> tuple[str, Callable[[], Check]]:
+        return name, functools.partial(_check, name, cases)
+
+    yield aspect("the definition, against known answers", [("this machine", _definition)])
+    for distribution in stream.BLOCK:
+        blocks = [
+            (f"{dtype}", functools.partial(_entries, backend, device, distribution, dtype, *block))
+            for dtype in checks.DTYPES
+            for block in _BLOCKS
+        ]
+        yield aspect(f"entries, {distribution}", blocks)
+    for dtype, precision in _errors(backend):
+        signals = _signals(backend, device, dtype, precision)
+        yield aspect(f"signals, {_named(dtype, precision)}", signals)
+
+
+def _in_a_process(backend: str, device: torch.device, name: str) -> Check:
+    start = time.perf_counter()
+    what = ["--backend", backend, "--device", str(device), "--only", name]
+    with tempfile.TemporaryDirectory(prefix="dfa_kernels-") as folder:
+        report = Path(folder, "report.json")
+        ended = subprocess.run(
+            [sys.executable, "-m", "dfa_kernels", "verify", *what, "--json", str(report)],
+            cwd=folder,
+            env=trial.environment(),
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+        try:
+            result = json.loads(report.read_text())
+            cases, failures = result["cases"], result["failures"]
+        except (OSError, ValueError, KeyError):
+            said = (ended.stdout + ended.stderr).strip().splitlines()[-1:]
+            cases, failures = 0, [f"it ended with status {ended.returncode}: {' '.join(said)}"]
+    mistake = "; ".join(failures).removeprefix(f"{name}: ") or None
+    return Check(name, cases, time.perf_counter() - start, mistake)
+
+
+def _check(what: str, cases: Cases) -> Check:
+    """Run cases, and say how it went."""
     start = time.perf_counter()
     mistakes, count = [], 0
     with _poisoned():
@@ -146,25 +191,27 @@ def _entries(
 
 
 def _signals(
-    backend: str, device: torch.device, dtype: torch.dtype, terms: int
+    backend: str, device: torch.device, dtype: torch.dtype, precision: str
 ) -> Iterator[tuple[str, Callable[[], str | None]]]:
     """The cases of one kind of error: all ways, distributions, and dtypes of the signals."""
     lattice = backend != "torch" and dtype != torch.float64
-    for distribution, layers in itertools.product(stream.BLOCK, (LAYERS, LAYERS[:1])):
-        case = Case.of(dtype, distribution, layers=layers)
-        error = case.error.to(device)
-        for out in dict.fromkeys((dtype, torch.float32)):
-            with _one_thread():
-                expected = case.expected(out, terms=terms, lattice=lattice)
-            for name, project in ways_of(backend, error, distribution):
-                # Slabs write a single layer by another path. A tile does not, and for Triton each
-                # more is something to compile.
-                if len(layers) == 1 and name.startswith("fused"):
-                    continue
-                yield (
-                    f"{name}, {distribution}, {out}",
-                    functools.partial(_projected, project, case, error, out, expected),
-                )
+    terms = tensor_cores.TERMS[precision] if dtype == torch.float32 else 3
+    with _precision(precision):
+        for distribution, layers in itertools.product(stream.BLOCK, (LAYERS, LAYERS[:1])):
+            case = Case.of(dtype, distribution, layers=layers)
+            error = case.error.to(device)
+            for out in dict.fromkeys((dtype, torch.float32)):
+                with _one_thread():
+                    expected = case.expected(out, terms=terms, lattice=lattice)
+                for name, project in ways_of(backend, error, distribution):
+                    # Slabs write a single layer by another path. A tile does not, and Triton
+                    # would have to compile it for that.
+                    if len(layers) == 1 and name.startswith("fused"):
+                        continue
+                    yield (
+                        f"{name}, {distribution}, {out}",
+                        functools.partial(_projected, project, case, error, out, expected),
+                    )
 
 
 def ways_of(backend: str, error: Tensor, distribution: str) -> list[tuple[str, Callable]]:

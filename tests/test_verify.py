@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 import reference
@@ -10,7 +11,7 @@ import torch
 from conftest import AVAILABLE
 
 from dfa_kernels import cases, cli, functional, ops, verify
-from dfa_kernels.backends import cuda, tensor_cores
+from dfa_kernels.backends import cuda
 
 CPU = torch.device("cpu")
 # What is more than the definition itself.
@@ -111,7 +112,7 @@ def test_what_is_compiled_for_the_cpu_passes(backend):
         modes = {check.what.split(", ")[-1] for check in found[1:]}
         assert modes == set(ops._backend("cpp").modes())
         assert "portable" in modes
-        assert sum(check.cases for check in found) == 1 + len(modes) * (3 * 4 * 4 + 3 * 2 * 7)
+        assert sum(check.cases for check in found) == len(modes) * (1 + 3 * 4 * 4 + 3 * 2 * 7)
         assert torch.ops.dfa_kernels.cpu_isa(None) == torch.ops.dfa_kernels.cpu_isa("")
 
 
@@ -226,7 +227,7 @@ def test_a_lost_gpu_ends_the_checks(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(verify, "_entries", lambda *_: "wrong")
     found = list(verify.checks_of("torch", torch.device("cuda", 0)))
-    assert len(found) == 3
+    assert len(found) == 2
     assert found[-1].mistake == (
         "not checked: the GPU is out of use (CUDA error: an illegal memory access was encountered)"
     )
@@ -262,7 +263,7 @@ def test_the_command_says_what_is_wrong(monkeypatch, capsys, tmp_path):
     path = tmp_path / "result.json"
     checks = [verify.Check("entries", 3, 0.1, None), verify.Check("signals", 2, 0.1, "off by one")]
     kept = []
-    monkeypatch.setattr(verify, "checks_of", lambda backend, device: checks)
+    monkeypatch.setattr(verify, "checks_of", lambda backend, device, only: checks)
     monkeypatch.setattr(ops, "keep_check", lambda *a: kept.append(a[:3]))
     assert cli.main(["verify", "--backend", "torch", "--device", "cpu", "--json", str(path)]) == 1
     assert kept == [("torch", CPU, ["signals: off by one"])]
@@ -276,9 +277,50 @@ def test_a_backend_that_cannot_serve_is_not_verified(monkeypatch, capsys):
     monkeypatch.setattr(cuda, "unavailable", lambda device_type: "not today")
     assert cli.main(["verify", "--backend", "cuda"]) == 1
     assert "cuda on cpu was not checked: not today" in capsys.readouterr().out
-    monkeypatch.setattr(verify, "checks_of", lambda backend, device: [])
+    monkeypatch.setattr(verify, "checks_of", lambda backend, device, only: [])
     assert cli.main(["verify"]) == 0  # the others are
     assert "cuda on cpu was not checked: not today" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("small")
+def test_one_check_by_its_name(capsys):
+    arguments = ["verify", "--backend", "torch", "--device", "cpu", "--only"]
+    assert cli.main([*arguments, "entries, uniform"]) == 0
+    assert re.findall(r"^  (\S.*?)  ", capsys.readouterr().out, re.MULTILINE) == [
+        "entries, uniform"
+    ]
+    assert cli.main([*arguments, "entries"]) == 1
+    assert "no check is named 'entries'" in capsys.readouterr().out
+
+
+def test_checks_in_processes_side_by_side(monkeypatch):
+    """They come in order, with what was wrong, also where a process ends without a word."""
+    names = ["the definition, against known answers", "entries, rademacher", "gone"]
+    monkeypatch.setattr(verify, "_aspects", lambda *_: [(name, None) for name in names])
+    found = list(verify.checks_side_by_side("torch", CPU, 2))
+    assert [check.what for check in found] == names
+    assert [check.cases for check in found] == [1, 16, 0]
+    assert [check.mistake for check in found] == [None, None, "no check is named 'gone'"]
+    monkeypatch.setattr(verify.sys, "executable", shutil.which("false"))
+    check = verify._in_a_process("torch", CPU, "entries, normal")
+    assert check.mistake == "it ended with status 1: "
+
+
+def test_triton_is_checked_side_by_side(monkeypatch, capsys):
+    """Unless one check or one process is asked for."""
+    status = ops.BackendStatus("triton", "cpu", True, False, None, None)
+    monkeypatch.setattr(functional, "backends", lambda: [status])
+    one = [verify.Check("alone", 1, 0.1, None)]
+    several = [verify.Check("side by side", 1, 0.1, None)]
+    monkeypatch.setattr(verify, "checks_of", lambda backend, device, only: one)
+    monkeypatch.setattr(verify, "checks_side_by_side", lambda *_: several)
+    for options, said in (
+        (["--processes", "4"], "side by side"),
+        (["--processes", "1"], "alone"),
+        (["--processes", "4", "--only", "alone"], "alone"),
+    ):
+        assert cli.main(["verify", *options]) == 0
+        assert said in capsys.readouterr().out
 
 
 def test_an_unknown_mode_of_checks_is_said(monkeypatch, capsys):
@@ -305,12 +347,11 @@ def test_every_way_on_a_gpu(gpu_backend, dtype, precision):
     """Each tile, each number of terms, and slabs."""
     if gpu_backend == "torch" and precision != "highest":
         pytest.skip("it leaves the precision of fp32 products to the vendor")
-    terms = tensor_cores.TERMS[precision] if dtype == torch.float32 else 3
     with verify._precision(precision):
         error = torch.zeros(3, 5, dtype=dtype, device="cuda")
         names = [name for name, _ in verify.ways_of(gpu_backend, error, "normal")]
-        assert len(set(names)) == len(names)
-        signals = verify._signals(gpu_backend, torch.device("cuda"), dtype, terms)
-        check = verify._check("signals", signals)
+    assert len(set(names)) == len(names)
+    signals = verify._signals(gpu_backend, torch.device("cuda"), dtype, precision)
+    check = verify._check("signals", signals)
     assert check.mistake is None
     assert check.cases >= 3 * len(names)

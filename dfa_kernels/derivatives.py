@@ -14,25 +14,60 @@ from torch.autograd import forward_ad
 
 
 def transformed() -> bool:
-    """Whether forward mode is on, or a transform of torch.func that differentiates or maps."""
-    if forward_ad._current_level >= 0:
-        return True
+    """Whether forward mode is on, or a transform of torch.func that differentiates or maps.
+
+    Raises NotImplementedError for functionalize together with one of them: torch has no rule for a
+    Function there, and an operator alone would have no derivatives.
+    """
+    forward_mode = forward_ad._current_level >= 0
     if not torch._C._are_functorch_transforms_active():
-        return False
-    if torch.compiler.is_compiling():
+        return forward_mode
+    names = _transforms()
+    if "Functionalize" not in names:
         return True
-    innermost = torch._C._functorch.peek_interpreter_stack()
-    return innermost.key() != torch._C._functorch.TransformType.Functionalize
+    if forward_mode or len(set(names)) > 1:
+        raise NotImplementedError(
+            "project: torch.func.functionalize cannot be combined with another transform or "
+            f"forward mode around a projection, got {' around '.join(names)}"
+        )
+    return False
+
+
+@torch.compiler.assume_constant_result  # torch.compile enters transforms as it traces
+def _transforms() -> tuple[str, ...]:
+    """The names of torch.func's transforms around this call, the outermost first."""
+    return tuple(level.key().name for level in torch._C._functorch.get_interpreter_stack() or ())
+
+
+def project(error: Tensor, *arguments: Any) -> list[Tensor]:
+    """The signals, with all derivatives; see `Projection`."""
+    if torch.compiler.is_compiling() and _transforms()[:1] in ((), ("Vmap",)):
+        return _uncompiled(error, *arguments)
+    return _one_node(error, *arguments)
+
+
+@torch.compiler.allow_in_graph
+def _one_node(error: Tensor, *arguments: Any) -> list[Tensor]:
+    """One node of a compiled graph, which keeps its derivatives for where it meets the transforms.
+
+    torch.compile itself would trace the forward of `Projection` alone.
+    """
+    return list(Projection.apply(error, *arguments))
 
 
 _eager = torch.compiler.disable(
-    reason="dfa_kernels: a Function with forward mode cannot be compiled"
+    reason="dfa_kernels: a projection in forward mode or under vmap cannot be compiled"
 )
 
 
 @_eager
-def project(error: Tensor, *arguments: Any) -> list[Tensor]:
-    """The signals, with all derivatives; see `Projection`."""
+def _uncompiled(error: Tensor, *arguments: Any) -> list[Tensor]:
+    """A call that is left out of compiled graphs.
+
+    In them, forward mode without a transform would lose its tangents, and under vmap outermost a
+    trainer's Function its rule. Inside vjp and jacrev it must not be used: for what is left out
+    there, torch before 2.12 makes zeros of the gradients (pytorch/pytorch#172386).
+    """
     return list(Projection.apply(error, *arguments))
 
 

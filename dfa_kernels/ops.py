@@ -269,7 +269,9 @@ def project(
     arguments = (error, row_offsets, sizes, scales, seed, column_offset, distribution, dtype)
     if derivatives.transformed():
         return derivatives.project(*arguments, backend)
-    if not backend or (error.requires_grad and torch.is_grad_enabled()):
+    differentiable = error.requires_grad and torch.is_grad_enabled()
+    # functionalize alone hides whether what is around it differentiates.
+    if not backend or differentiable or torch._C._are_functorch_transforms_active():
         return torch.ops.dfa_kernels.project.default(*arguments, backend)
     return getattr(torch.ops.dfa_kernels.project, backend)(*arguments)
 

@@ -20,6 +20,7 @@ rademacher block, column 2i is bit i and column 2i+1 is bit 16+i.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -69,7 +70,9 @@ def philox(counter: Words, key: tuple[int, int]) -> Words:
     return c0, c1, c2, c3
 
 
-def codebook_values(arithmetic: torch.dtype = torch.float32) -> Tensor:
+def codebook_values(
+    arithmetic: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Tensor:
     """The codebook's formula, 4096 normal quantiles, before their rounding to bfloat16.
 
     p = (2k + 1)/4096 - 1,  w = -log2(1 - p*p),  value = p * (C0 + w*(C1 + w*(C2 + w*(C3 + w*C4))))
@@ -78,7 +81,7 @@ def codebook_values(arithmetic: torch.dtype = torch.float32) -> Tensor:
     rounding tie, so fp32 evaluation (error near 2^-22) always rounds to the same 4096 numbers
     (`benchmarks/codebook_guard_band.py`).
     """
-    k = torch.arange(CODEBOOK_LEVELS, dtype=arithmetic, device="cpu")
+    k = torch.arange(CODEBOOK_LEVELS, dtype=arithmetic, device=device)
     p = (2 * k + 1) / CODEBOOK_LEVELS - 1
     w = -torch.log2(1 - p * p)
     polynomial = torch.zeros_like(w)
@@ -87,7 +90,6 @@ def codebook_values(arithmetic: torch.dtype = torch.float32) -> Tensor:
     return p * polynomial
 
 
-@functools.cache
 def levels(distribution: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The values an entry can take, by its index k: [4096] normal, [256] uniform, [2] rademacher.
 
@@ -95,20 +97,31 @@ def levels(distribution: str, dtype: torch.dtype, device: torch.device) -> Tenso
     and the exact lattice value (2k - 255)/256, in fp64 for fp64 and in fp32, then rounded, for the
     other dtypes.
     """
-    with torch.inference_mode(
-        False
-    ):  # the cached table must outlive the mode of the call that made it
-        if distribution == "normal":
-            values = codebook_values().bfloat16()
-        elif distribution == "uniform":
-            arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
-            lattice = (2 * torch.arange(256, dtype=arithmetic, device="cpu") - 255) / 256
-            values = lattice * torch.tensor(3, dtype=arithmetic, device="cpu").sqrt()
-        elif distribution == "rademacher":
-            values = torch.tensor([1.0, -1.0], device="cpu")
-        else:
-            raise AssertionError(f"stream.levels: unknown distribution {distribution!r}")
-        return values.to(device=device, dtype=dtype)
+    if device.type == "cpu":
+        return _levels_on_cpu(distribution, dtype)
+    # Made where they are used: a copy from the host would wait for it, and a table that was kept
+    # while a CUDA graph is captured would lie in the graph's own memory.
+    return _make_levels(distribution, dtype, device)
+
+
+@functools.cache
+def _levels_on_cpu(distribution: str, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # the table outlives the mode of the call that made it
+        return _make_levels(distribution, dtype, torch.device("cpu"))
+
+
+def _make_levels(distribution: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if distribution == "normal":
+        values = codebook_values(device=device).bfloat16()
+    elif distribution == "uniform":
+        arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+        lattice = (2 * torch.arange(256, dtype=arithmetic, device=device) - 255) / 256
+        values = lattice * math.sqrt(3)  # rounded to the arithmetic first
+    elif distribution == "rademacher":
+        values = 1 - 2 * torch.arange(2, dtype=dtype, device=device)
+    else:
+        raise AssertionError(f"stream.levels: unknown distribution {distribution!r}")
+    return values.to(dtype)
 
 
 def indices(words: Words, distribution: str) -> Tensor:

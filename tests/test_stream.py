@@ -4,8 +4,12 @@ import numpy as np
 import pytest
 import reference
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dfa_kernels import feedback_matrix, stream
+from dfa_kernels.backends import slabs, tensor_cores
+from dfa_kernels.backends import torch as plain
 
 DISTRIBUTIONS = tuple(stream.BLOCK)
 SEEDS = (0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1)
@@ -134,3 +138,58 @@ def test_empty_blocks(shape):
 def test_the_default_device_is_followed():
     with torch.device("meta"):
         assert feedback_matrix(2, 3).device.type == "meta"
+
+
+class OnOneDevice(TorchDispatchMode):
+    """Fails where an operator reads or makes a tensor that is not on the device "meta".
+
+    It stands for a GPU: a tensor elsewhere would have to be copied there.
+    Reading values back fails by itself, as it has none.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, result)):
+            if isinstance(tensor, torch.Tensor):
+                assert tensor.device.type == "meta", f"{func} has a tensor on {tensor.device}"
+        return result
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda here, there: here.to("meta"),
+        lambda here, there: there.copy_(here),
+        lambda here, there: there[0].item(),
+        lambda here, there: there[there > 0],
+        lambda here, there: there.tolist(),
+    ],
+)
+def test_a_copy_and_a_reading_are_noticed(wrong):
+    here, there = torch.ones(3, device="cpu"), torch.ones(3, device="meta")
+    with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), OnOneDevice():
+        wrong(here, there)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_nothing_comes_from_the_host_to_an_accelerator(monkeypatch, distribution, dtype):
+    """A CUDA graph can be captured from the first call on, and no call waits."""
+    for name in ("tensor", "as_tensor", "from_numpy"):  # these copy Python's values, unseen
+        monkeypatch.delattr(torch, name)
+    row_offsets, sizes, scales = [0, 3, 2**40], [70, 33, 5], [1.0, 0.5, 0.25]
+    layers = (row_offsets, sizes, scales)
+
+    def generate(rows, columns, row_offset, column_offset, dtype):
+        where = (7, row_offset, column_offset, distribution)
+        return plain.feedback_matrix(rows, columns, *where, dtype, torch.device("meta"))
+
+    with OnOneDevice():
+        error = torch.ones(4, 300, dtype=dtype, device="meta")
+        signals = plain.project(error, *layers, 7, 3, distribution)
+        assert [signal.shape[1] for signal in signals] == sizes
+        adjoint = slabs.project_adjoint(generate, signals, row_offsets, scales, 3, 300, dtype)
+        assert adjoint.shape == error.shape
+        assert generate(9, 300, 5, 3, dtype).dtype == dtype
+        if dtype != torch.float64:
+            tensor_cores.project(generate, error, *layers, 3, distribution, dtype)

@@ -17,12 +17,15 @@ pytestmark = pytest.mark.filterwarnings(
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FRAGMENTS = launch.Operands.on(torch.device(DEVICE)).fragments
-ERRORS = [(torch.bfloat16, "highest")]
-# In the interpreter, which multiplies all in fp32, these differ in nothing but the load.
-ERRORS += [
-    pytest.param(torch.float16, "highest", marks=[] if DEVICE == "cuda" else pytest.mark.slow)
+# What the interpreter, which multiplies all in fp32, shows of others.
+SLOW = [] if DEVICE == "cuda" else [pytest.mark.slow]
+ERRORS = [
+    (torch.bfloat16, "highest"),
+    pytest.param(torch.float16, "highest", marks=SLOW),
+    (torch.float32, "highest"),
+    pytest.param(torch.float32, "high", marks=SLOW),
+    (torch.float32, "medium"),
 ]
-ERRORS += [(torch.float32, precision) for precision in tensor_cores.TERMS]
 
 
 def case_for(name, dtype, distribution):

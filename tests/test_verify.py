@@ -278,6 +278,7 @@ def test_a_backend_that_cannot_serve_is_not_verified(monkeypatch, capsys):
     assert cli.main(["verify", "--backend", "cuda"]) == 1
     assert "cuda on cpu was not checked: not today" in capsys.readouterr().out
     monkeypatch.setattr(verify, "checks_of", lambda backend, device, only: [])
+    monkeypatch.setattr(verify, "checks_side_by_side", lambda *_: [])
     assert cli.main(["verify"]) == 0  # the others are
     assert "cuda on cpu was not checked: not today" in capsys.readouterr().out
 

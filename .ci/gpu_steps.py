@@ -144,6 +144,10 @@ SANITIZER = (
 )
 # In the mangled names of torch's kernels and of the vendor's matrix products.
 FOREIGN = "at6native|at_cuda|cublas|cutlass|nvjet|gemm|gemv"
+# Most of what verify and the sanitizers would compile one by one, by all cores.
+COMPILE = (
+    "seq {cores} | xargs -P {cores} -I@ {python} tests/small_shapes.py triton --part @/{cores}"
+)
 # Every tensor an allocation of its own, so that an access beyond it is seen.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
@@ -156,7 +160,7 @@ PYTEST = (
 )
 # Processes side by side leave each a part of the cores.
 SHARED_CORES = {"OMP_NUM_THREADS": str(max(1, cores() // PROCESSES))}
-# Not chosen automatically before it has passed here.
+# What is timed is named.
 WITH_CUDA = {"DFA_KERNELS_BACKEND": "cuda"}
 
 
@@ -199,11 +203,12 @@ STAGES: dict[str, tuple[Step, ...]] = {
         tests("tests-cuda", "gpu and not triton", 100, 180),
     ),
     "B": (
-        verify("triton", 45, 100),
-        tests("tests-triton", "triton", 110, 180, "triton"),
-        sanitize("memcheck", 40, 70, "triton"),
-        sanitize("racecheck", 50, 75),
-        sanitize("synccheck", 40, 75),
+        Step("compile-triton", COMPILE, 50, 90, modules=("triton",)),
+        verify("triton", 30, 80),
+        tests("tests-triton", "triton", 100, 150, "triton"),
+        sanitize("memcheck", 35, 60, "triton"),
+        sanitize("racecheck", 40, 60),
+        sanitize("synccheck", 35, 60),
     ),
     "C": (
         Step(
@@ -252,6 +257,7 @@ def environment(step: Step | None = None) -> dict[str, str]:
     caches = {
         "TRITON_CACHE_DIR": str(ROOT / "build" / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(ROOT / "build" / "inductor"),
+        "DFA_KERNELS_CACHE": str(ROOT / "build" / "verdicts"),
     }
     python = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": path}
     return os.environ | python | caches | dict(step.environment if step else {})

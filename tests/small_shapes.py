@@ -1,7 +1,9 @@
 """Every tile and way of the GPU backends at small awkward shapes, for compute-sanitizer; the large
 ones for a profiler.
 
-    compute-sanitizer --tool memcheck python tests/small_shapes.py [BACKEND ...] [--large]
+    compute-sanitizer --tool memcheck python tests/small_shapes.py [BACKEND ...]
+    python tests/small_shapes.py triton --part 2/16    the second of 16 processes that compile all
+    ncu python tests/small_shapes.py --large
 
 By default of all GPU backends. A call that fails does not stop the next; the exit status says
 whether one did. Imports only the package, and launches no more than it must: under a sanitizer
@@ -9,6 +11,7 @@ everything costs.
 """
 
 import argparse
+import functools
 import importlib
 import itertools
 import sys
@@ -52,16 +55,23 @@ def ways_of(name, backend, error, distribution):
 
 
 def projections(name, backend, device):
-    """(label, call) of every way with every dtype, at every precision of fp32."""
+    """(label, call) of every way with every dtype, at every precision of fp32.
+
+    Signals are of the error's dtype, and of fp32 too where the error is not aligned.
+    """
     for distribution, dtype, (rows, columns, before, column_offset) in itertools.product(
         stream.BLOCK, DTYPES, ERRORS
     ):
         error = error_of(rows, columns, before, dtype, device)
         given = arguments(error, ROW_OFFSETS, SIZES, column_offset, distribution)
+        outputs = dict.fromkeys((dtype, torch.float32) if before else (dtype,))
         for precision in PRECISIONS if dtype == torch.float32 else PRECISIONS[:1]:
             torch.set_float32_matmul_precision(precision)
-            for label, way in ways_of(name, backend, error, distribution):
-                yield f"{label}, {precision}", lambda way=way, given=given: way(*given)
+            for (label, way), output in itertools.product(
+                ways_of(name, backend, error, distribution), outputs
+            ):
+                label = f"{label}, {precision}, to {str(output)[6:]}"
+                yield label, functools.partial(way, *given, output)
 
 
 def many_layers(name, backend, device):
@@ -70,7 +80,7 @@ def many_layers(name, backend, device):
     sizes = [1 + i % 40 for i in range(MANY)]
     given = arguments(error, range(0, 60 * MANY, 60), sizes, 0, "normal")
     for label, way in ways_of(name, backend, error, "normal"):
-        yield f"{label}, {MANY} layers", lambda way=way: way(*given)
+        yield f"{label}, {MANY} layers", functools.partial(way, *given)
 
 
 def terms_made_ahead(name, backend, device):
@@ -79,7 +89,7 @@ def terms_made_ahead(name, backend, device):
     given = arguments(error, [0], [2**25 // 1000], 0, "normal")
     for precision in PRECISIONS:
         torch.set_float32_matmul_precision(precision)
-        yield f"{name} 2^25 entries, {precision}", lambda: backend.project(*given)
+        yield f"{name} 2^25 entries, {precision}", functools.partial(backend.project, *given)
 
 
 def blocks(name, backend, device):
@@ -87,7 +97,7 @@ def blocks(name, backend, device):
     for distribution, dtype in itertools.product(stream.BLOCK, DTYPES):
         where = (37, 131, -3, 5, 3, distribution, dtype, torch.device(device))
         label = f"{name} block of U: {str(dtype)[6:]}, {distribution}"
-        yield label, lambda where=where: backend.feedback_matrix(*where)
+        yield label, functools.partial(backend.feedback_matrix, *where)
 
 
 def small(name, backend, device):
@@ -103,9 +113,10 @@ def large(name, backend, device):
     ):
         given = arguments(error_of(128, 1000, 0, dtype, device), [0], [200_000], 0, distribution)
         label = f"{name} 128 x 1000 {str(dtype)[6:]}, {distribution}, 200,000 rows of U"
-        yield label, lambda given=given: backend.project(*given)
+        yield label, functools.partial(backend.project, *given)
     where = (2**15, 1000, 0, 0, 0, "normal", torch.bfloat16, torch.device(device))
-    yield f"{name} block of U: 2^15 x 1000 bfloat16", lambda: backend.feedback_matrix(*where)
+    label = f"{name} block of U: 2^15 x 1000 bfloat16"
+    yield label, functools.partial(backend.feedback_matrix, *where)
 
 
 def run(calls, synchronize):
@@ -123,8 +134,8 @@ def run(calls, synchronize):
     return made, failed
 
 
-def main(names, with_large, device="cuda", synchronize=torch.cuda.synchronize):
-    """Run the backends that are named; the number of those that failed."""
+def main(names, part=(1, 1), with_large=False, device="cuda", synchronize=torch.cuda.synchronize):
+    """Run a part, such as (2, 16), of the backends that are named; how many of those failed."""
     wrong = 0
     before = torch.get_float32_matmul_precision()
     for name in names:
@@ -136,7 +147,7 @@ def main(names, with_large, device="cuda", synchronize=torch.cuda.synchronize):
             continue
         torch.manual_seed(0)
         calls = (large if with_large else small)(name, backend, device)
-        made, failed = run(calls, synchronize)
+        made, failed = run(itertools.islice(calls, part[0] - 1, None, part[1]), synchronize)
         print(f"{name}: {made} calls, {failed} failed")
         wrong += failed > 0
     torch.set_float32_matmul_precision(before)
@@ -146,6 +157,8 @@ def main(names, with_large, device="cuda", synchronize=torch.cuda.synchronize):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("backends", nargs="*", help=f"by default {' and '.join(BACKENDS)}")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="every Nth, from the Ith on")
     parser.add_argument("--large", action="store_true")
     options = parser.parse_args()
-    sys.exit(main(options.backends or BACKENDS, options.large))
+    part = tuple(map(int, options.part.split("/")))
+    sys.exit(main(options.backends or BACKENDS, part, options.large))

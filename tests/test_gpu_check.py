@@ -124,12 +124,14 @@ def test_our_own_kernels_are_among_those_that_are_looked_at():
     }
 
 
+TRITON = ("triton_projection", "triton_tiles", "stream_triton")  # all of these files
 FAKE_GPU = """
 import dfa_kernels, torch
 here = dfa_kernels.backends()
 there = [s._replace(device="cuda", available=s.name != "cpp", reason=None) for s in here]
 dfa_kernels.backends = lambda: here + there
 torch.cuda.is_available = lambda: True
+torch.cuda.get_device_capability = lambda *device: (9, 0)
 """
 
 
@@ -145,7 +147,7 @@ def test_the_marks_select_the_tests_of_a_gpu(tmp_path, stage, name, words, other
     (tmp_path / "fake_gpu.py").write_text(FAKE_GPU)
     (tests,) = (step for step in STAGES[stage] if step.name == name)
     marks = re.search(r"-m '(.*)'", tests.command)[1]
-    files = ("gpu", "gpu_check", "ops", "triton_projection", "stream_triton", "cuda_backend")
+    files = ("gpu", "gpu_check", "ops", "verify", "cuda_backend", *TRITON)
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "fake_gpu"]
     command += ["-p", "no:cacheprovider", "-m", marks, *(f"tests/test_{file}.py" for file in files)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
@@ -156,7 +158,7 @@ def test_the_marks_select_the_tests_of_a_gpu(tmp_path, stage, name, words, other
     found = set()
     for line in collected.stdout.splitlines():
         node = re.match(r"tests/test_(\w+)\.py::\w+(?:\[(.*)\])?$", line)
-        if node and node[1] in ("triton_projection", "stream_triton"):
+        if node and node[1] in TRITON:
             assert stage == "B"
         elif node:
             parameters = (node[2] or "").split("-")
@@ -167,7 +169,8 @@ def test_the_marks_select_the_tests_of_a_gpu(tmp_path, stage, name, words, other
             found |= seen
     assert found >= words, found
     assert "test_gpu.py::" in collected.stdout
-    assert ("test_triton_projection.py::" in collected.stdout) == (stage == "B")
+    for file in TRITON:
+        assert (f"test_{file}.py::" in collected.stdout) == (stage == "B")
 
 
 # --- a run ---
@@ -414,13 +417,26 @@ class Fake:
 
     def __init__(self):
         self.calls = []
+        self.outputs = set()
 
     def unavailable(self, device_type):
         return None
 
-    def way(self, name, error, row_offsets, sizes, scales, seed, column_offset, distribution):
+    def way(
+        self,
+        name,
+        error,
+        row_offsets,
+        sizes,
+        scales,
+        seed,
+        column_offset,
+        distribution,
+        dtype=None,
+    ):
         precision = torch.get_float32_matmul_precision()
         self.calls.append((name, error, tuple(sizes), column_offset, distribution, precision))
+        self.outputs.add((name, error.dtype, dtype))
         return project(
             error,
             sizes,
@@ -429,6 +445,7 @@ class Fake:
             normalization=scales,
             column_offset=column_offset,
             distribution=distribution,
+            dtype=dtype,
         )
 
     def ways(self, error, distribution):
@@ -450,27 +467,28 @@ class Fake:
         return matrix
 
 
-def run_shapes(backend):
+def run_shapes(backend, part=(1, 1)):
     """The script's run of a backend on the CPU: its status, and what it printed."""
     shown = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
         patch.setitem(sys.modules, "dfa_kernels.backends.fake", backend)
-        status = small_shapes.main(["fake"], False, "cpu", lambda: None)
+        status = small_shapes.main(["fake"], part, False, "cpu", lambda: None)
     return status, shown.getvalue()
 
 
 @pytest.fixture(scope="module")
-def calls():
-    """Of a run of everything."""
+def everything():
+    """A fake of which everything has run."""
     fake, before = Fake(), torch.get_float32_matmul_precision()
     status, shown = run_shapes(fake)
     assert status == 0, shown
     assert shown.endswith(f"fake: {len(fake.calls)} calls, 0 failed\n")
     assert torch.get_float32_matmul_precision() == before
-    return fake.calls
+    return fake
 
 
-def test_every_way_runs_with_every_dtype_at_every_precision(calls):
+def test_every_way_runs_with_every_dtype_at_every_precision(everything):
+    calls = everything.calls
     seen = {
         (name, error.dtype, distribution, precision)
         for name, error, sizes, _, distribution, precision in calls
@@ -485,19 +503,23 @@ def test_every_way_runs_with_every_dtype_at_every_precision(calls):
         for distribution in stream.BLOCK
         if (name, dtype) != ("narrow", torch.float64)
     }
+    outputs = {(dtype, output) for dtype in DTYPES for output in (dtype, torch.float32)}
+    for name in ("wide", "narrow"):
+        taken = [(dtype, output) for way, dtype, output in everything.outputs if way == name]
+        assert {*taken} >= {pair for pair in outputs if name == "wide" or torch.float64 not in pair}
     many = {name for name, _, sizes, *_ in calls if len(sizes) == small_shapes.MANY}
     assert many == {"wide", "narrow"}
     blocks = {(m.dtype, kind) for name, m, _, _, kind, _ in calls if name == "matrix"}
     assert blocks == {(dtype, kind) for dtype in DTYPES for kind in stream.BLOCK}
 
 
-def test_the_shapes_are_awkward(calls):
+def test_the_shapes_are_awkward(everything):
     """More than three chunks of columns, odd layers, and addresses of one element's alignment."""
     assert all(size % 2 for size in small_shapes.SIZES)
     for dtype in DTYPES:
         some = [
             (error, column_offset)
-            for _, error, sizes, column_offset, *_ in calls
+            for _, error, sizes, column_offset, *_ in everything.calls
             if sizes == small_shapes.SIZES and error.dtype == dtype
         ]
         assert all(error.shape[1] > 3 * 128 for error, _ in some)
@@ -519,10 +541,19 @@ def test_a_way_that_fails_does_not_stop_the_next(monkeypatch):
     broken = Broken()
     status, shown = run_shapes(broken)
     assert status == 1
-    assert "failed: fake broken: 5 x 448 bfloat16, normal, highest: an illegal memory" in shown
-    failed = 2 * len(stream.BLOCK) + 1
+    assert "failed: fake broken: 5 x 448 bfloat16, normal, highest, to bfloat16: an " in shown
+    failed = (1 + 2) * len(stream.BLOCK) + 1  # the aligned error, the other to two dtypes; many
     assert shown.endswith(f"fake: {len(broken.calls) + failed} calls, {failed} failed\n")
     assert len([call for call in broken.calls if call[0] == "narrow"]) == failed
+
+
+def test_the_parts_are_the_whole(monkeypatch):
+    monkeypatch.setattr(small_shapes, "DTYPES", (torch.float16, torch.float32))
+    monkeypatch.setattr(small_shapes, "terms_made_ahead", lambda *_: ())
+    whole, *parts = (run_shapes(Fake(), part) for part in ((1, 1), (1, 3), (2, 3), (3, 3)))
+    lines = [shown.splitlines()[:-1] for _, shown in (whole, *parts)]
+    assert sorted(itertools.chain(*lines[1:])) == sorted(lines[0])
+    assert len(lines[0]) > 50
 
 
 def test_a_backend_without_a_way_or_that_is_not_here_fails():

@@ -11,10 +11,11 @@ from dfa_kernels import cases, ops, stream, verify
 from dfa_kernels.backends import tensor_cores
 from dfa_kernels.backends.triton import launch
 
-# Of Triton 3.6's interpreter.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Conversion of an array with ndim:DeprecationWarning"
-)
+pytestmark = [
+    pytest.mark.triton,
+    # Of Triton 3.6's interpreter.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FRAGMENTS = launch.Operands.on(torch.device(DEVICE)).fragments
 # What the interpreter, which multiplies all in fp32, shows of others.

@@ -5,6 +5,8 @@ The tests of values run there too, through the fixture `target`.
 
 import dataclasses
 import importlib
+import subprocess
+import sys
 
 import pytest
 import race
@@ -123,6 +125,37 @@ def test_a_first_call_inside_a_capture_says_what_to_do(gpu_backend, dtype):
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         project(error, [61, 7], backend=gpu_backend)
+
+
+FIRST_CALL = """
+import sys
+import torch
+from dfa_kernels import feedback_matrix, project
+backend, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+error = torch.ones(5, 61, dtype=dtype, device="cuda")
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    signals = project(error, [61, 7], backend=backend)
+    matrix = feedback_matrix(9, 33, dtype=dtype, device="cuda", backend=backend)
+graph.replay()
+torch.cuda.synchronize()
+expected = project(error.cpu(), [61, 7], backend="torch")
+for found, exact in zip(signals, expected):
+    torch.testing.assert_close(found.cpu(), exact)
+exact = feedback_matrix(9, 33, dtype=dtype, device="cpu", backend="torch")
+assert torch.equal(matrix.cpu(), exact)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_the_first_call_of_a_process_may_be_captured(gpu_backend, dtype):
+    """What is loaded, compiled or kept by then would have hidden that it cannot be."""
+    command = [sys.executable, "-c", FIRST_CALL, gpu_backend, dtype]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    if gpu_backend == "triton":
+        assert "before capturing a CUDA" in ended.stderr
+    else:
+        assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.slow

@@ -48,6 +48,51 @@ def test_which_way():
     assert not by_slabs([10] * 20_000, 4096, 1000, 1, row_offsets=[10 * i for i in range(20_000)])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_every_way(monkeypatch, dtype):
+    """Each tile that there is for the error, with blocks for one multiprocessor, and the slabs."""
+    forced = []
+
+    def tiles(distribution, dtype, terms, device):
+        return [2, 5], [f"{distribution} {dtype} {terms}", "other"]
+
+    def fused(error, row_offsets, sizes, scales, seed, column_offset, distribution, *rest):
+        forced.append(rest)
+        return [error.new_zeros(error.shape[0], size) for size in sizes]
+
+    def entries(rows, columns, seed, row_offset, column_offset, distribution, dtype, *_):
+        return torch.ones(rows, columns, dtype=dtype)
+
+    monkeypatch.setattr(torch.ops.dfa_kernels, "cuda_tiles", tiles, raising=False)
+    monkeypatch.setattr(torch.ops.dfa_kernels.cuda_fused, "default", fused)
+    monkeypatch.setattr(cuda, "feedback_matrix", entries)
+    error = torch.ones(2, 16, dtype=dtype)
+    ways = dict(cuda.ways(error, "normal"))
+    terms = 3 if dtype == torch.float32 else 1
+    assert [*ways] == {
+        torch.float32: [f"fused normal {dtype} 3", "fused other"],
+        torch.bfloat16: [f"fused normal {dtype} 1", "fused other", "slabs"],
+        torch.float64: ["slabs"],
+    }[dtype]
+    for name, way in ways.items():
+        before = len(forced)
+        (signal,) = way(error, [0], [4], [1.0], 0, 0, "normal", None)
+        assert signal.shape == (2, 4)
+        assert (len(forced) > before) == name.startswith("fused")
+    assert forced == [(None, terms, tile, 1) for tile in (2, 5) if dtype != torch.float64]
+
+
+def test_a_projection_forces_nothing(monkeypatch):
+    given = []
+
+    def fused(*arguments):
+        given.append(arguments)
+
+    monkeypatch.setattr(torch.ops.dfa_kernels.cuda_fused, "default", fused)
+    cuda.project(torch.ones(1, 8), [0], [4], [1.0], 0, 0, "normal")
+    assert [arguments[-3:] for arguments in given] == [(3, -1, 0)]
+
+
 def test_union_rows():
     offsets, sizes = [30, 0, 5, 100, 0, 20], [10, 10, 10, 7, 3, 10]
     covered = {row + i for row, size in zip(offsets, sizes, strict=True) for i in range(size)}

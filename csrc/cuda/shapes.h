@@ -15,7 +15,7 @@ namespace dfa {
 struct FusedKernel {
   void (*kernel)(FusedParameters);
   int rows, errors, warps, fragments, parts;  // of U, of the error; F and PARTS of its shape
-  int stage_columns;
+  int stage_columns, own_blocks;              // blocks of 32 columns of it for each warp
   int term_bytes, sum_bytes;  // shared memory: of a term of the error in a stage, of staged sums
 
   int threads() const { return 32 * warps; }
@@ -49,6 +49,7 @@ FusedKernel fused_kernel() {
           S::kF,
           S::kParts,
           S::kStageColumns,
+          S::kOwnBlocks,
           S::kTermBytes,
           S::kWarps * S::kSumFloats * 4};
 }
@@ -107,8 +108,12 @@ struct Work {
   int terms;
 };
 
-// Issue slots per entry made, counted in the compiled loops (tests/test_cuda_build.py prints them).
-constexpr double kSlots[] = {17, 8, 4};  // by Distribution
+// Issue slots counted in the compiled loops (tests/test_cuda_build.py prints them): per entry made,
+// by Distribution; of rademacher's besides, to make a warp's blocks of 128 columns; of a step, and
+// of each copy that a thread starts in it.
+constexpr double kSlots[] = {16, 8, 3};
+constexpr double kRademacherBlockSlots = 70;
+constexpr double kStepSlots = 65, kCopySlots = 8;
 // Cycles of a scheduler's tensor core per m16n8k16 by mma.sync on sm_90: an estimate, not measured.
 constexpr double kMatrixCycles = 6;
 // Issue slots per 32 elements written: an estimate, as the rest here.
@@ -135,11 +140,17 @@ inline double estimated_cycles(const Work& work, const FusedKernel& kernel, int 
   const double fragments = kernel.errors / kFragmentErrors;
   const double matrix = entries / 8 * fragments * work.terms;  // mma instructions
   const double loads = entries / 16 / kernel.fragments * fragments * work.terms;
-  const double copies = static_cast<double>(work.layer_rows) / static_cast<double>(work.rows);
+  const double layers = static_cast<double>(work.layer_rows) / static_cast<double>(work.rows);
   const double write_slots = (kWriteSlots + kAddSlots * (kernel.parts - 1)) / kernel.parts;
-  const double writes = copies * 16 * kernel.fragments * kernel.errors / 32 * write_slots;
-  const double issued =
-      entries * kSlots[static_cast<int>(work.distribution)] + matrix + loads + writes;
+  const double writes = layers * 16 * kernel.fragments * kernel.errors / 32 * write_slots;
+  const double steps = tiles(work.columns, kernel.stage_columns);
+  const double copies = kernel.term_bytes / 16.0 / kernel.threads() * work.terms;  // of a step
+  double made = entries * kSlots[static_cast<int>(work.distribution)];
+  if (work.distribution == Distribution::kRademacher) {
+    const int run = kernel.parts == 1 ? 4 : std::min(4, kernel.own_blocks);
+    made += entries / 16 / kernel.fragments / run * kRademacherBlockSlots;
+  }
+  const double issued = made + matrix + loads + steps * (kStepSlots + kCopySlots * copies) + writes;
   const double busy = std::max(issued, matrix * kMatrixCycles) * kernel.warps / 4;
   return busiest * (busy / std::min(1.0, schedulers_warps / kEnoughWarps) + kTileCycles / blocks);
 }

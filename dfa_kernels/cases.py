@@ -73,8 +73,8 @@ class Case(NamedTuple):
     ) -> Case:
         """A case with an error of `dtype` and `columns` columns, on the CPU.
 
-        525 columns are three and more steps of every tile. At most `unit_rows` rows are unit
-        vectors, spread over all columns.
+        525 columns are two and more steps of every tile, three of most. At most `unit_rows` rows
+        are unit vectors, spread over all columns.
         """
         generator = torch.Generator().manual_seed(columns)
         ones = torch.linspace(0, columns - 1, min(unit_rows, columns)).round().long()

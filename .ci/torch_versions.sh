@@ -19,7 +19,7 @@ for version in "$@"; do
   else
     ended="FAILED" failed=$((failed + 1))
   fi
-  lines+="torch $version: $ended; $(grep -E '^[0-9]+ (passed|failed)|passed|failed' "$log" | tail -n 1)"$'\n'
+  lines+="torch $version: $ended; $(grep -E 'passed|failed' "$log" | tail -n 1)"$'\n'
   rm "$log"
 done
 printf '\n%s' "$lines"

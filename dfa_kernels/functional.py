@@ -62,8 +62,9 @@ def project(
     if not isinstance(error, Tensor):
         raise TypeError(f"project: error must be a tensor, got {type(error).__name__}")
     checks.dtype("project", "error", error.dtype)
+    compiling = torch.compiler.is_compiling()
     # The layout cannot be asked for while a Function's backward is compiled.
-    if not torch.compiler.is_compiling() and (error.is_nested or error.layout != torch.strided):
+    if not compiling and (error.is_nested or error.layout != torch.strided):
         kind = "a nested one" if error.is_nested else error.layout
         raise TypeError(f"project: error must be a strided tensor, got {kind}")
     if error.dim() == 0:
@@ -107,7 +108,7 @@ def project(
     checks.distribution("project", distribution)
     if dtype is not None:
         checks.dtype("project", "dtype", dtype)
-    choose = ops.choose_for_graph if torch.compiler.is_compiling() else ops.choose
+    choose = ops.choose_for_graph if compiling else ops.choose
     backend = choose("project", error.device, backend)
 
     # Every distinct layer, and where its signal will be: equal layers are one output.

@@ -99,7 +99,7 @@ def _run(backend: str, device: torch.device, folder: Path) -> Outcome:
                 with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold on to it
                     process.wait(_DYING)
     said = log.read_text(errors="replace").splitlines()
-    return _judge(status, _load(report), "; ".join(line.strip() for line in said[-3:])[-500:])
+    return _judge(status, load(report), "; ".join(line.strip() for line in said[-3:])[-500:])
 
 
 def environment() -> dict[str, str]:
@@ -116,7 +116,7 @@ def environment() -> dict[str, str]:
     return environment
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load(path: Path) -> dict[str, Any]:
     """The report, empty where there is none or not all of one."""
     with contextlib.suppress(OSError, ValueError):
         report = json.loads(path.read_text())

@@ -9,10 +9,8 @@ import contextlib
 import functools
 import hashlib
 import itertools
-import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -106,25 +104,23 @@ def _aspects(backend: str, device: torch.device) -> Iterator[tuple[str, Callable
 
 def _in_a_process(backend: str, device: torch.device, name: str) -> Check:
     start = time.perf_counter()
-    what = ["--backend", backend, "--device", str(device), "--only", name]
     with tempfile.TemporaryDirectory(prefix="dfa_kernels-") as folder:
         report = Path(folder, "report.json")
         ended = subprocess.run(
-            [sys.executable, "-m", "dfa_kernels", "verify", *what, "--json", str(report)],
+            [*trial.command(backend, device, report), "--only", name],
             cwd=folder,
             env=trial.environment(),
             capture_output=True,
             text=True,
             errors="replace",
         )
-        try:
-            result = json.loads(report.read_text())
-            cases, failures = result["cases"], result["failures"]
-        except (OSError, ValueError, KeyError):
-            said = (ended.stdout + ended.stderr).strip().splitlines()[-1:]
-            cases, failures = 0, [f"it ended with status {ended.returncode}: {' '.join(said)}"]
+        result = trial.load(report)
+    said = (ended.stdout + ended.stderr).strip().splitlines()[-1:]
+    failures = result.get(
+        "failures", [f"it ended with status {ended.returncode}: {' '.join(said)}"]
+    )
     mistake = "; ".join(failures).removeprefix(f"{name}: ") or None
-    return Check(name, cases, time.perf_counter() - start, mistake)
+    return Check(name, result.get("cases", 0), time.perf_counter() - start, mistake)
 
 
 def _check(what: str, cases: Cases) -> Check:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import sys
 
 import pytest
 import reference
@@ -302,7 +303,7 @@ def test_checks_in_processes_side_by_side(monkeypatch):
     assert [check.what for check in found] == names
     assert [check.cases for check in found] == [1, 16, 0]
     assert [check.mistake for check in found] == [None, None, "no check is named 'gone'"]
-    monkeypatch.setattr(verify.sys, "executable", shutil.which("false"))
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
     check = verify._in_a_process("torch", CPU, "entries, normal")
     assert check.mistake == "it ended with status 1: "
 

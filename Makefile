@@ -1,6 +1,6 @@
 # Every target sets up what it needs in $(VENV) and does its job; a second run finds it there.
 #   make demo    train a network on real data by DFA and compare it with backpropagation
-#   make test    run the tests with coverage; one that hangs ends the run
+#   make test    run the tests with coverage, in PROCESSES at once; one that hangs ends its process
 #   make bench   time the kernels against what they replace; results and figures in bench-<date>/
 #   make paper   run the paper's experiments; ARGS="table2 --quick" and the like
 #   make lint    formatting, lint and types
@@ -10,6 +10,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= 2.13.0
+PROCESSES ?= 2
 bin := $(VENV)/bin
 sources := pyproject.toml setup.py $(shell find csrc -type f)
 
@@ -25,8 +26,10 @@ endif
 demo: $(VENV)/demo
 	$(bin)/dfa-kernels demo
 
+# Threads that wait for work sleep: they share the cores with the other processes' tests.
+test: export OMP_WAIT_POLICY = PASSIVE
 test: $(VENV)/test
-	$(bin)/python -m pytest -o faulthandler_exit_on_timeout=true --cov --cov-report=term $(ARGS)
+	$(bin)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder -o faulthandler_exit_on_timeout=true --cov --cov-report=term $(ARGS)
 
 bench: $(VENV)/bench
 	$(bin)/dfa-kernels bench $(ARGS)

@@ -170,6 +170,9 @@ def _measure_bandwidth(roofs: Roofs, best: Callable) -> None:
         roofs.memory[size] = max(roofs.memory[size], roofs.write[size])
 
 
+_MOST_SECONDS = 5.0  # for one product
+
+
 def _measure_multiplication(roofs: Roofs, best: Callable) -> None:
     side = 2048 if roofs.device_type == "cpu" else 8192
     square = torch.randn(side, side, device=roofs.device_type)
@@ -179,9 +182,12 @@ def _measure_multiplication(roofs: Roofs, best: Callable) -> None:
     before = torch.get_float32_matmul_precision()
     for name, dtype, precision in settings:
         torch.set_float32_matmul_precision(precision)
-        operand = square.to(dtype)
-        out = torch.empty_like(operand)
-        roofs.multiply[name] = side**3 / best(partial(torch.mm, operand, operand, out=out))
+        for part in (side // 4, side):
+            operand = square[:part, :part].to(dtype).contiguous()
+            time = best(partial(torch.mm, operand, operand, out=torch.empty_like(operand)))
+            roofs.multiply[name] = max(roofs.multiply.get(name, 0.0), part**3 / time)
+            if 4**3 * time > _MOST_SECONDS:  # no faster where the library has no kernel for it
+                break
     torch.set_float32_matmul_precision(before)
     # A product of our own may be faster than the library's.
     if "cpp" in sources(roofs.device_type):

@@ -23,7 +23,7 @@ _NEEDLE = 1 + 2**-6 + 2**-12 + 2**-20
 # Rows of U, sizes and scales of the layers. The first two cross row 2**32, and two are one range of
 # rows. Scales are powers of two, which round nothing.
 LAYERS = (
-    (2**32 - 150, 601, 1.0),
+    (2**32 - 150, 301, 1.0),
     (2**32 - 20, 77, -0.5),
     (2**32 - 20, 77, 4.0),
     (5, 33, 2.0),
@@ -67,14 +67,14 @@ class Case(NamedTuple):
         cls,
         dtype: torch.dtype,
         distribution: str,
-        columns: int = 525,
+        columns: int = 1041,
         unit_rows: int = _UNIT_ROWS,
         layers: tuple[tuple[int, int, float], ...] = LAYERS,
     ) -> Case:
         """A case with an error of `dtype` and `columns` columns, on the CPU.
 
-        525 columns are two and more steps of every tile, three of most. At most `unit_rows` rows
-        are unit vectors, spread over all columns.
+        1041 columns are three steps or more of every tile. At most `unit_rows` rows are unit
+        vectors, spread over all columns.
         """
         generator = torch.Generator().manual_seed(columns)
         ones = torch.linspace(0, columns - 1, min(unit_rows, columns)).round().long()

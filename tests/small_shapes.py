@@ -25,9 +25,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PRECISIONS = ("highest", "high", "medium")  # of an fp32 error
 
 # Rows and columns of an error, elements before its first, and the column of U that it begins at.
-# More than three chunks of 64 or 128 columns, so that every stage of a pipeline comes round again;
-# rows and columns around a tile's edge; as aligned as can be, and not at all.
-ERRORS = ((5, 448, 0, 0), (131, 397, 1, 3))
+# Several chunks of 64 or 128 columns, and once more than two steps of 512, the longest there are,
+# so that every stage of a pipeline comes round again; rows and columns around a tile's edge; as
+# aligned as can be, and not at all.
+ERRORS = ((5, 1088, 0, 0), (131, 397, 1, 3))
 # Odd sizes, of layers that share rows, that do not, and that begin far away.
 SIZES, ROW_OFFSETS = (33, 7, 129, 1, 257), (0, 0, 5, 300, 2**40)
 MANY = 300  # layers, more than travel as arguments of a launch

@@ -11,7 +11,7 @@ import reference
 import torch
 from conftest import AVAILABLE
 
-from dfa_kernels import cases, cli, functional, ops, verify
+from dfa_kernels import cases, cli, functional, ops, stream, verify
 from dfa_kernels.backends import cuda
 
 CPU = torch.device("cpu")
@@ -91,9 +91,9 @@ def test_a_case_is_what_it_says():
     case = cases.Case.of(torch.float32, "normal")
     assert sum(rows.stop - rows.start for rows in case.rows.values()) == len(case.error)
     assert case.error[case.rows["unit"]].count_nonzero(1).eq(1).all()
-    assert case.error.shape[1] > 2 * 256  # three steps of the longest
+    assert case.error.shape[1] > 2 * 512  # three steps of the longest
     columns = case.error[case.rows["unit"]].nonzero()[:, 1]
-    assert (columns[0], columns[-1], columns.unique().numel()) == (0, 524, 141)
+    assert (columns[0], columns[-1], columns.unique().numel()) == (0, 1040, 141)
     needle = case.error[case.rows["needle"]].amax().item()
     terms, left = [], needle
     for _ in range(3):
@@ -128,7 +128,7 @@ def test_every_normal_level_is_among_the_entries():
     ("fault", "said"),
     [
         (lambda s: s[0][3, 5].add_(1e-2), "layer 0, the first of error 3 (unit) and unit 5"),
-        (lambda s: s[0][33, 600].mul_(1 + 2**-7), "error 33 (integer) and unit 600"),
+        (lambda s: s[0][33, 300].mul_(1 + 2**-7), "error 33 (integer) and unit 300"),
         (lambda s: s[4][-1, -1].fill_(math.nan), "error 56 (random) and unit 8: nan instead"),
         (lambda s: s[2].mul_(1.01), "signals in layer 2"),
         (lambda s: s[1].copy_(s[1].roll(1, 1)), "signals in layer 1"),
@@ -207,6 +207,19 @@ def test_wrong_entries_are_found(monkeypatch):
         f"1 of 700 entries, the first at row {2**31 + 2}, column 134"
         in found["entries, uniform, portable"]
     )
+
+
+def test_the_known_answers_are_those_of_the_tests():
+    answers = {
+        (tuple(block["counter"]), tuple(block["key"])): block["out"]
+        for block in reference.KNOWN["philox4x32"]
+        if block["rounds"] == stream.PHILOX_ROUNDS
+    }
+    counter, key, out = (
+        [f"{word:08x}" for word in words] for words in (verify._COUNTER, verify._KEY, verify._BLOCK)
+    )
+    assert answers[tuple(counter), tuple(key)] == out
+    assert reference.KNOWN["codebook_bf16_sha256"] == verify._CODEBOOK
 
 
 @pytest.mark.usefixtures("small")

@@ -140,13 +140,14 @@ BUILD = (
 SANITIZER = (
     "{sanitizer} --tool=TOOL --error-exitcode=1 --report-api-errors=no "
     "--destroy-on-device-error=kernel --target-processes=application-only --launch-timeout=120 "
-    "--kernel-name-exclude='regex=FOREIGN' {python} tests/small_shapes.py"
+    "--kernel-name-exclude='regex=FOREIGN' {python} tests/backends/small_shapes.py"
 )
 # In the mangled names of torch's kernels and of the vendor's matrix products.
 FOREIGN = "at6native|at_cuda|cublas|cutlass|nvjet|gemm|gemv"
 # Most of what verify and the sanitizers would compile one by one, by all cores.
 COMPILE = (
-    "seq {cores} | xargs -P {cores} -I@ {python} tests/small_shapes.py triton --part @/{cores}"
+    "seq {cores} | xargs -P {cores} -I@ "
+    "{python} tests/backends/small_shapes.py triton --part @/{cores}"
 )
 # Every tensor an allocation of its own, so that an access beyond it is seen.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -239,7 +240,7 @@ STAGES: dict[str, tuple[Step, ...]] = {
             "{ncu} --set=full --clock-control=none --target-processes=application-only "
             "--kernel-name='regex:fused|project_kernel|fill|matrix_kernel' "
             "--export={output}/profile --force-overwrite --page=details --print-details=all "
-            "{python} tests/small_shapes.py --large",
+            "{python} tests/backends/small_shapes.py --large",
             60,
             100,
             programs=("ncu",),

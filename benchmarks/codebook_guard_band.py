@@ -5,8 +5,8 @@
 Stream v1 asks every backend for the same 4096 bfloat16 numbers, whatever its fp32 arithmetic. That
 holds because no exact value of the formula lies near a rounding tie of bfloat16: this script
 evaluates all of them to 60 digits, measures the nearest tie, and compares it with what fp32 loses
-in several orders of evaluation and with an inaccurate log2. `tests/test_codebook.py` asserts what
-is printed here.
+in several orders of evaluation and with an inaccurate log2. `tests/stream/test_codebook.py`
+asserts what is printed here.
 """
 
 from __future__ import annotations

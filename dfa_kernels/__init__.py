@@ -1,9 +1,16 @@
 """Feedback signals of Direct Feedback Alignment, from a seed."""
 
-from dfa_kernels.alignment import Alignment, alignment
-from dfa_kernels.attach import Attachment, attach
 from dfa_kernels.functional import backends, feedback_matrix, project
-from dfa_kernels.nn import DFA, DFALayer, FeedbackPointsHandling, tinydfa_scales
+from dfa_kernels.nn import (
+    DFA,
+    Alignment,
+    Attachment,
+    DFALayer,
+    FeedbackPointsHandling,
+    alignment,
+    attach,
+    tinydfa_scales,
+)
 from dfa_kernels.version import __version__
 
 __all__ = [

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from dfa_kernels import functional, ops, stream, verdicts, verify
+from dfa_kernels import functional, ops, stream, verify
+from dfa_kernels.backends import verdicts
 from dfa_kernels.version import __version__
 
 

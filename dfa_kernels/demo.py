@@ -25,8 +25,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from dfa_kernels.alignment import Alignment, alignment
 from dfa_kernels.nn import DFA, DFALayer
+from dfa_kernels.nn.angles import Alignment, alignment
 
 HIDDEN = (800, 800, 800)
 CLASSES = 10

@@ -26,8 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dfa_kernels import derivatives, verdicts
-from dfa_kernels.backends import slabs
+from dfa_kernels import derivatives
+from dfa_kernels.backends import slabs, verdicts
 
 BACKENDS = ("torch", "cpp", "cuda", "triton")
 # Backends to try in turn on a device type, before "torch", which serves every device.

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +46,18 @@ CODEBOOK_COEFFICIENTS = tuple(
         "0x1.73c782p-15",
     )
 )
+
+
+class Stream(NamedTuple):
+    """Which matrix: its seed, the column that an error begins at, and its entries' distribution.
+
+    The seed is in two's complement, as it fits an operator's int64.
+    """
+
+    seed: int
+    column_offset: int
+    distribution: str
+
 
 _MASK32 = 0xFFFFFFFF
 Words = tuple[Tensor, Tensor, Tensor, Tensor]

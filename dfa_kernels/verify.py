@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dfa_kernels import checks, ops, stream, trial
-from dfa_kernels.backends import tensor_cores
+from dfa_kernels import checks, ops, stream
+from dfa_kernels.backends import tensor_cores, trial
 from dfa_kernels.cases import LAYERS, Case, Signal
 
 # Random123's known answer for counter and key pi, and the codebook's bf16 patterns.

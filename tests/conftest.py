@@ -4,8 +4,9 @@ import os
 import shutil
 
 import pytest
-import reference
 import torch
+
+from tests import reference
 
 # Without a GPU the Triton kernels are tested in Triton's interpreter, which is chosen as Triton is
 # imported. It is too slow to be one of the targets.

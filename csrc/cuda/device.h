@@ -5,7 +5,7 @@
 #include "../entries.h"
 
 #if !defined(__CUDACC__)
-#include "emulator.h"  // of tests/cuda_host
+#include "emulator.h"  // of tests/backends/cuda_host
 #else
 
 #include <cuda_bf16.h>

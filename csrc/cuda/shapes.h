@@ -108,7 +108,7 @@ struct Work {
   int terms;
 };
 
-// Issue slots counted in the compiled loops (tests/test_cuda_build.py prints them): per entry made,
+// Issue slots counted in the compiled loops (tests/packaging/test_cuda_build.py prints them): per entry made,
 // by Distribution; of rademacher's besides, to make a warp's blocks of 128 columns; of a step, and
 // of each copy that a thread starts in it.
 constexpr double kSlots[] = {16, 8, 3};

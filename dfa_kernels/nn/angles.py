@@ -1,0 +1,109 @@
+"""The angle between the signals of Direct Feedback Alignment and of backpropagation."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dfa_kernels.nn.hooks import find_dfas
+from dfa_kernels.nn.rows import to_rows
+
+
+class Alignment(NamedTuple):
+    """Mean and standard deviation of cos(beta_i) over the rows of a batch."""
+
+    mean: float
+    std: float
+
+
+def alignment(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Alignment]:
+    """The alignment cosine of every DFA layer, by one backpropagation pass.
+
+    This is eq. 6 of Launay, Poli, Krzakala 2019: cos(beta_i) is taken between B_i e and the
+    gradient that backpropagation gives the same activation, after the non-linearity, row by row; a
+    row where either is zero has no angle and does not count. Parameters, their gradients, buffers
+    and torch's random number generators stay as they are, whatever the mode, also between a forward
+    pass and its backward pass. Compiled models run uncompiled.
+
+    Args:
+        model: holds one `DFA`, or has one attached; any module around it, or the `DFA` itself where
+            it alone has random layers and buffers. Not wrapped in DistributedDataParallel, which
+            awaits a backward pass of the whole: pass its `.module`, and use that in `loss`.
+        loss: runs the model forward on a batch and returns the scalar loss, as in
+            `lambda: F.cross_entropy(model(x), y)`.
+
+    Returns:
+        By layer, in order: its name in `DFALayer(name=...)`, else its index in the `DFA`. A layer
+        without a single angle has nan. Layers that the pass skips are left out.
+
+    Raises:
+        ValueError: the model holds no `DFA` or several, or the loss did not reach it.
+        TypeError: `loss` did not return a scalar with a gradient.
+    """
+    found = find_dfas(model)
+    if len(found) != 1:
+        raise ValueError(f"alignment: model must hold one DFA, got {len(found)}")
+    dfa = found[0]
+    # In a compiled graph the activations are outputs only, on no path from the loss.
+    eager = torch.compiler.set_stance("force_eager")
+    with torch.enable_grad(), eager, _undisturbed(model), dfa.recording() as record:
+        value = loss()
+        if record.output is None:
+            raise ValueError(
+                "alignment: loss must run the model's forward pass to its DFA, gradients enabled"
+            )
+        if not (isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad):
+            got = f"{value!r} (it must not run backward itself)" if value is None else repr(value)
+            raise TypeError(
+                f"alignment: loss must return a scalar tensor that requires a gradient, got {got}"
+            )
+        error, *gradients = torch.autograd.grad(
+            value, [record.output, *record.activations], materialize_grads=True
+        )
+    cosines: dict[str, list[Tensor]] = {}
+    with torch.no_grad():
+        signals = dfa.signals(record.places, error)
+        for index, place, signal, gradient in zip(
+            record.layers, record.places, signals, gradients, strict=True
+        ):
+            ours, theirs = (
+                to_rows(tensor, place.batch_dims, "alignment").double()
+                for tensor in (signal, gradient)
+            )
+            lengths = ours.norm(dim=1) * theirs.norm(dim=1)
+            cosine = ((ours * theirs).sum(1) / lengths)[lengths != 0]  # keeps nan
+            name = dfa.dfa_layers[index].name or str(index)
+            cosines.setdefault(name, []).append(cosine)
+    return {name: _summary(torch.cat(values)) for name, values in cosines.items()}
+
+
+def _summary(cosines: Tensor) -> Alignment:
+    if not len(cosines):
+        return Alignment(math.nan, math.nan)
+    return Alignment(cosines.mean().item(), cosines.std(correction=0).item())
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Buffers and random number generators come out as they went in."""
+    buffers = [
+        (module, name, buffer, None if buffer is None else buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    tensors = (*model.parameters(), *model.buffers())
+    devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        for module, name, buffer, saved in buffers:
+            if buffer is not None and saved is not None:
+                # By `.data`: a pending backward pass may hold the buffer, whose values come back.
+                buffer.data.copy_(saved)
+            module._buffers[name] = buffer

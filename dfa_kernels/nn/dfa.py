@@ -1,0 +1,402 @@
+"""The trainer's glue: `DFALayer` marks an activation, `DFA` trains what is marked.
+
+    self.dfa1, self.dfa2 = DFALayer(), DFALayer()
+    self.dfa = DFA([self.dfa1, self.dfa2])
+    ...
+    x = self.dfa1(torch.tanh(self.fc1(x)))
+    x = self.dfa2(torch.tanh(self.fc2(x)))
+    x = self.dfa(self.fc3(x))
+
+A `DFALayer` passes its activation on detached and not requiring a gradient, so that no product is
+computed to carry one back through the next layer. The activation itself waits until the forward
+pass reaches the `DFA`, which ties all of them to the output in one autograd Function.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from dfa_kernels import checks, ops
+from dfa_kernels.nn import signals as delivery
+from dfa_kernels.nn import state
+from dfa_kernels.nn.functions import Feedback
+from dfa_kernels.nn.layer import (
+    DFALayer,
+    FeedbackPointsHandling,
+    Group,
+    Record,
+    Waiting,
+    check_dims,
+    recomputing,
+)
+from dfa_kernels.nn.rows import beside_rows, count_rows, row_ratio, to_rows
+from dfa_kernels.nn.signals import (
+    Block,
+    Place,
+    Scales,
+    Seeded,
+    Stored,
+    check_masks,
+    check_matrices,
+    check_normalization,
+)
+
+MODES = ("dfa", "backprop", "shallow")
+# With independent matrices, layer i's rows of U begin at i times this.
+INDEPENDENT_ROWS = 2**40
+
+
+def tinydfa_scales(sizes: list[int], error_size: int) -> list[float]:
+    """tinydfa's normalization: with `distribution="uniform"`, entries in (-1, 1) over sqrt(l_max).
+
+    The library's uniform entries have unit variance, hence a further 1/sqrt(3).
+    """
+    return [1 / math.sqrt(3 * max(sizes))] * len(sizes)
+
+
+tinydfa_scales.__module__ = "dfa_kernels.nn"  # its public name, which states hold
+
+
+class DFA(nn.Module):
+    """Trains the given layers by Direct Feedback Alignment; goes after the network's last layer.
+
+    In the backward pass every marked activation gets B_i e as its gradient (Launay, Poli, Krzakala
+    2019, eq. 3), where e is the gradient of the loss by this module's output and B_i is made from
+    the seed. What lies between an activation and the `DFALayer` before it is trained through that
+    gradient by autograd.
+
+    Args:
+        dfa_layers: the network's `DFALayer`s.
+        normalization: True or "layer": 1/sqrt(l_i n) (eq. 8). False or "shared": 1/sqrt(l_max n)
+            for all (eq. 7, the paper's "no norm"). A number: that scale for all. A function of
+            (sizes of the layers, size of the error): one scale per layer; a layer that was never
+            trained counts as size 1. tinydfa's own law is `distribution="uniform",
+            normalization=tinydfa_scales`.
+        rp_device: where to project; signals go to their activations' devices. None: where all of
+            them and the error are.
+        no_training: True starts in mode "shallow".
+        feedback_points_handling: see `FeedbackPointsHandling`.
+        batch_dims: the output's batch dimensions, and the default of the layers; the output's
+            others, flattened, are the error. Their order is that of the rows, which a layer's must
+            follow: (1, 0) for [time, batch, features] beside an output of [batch, time, n] or
+            [batch, n]. A layer may have k consecutive rows for each of the error, as [batch, k,
+            features] beside [batch, n]: each row of the error then serves k, scaled by 1/sqrt(k).
+        seed, distribution, backend: as for `dfa_kernels.project`.
+        shared: True: one matrix, sliced for every layer (eq. 8). False: rows of its own for every
+            layer.
+        matrix: stored matrices instead of a seed, of unit variance, normalized like a seed's: one
+            [at least l_max, n], sliced for every layer, or a sequence with one [at least l_i, n]
+            for each. They move once to where the projection runs, keep their dtype (that of the
+            products), and are not in the state_dict: saving them is up to you.
+        error_transform: function of the error [M, n] before projection, of its shape; torch.sign,
+            a ternary rounding, or for cross-entropy `lambda e: -(e < 0).to(e.dtype)`, the target.
+            The last layer gets the error itself.
+        mask: fixed tensors to multiply signals by: a mapping from layers' names or indices, or a
+            sequence with a tensor or None for each. Each broadcasts to the activation's dimensions
+            that are not batch dimensions, and moves once to the activation's device.
+        lean: True keeps one [M, l_max] signal and scales it for each layer when autograd gets
+            there, where False makes all signals at once. Needs one shared matrix. Without effect
+            under torch.compile, which plans memory itself.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: naming the argument and what was got, when built or in
+            the forward pass.
+
+    A forward pass that is aborted between a layer and the `DFA` (by an exception, by Ctrl-C in a
+    notebook) leaves activations behind. The next pass replaces those of the layers it calls; ones
+    that it skips, and under REDUCE all, would be trained by it. `watch(model)` rules that out.
+
+    Layers wait for the next call of this module: a model runs one forward pass at a time (no
+    threads, no nn.DataParallel; DistributedDataParallel is fine) with one call of it, at the end. A
+    second call in the same pass, as for a second head, trains the last layer before it only. A
+    forward pass inside a backward pass is taken for activation checkpointing's and trains no layer.
+    """
+
+    def __init__(
+        self,
+        dfa_layers: Iterable[DFALayer],
+        normalization: bool | str | float | Scales = True,
+        rp_device: torch.device | str | None = None,
+        no_training: bool = False,
+        feedback_points_handling: FeedbackPointsHandling = FeedbackPointsHandling.LAST,
+        batch_dims: Sequence[int] = (0,),
+        *,
+        seed: int = 0,
+        distribution: str = "normal",
+        shared: bool = True,
+        matrix: Tensor | Sequence[Tensor] | None = None,
+        error_transform: Callable[[Tensor], Tensor] | None = None,
+        mask: Mapping[str | int, Tensor] | Sequence[Tensor | None] | None = None,
+        lean: bool = False,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        checks.seed("DFA", seed)
+        checks.distribution("DFA", distribution)
+        if backend not in (None, *ops.BACKENDS):
+            known = ", ".join(map(repr, ops.BACKENDS))
+            raise ValueError(f"DFA: backend must be one of {known} or None, got {backend!r}")
+        if error_transform is not None and not callable(error_transform):
+            raise TypeError(f"DFA: error_transform must be a function, got {error_transform!r}")
+        layers = checks.listed(dfa_layers)
+        if layers is None:
+            got = type(dfa_layers).__name__
+            raise TypeError(f"DFA: dfa_layers must be a sequence of DFALayers, got {got}")
+        self.dfa_layers = tuple(layers)
+        self.normalization = check_normalization(normalization)
+        self.rp_device = None if rp_device is None else torch.device(rp_device)
+        self.seed = operator.index(seed)  # numpy's integers are no JSON
+        self.distribution = distribution
+        self.backend = backend
+        self.error_transform = error_transform
+        for index, layer in enumerate(self.dfa_layers):
+            if not isinstance(layer, DFALayer):
+                raise TypeError(
+                    f"DFA: dfa_layers[{index}] must be a DFALayer, got {type(layer).__name__}"
+                )
+            if layer._group is not None or layer in self.dfa_layers[:index]:
+                raise ValueError(f"DFA: dfa_layers[{index}] already belongs to a DFA")
+        names = [layer.name or str(index) for index, layer in enumerate(self.dfa_layers)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"DFA: dfa_layers must have distinct names, got {names}")
+        count = len(self.dfa_layers)
+        self.matrices = check_matrices(matrix, count, self.rp_device)
+        if isinstance(matrix, Tensor):
+            shared = True
+        elif matrix is not None:
+            shared = False
+        if lean and not shared:
+            raise ValueError("DFA: lean needs one matrix for all layers, got independent ones")
+        self.row_offsets = [0 if shared else index * INDEPENDENT_ROWS for index in range(count)]
+        self.masks = check_masks(mask, [layer.name for layer in self.dfa_layers])
+        mode = "shallow" if no_training else "dfa"
+        self._group = Group(mode, FeedbackPointsHandling.LAST, (0,), lean)
+        self.feedback_points_handling = feedback_points_handling
+        self.batch_dims = batch_dims
+        for index, layer in enumerate(self.dfa_layers):
+            layer._group, layer._index = self._group, index
+
+    @property
+    def mode(self) -> str:
+        """How the next forward passes train: "dfa", "backprop" or "shallow".
+
+        In "backprop" this module and its layers are the identity; in "shallow" nothing before the
+        last `DFALayer` is trained.
+        """
+        return self._group.mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        if mode not in MODES:
+            raise ValueError(
+                f"DFA: mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}"
+            )
+        self._group.mode = mode
+
+    @property
+    def no_training(self) -> bool:
+        """tinydfa's name for mode "shallow"; False sets mode "dfa"."""
+        return self.mode == "shallow"
+
+    @no_training.setter
+    def no_training(self, value: bool) -> None:
+        self.mode = "shallow" if value else "dfa"
+
+    @property
+    def feedback_points_handling(self) -> FeedbackPointsHandling:
+        """As given; takes effect with the next forward pass."""
+        return self._group.handling
+
+    @feedback_points_handling.setter
+    def feedback_points_handling(self, handling: FeedbackPointsHandling) -> None:
+        if not isinstance(handling, FeedbackPointsHandling):
+            raise TypeError(
+                f"DFA: feedback_points_handling must be a FeedbackPointsHandling, got {handling!r}"
+            )
+        self._group.handling = handling
+
+    @property
+    def batch_dims(self) -> tuple[int, ...]:
+        """As given; takes effect with the next forward pass."""
+        return self._group.batch_dims
+
+    @batch_dims.setter
+    def batch_dims(self, dims: Sequence[int]) -> None:
+        self._group.batch_dims = check_dims("DFA", dims)
+
+    def watch(self, model: nn.Module) -> tuple[RemovableHandle, ...]:
+        """Begin and end every forward pass of `model` with no activation left from an aborted one.
+
+        A pass that ends well although its last activations never reached this module warns.
+        `model` holds this module and its layers and does not call itself; `self.dfa.watch(self)` at
+        the end of a model's `__init__` does it. Returns the hooks' handles.
+        """
+        return (
+            model.register_forward_pre_hook(self._group.forget),
+            model.register_forward_hook(self._group.warn_of_waiting),
+            model.register_forward_hook(self._group.forget, always_call=True),
+        )
+
+    def forward(self, output: Tensor) -> Tensor:
+        """`output`, tied to the activations that wait."""
+        if not isinstance(output, Tensor):
+            raise TypeError(f"DFA: output must be a tensor, got {type(output).__name__}")
+        waiting = self._group.take()
+        record = self._group.record
+        if not torch.is_grad_enabled() or (record is None and self.mode != "dfa"):
+            return output
+        if recomputing("DFA") or not waiting:
+            return output
+        places = self._places(waiting, output)
+        activations = [item.activation for item in waiting]
+        if record is not None:
+            record.output, record.activations, record.places = output, activations, places
+            record.layers = [item.layer for item in waiting]
+            return output
+        if any(item.factor is not None for item in waiting):
+            signals = functools.partial(
+                self.lean_signals, places, self._lean_block(waiting, places)
+            )
+        else:
+            signals = functools.partial(self.signals, places)
+        return Feedback.apply(signals, output, *activations)
+
+    def signals(self, places: Sequence[Place], error: Tensor) -> list[Tensor]:
+        """B_i e for every place, by one projection, each of its activation's shape and dtype."""
+        return delivery.deliver(self._source(), self._rows(error), places, self.masks)
+
+    def lean_signals(self, places: Sequence[Place], block: Block, error: Tensor) -> list[Tensor]:
+        """The same before each layer's own scale and mask, as views of one signal."""
+        return delivery.deliver_views(self._source(), self._rows(error), places, block)
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[Record]:
+        """Forward passes within are those of backpropagation; the last stays in the record."""
+        waiting = self._group.take()
+        self._group.record = Record()
+        try:
+            yield self._group.record
+        finally:
+            self._group.record, self._group.waiting = None, waiting
+
+    def get_extra_state(self) -> Tensor:
+        """What makes the same signals again, in a few bytes; see `state`."""
+        return state.pack(self)
+
+    def set_extra_state(self, packed: Tensor) -> None:
+        """Take the seed, distribution, normalization and row offsets of a state; see `state`."""
+        state.unpack(self, packed)
+
+    def extra_repr(self) -> str:
+        """What tells this module's signals from another's."""
+        source = f"seed={self.seed}, distribution={self.distribution!r}"
+        return f"{len(self.dfa_layers)} layers, {source if not self.matrices else 'stored matrix'}"
+
+    def _source(self) -> Seeded | Stored:
+        if self.matrices:
+            return Stored(self.matrices)
+        return Seeded(self.seed, self.distribution, self.backend)
+
+    def _rows(self, error: Tensor) -> Tensor:
+        """The error as it is projected: [M, n], transformed, where the projection runs."""
+        rows = to_rows(error, self._group.batch_dims, "DFA")
+        if self.error_transform is not None:
+            transformed = self.error_transform(rows)
+            if not isinstance(transformed, Tensor) or transformed.shape != rows.shape:
+                got = tuple(getattr(transformed, "shape", ())) or type(transformed).__name__
+                raise ValueError(
+                    f"DFA: error_transform must keep the error's shape {tuple(rows.shape)}, "
+                    f"got {got}"
+                )
+            rows = transformed
+        return rows.to(self.rp_device)
+
+    def _scales(self, sizes: list[int], error_size: int) -> list[float]:
+        normalization: Any = self.normalization
+        if callable(normalization):
+            normalization = normalization(sizes, error_size)
+        return checks.scales("DFA", normalization, sizes, error_size)
+
+    def _places(self, waiting: Sequence[Waiting], output: Tensor) -> list[Place]:
+        """Where the signal of every waiting activation comes from and goes to."""
+        _, error_size = count_rows(output.shape, self._group.batch_dims, "DFA")
+        if error_size == 0:
+            raise ValueError(
+                f"DFA: output must have at least one element a row, got {tuple(output.shape)}"
+            )
+        device = self.rp_device or output.device
+        if any(matrix.device != device for matrix in self.matrices):
+            self.matrices = tuple(matrix.to(device) for matrix in self.matrices)
+        widths = [self._width(item) for item in waiting]
+        own = {item.layer: width for item, width in zip(waiting, widths, strict=True)}
+        if self._group.record is None:
+            for index, width in own.items():
+                self.dfa_layers[index].size = width
+        sizes = [own.get(i, layer.size or 1) for i, layer in enumerate(self.dfa_layers)]
+        scales = self._scales(sizes, error_size)
+        places = []
+        for (index, activation, _), size in zip(waiting, widths, strict=True):
+            dims = self.dfa_layers[index].row_dims
+            if self.rp_device is None and activation.device != output.device:
+                raise ValueError(
+                    f"DFA: dfa_layers[{index}] is on {activation.device}, the output on "
+                    f"{output.device}; give rp_device to say where to project"
+                )
+            where = f"DFA: dfa_layers[{index}]"
+            repeats = row_ratio(activation.shape, dims, output.shape, self.batch_dims, where)
+            scale = scales[index]
+            if size != sizes[index]:  # the layer was called again, with another size
+                others = [*sizes[:index], size, *sizes[index + 1 :]]
+                scale = self._scales(others, error_size)[index]
+            block = Block(
+                matrix=index if len(self.matrices) > 1 else 0,
+                first=self.row_offsets[index],
+                size=size,
+                scale=scale / math.sqrt(repeats),
+            )
+            if self.matrices:
+                Stored(self.matrices).check(block, error_size)
+            shape, dtype, device = activation.shape, activation.dtype, activation.device
+            mask = index if index in self.masks else None
+            if mask is not None:
+                beside_rows(self.masks[mask], shape, dims, f"DFA: mask[{index}]")
+                if self.masks[mask].device != device:
+                    self.masks[mask] = self.masks[mask].to(device)
+            places.append(Place(block, shape, dims, dtype, device, mask))
+        return places
+
+    def _width(self, item: Waiting) -> int:
+        """l_i of an activation, whose shape has dimensions of its own beside those of the rows.
+
+        Without any it is, most likely, one sample in a model for batches: its units would be taken
+        for rows, and could even line up with the output's.
+        """
+        dims, shape = self.dfa_layers[item.layer].row_dims, tuple(item.activation.shape)
+        where = f"DFA: dfa_layers[{item.layer}]"
+        _, width = count_rows(shape, dims, where)
+        if width == 0 or len({dim % len(shape) for dim in dims}) == len(shape):
+            raise ValueError(
+                f"{where} must have units beside its batch_dims {dims}, got shape {shape}; "
+                "unsqueeze(-1) is for a layer of one unit, batch_dims=() for one sample alone"
+            )
+        return width
+
+    def _lean_block(self, waiting: Sequence[Waiting], places: Sequence[Place]) -> Block:
+        """The one signal that serves all places; every place's factor makes its own from it."""
+        scale = max(abs(place.block.scale) for place in places) or 1.0
+        for item, place in zip(waiting, places, strict=True):
+            assert item.factor is not None
+            ratio = place.block.scale / scale
+            item.factor.value = (
+                ratio if place.mask is None else delivery.mask_for(place, self.masks) * ratio
+            )
+        return Block(0, places[0].block.first, max(place.block.size for place in places), scale)

@@ -1,0 +1,180 @@
+"""`DFALayer`, and what the layers of one `DFA` share while a forward pass is under way."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dfa_kernels import checks
+from dfa_kernels.nn.functions import Factor, Scaled
+from dfa_kernels.nn.signals import Place
+
+
+class FeedbackPointsHandling(enum.Enum):
+    """Which activations are trained when a `DFALayer` is called more than once in a forward pass.
+
+    LAST: the last one. REDUCE: all of them, each by its own signal. MINIBATCH is LAST: tinydfa
+    needs it where several forward passes precede their backward passes, which works here in every
+    mode.
+    """
+
+    LAST = "LAST"
+    MINIBATCH = "MINIBATCH"
+    REDUCE = "REDUCE"
+
+
+class Waiting(NamedTuple):
+    """A layer's activation on its way to the output; the factor is the lean mode's."""
+
+    layer: int
+    activation: Tensor
+    factor: Factor | None
+
+
+@dataclasses.dataclass
+class Record:
+    """A forward pass under `DFA.recording`: the output, and the activations it would train.
+
+    Each activation has its layer's index and its place.
+    """
+
+    output: Tensor | None = None
+    activations: Sequence[Tensor] = ()
+    layers: Sequence[int] = ()
+    places: Sequence[Place] = ()
+
+
+@dataclasses.dataclass
+class Group:
+    """What a `DFA` and its layers share."""
+
+    mode: str
+    handling: FeedbackPointsHandling
+    batch_dims: tuple[int, ...]
+    lean: bool
+    record: Record | None = None
+    waiting: list[Waiting] = dataclasses.field(default_factory=list)
+
+    def wait(self, layer: int, activation: Tensor) -> None:
+        """Keep an activation until the forward pass reaches the output."""
+        factor = None
+        if self.lean and self.record is None and not torch.compiler.is_compiling():
+            factor = Factor()
+            activation = Scaled.apply(activation, factor)
+        if self.handling is not FeedbackPointsHandling.REDUCE:
+            self.waiting = [other for other in self.waiting if other.layer != layer]
+        self.waiting.append(Waiting(layer, activation, factor))
+
+    def take(self) -> list[Waiting]:
+        """What waits, in the order of the layers; it waits no longer."""
+        waiting, self.waiting = self.waiting, []
+        return sorted(waiting, key=lambda item: item.layer)
+
+    def forget(self, *_: Any) -> None:
+        """Nothing waits any longer. Takes a forward hook's arguments."""
+        self.waiting = []
+
+    def warn_of_waiting(self, *_: Any) -> None:
+        """Warn of layers that nothing will train, at the end of a forward pass. A forward hook."""
+        if self.waiting:
+            indices = sorted({item.layer for item in self.waiting})
+            warnings.warn(
+                f"DFA: dfa_layers {indices} were called after the DFA, or it was not called; "
+                "nothing trains what is before them",
+                stacklevel=2,
+            )
+
+    def __getstate__(self) -> dict:
+        # What waits belongs to a forward pass, not to a copy.
+        return {**self.__dict__, "waiting": [], "record": None}
+
+
+class DFALayer(nn.Module):
+    """Marks a hidden activation, after its non-linearity, for the `DFA` it is given to.
+
+    Args:
+        name: for messages and tables.
+        batch_dims: the activation's batch dimensions; the others, flattened, are the layer. None:
+            those of the `DFA`. (0,) for [batch, features] and [batch, channels, height, width];
+            (0, 1) for [batch, tokens, features], (1, 0) for [tokens, batch, features].
+        passthrough: True lets backpropagation through; no signal is sent.
+
+    Attributes:
+        size: l_i in the last forward pass that trained it, here or before a state was loaded.
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        batch_dims: Sequence[int] | None = None,
+        passthrough: bool = False,
+    ):
+        super().__init__()
+        self.name = name
+        self.batch_dims = None if batch_dims is None else check_dims("DFALayer", batch_dims)
+        self.passthrough = passthrough
+        self.size: int | None = None
+        self._group: Group | None = None
+        self._index = 0
+
+    def forward(self, activation: Tensor) -> Tensor:
+        """`activation` detached, or as it is where backpropagation is wanted."""
+        if not isinstance(activation, Tensor):
+            raise TypeError(
+                f"DFALayer: activation must be a tensor, got {type(activation).__name__}"
+            )
+        group = self._group
+        if group is None:
+            raise RuntimeError(
+                "DFALayer: no DFA trains this layer; give it to one, as in DFA([layer, ...])"
+            )
+        recorded = group.record is not None
+        if self.passthrough or (group.mode == "backprop" and not recorded):
+            return activation
+        if (
+            (group.mode == "dfa" or recorded)
+            and torch.is_grad_enabled()
+            and activation.requires_grad
+            and not recomputing("DFALayer")
+        ):
+            group.wait(self._index, activation)
+        return activation if recorded else activation.detach()
+
+    @property
+    def row_dims(self) -> tuple[int, ...]:
+        """The batch dimensions in force: this layer's, else those of its `DFA`."""
+        if self.batch_dims is not None:
+            return self.batch_dims
+        return self._group.batch_dims if self._group is not None else (0,)
+
+    def extra_repr(self) -> str:
+        """The arguments that were given."""
+        facts = {"name": self.name, "batch_dims": self.batch_dims, "passthrough": self.passthrough}
+        return ", ".join(f"{key}={value!r}" for key, value in facts.items() if value)
+
+
+def check_dims(function: str, dims: Sequence[int]) -> tuple[int, ...]:
+    """The argument `batch_dims` as a tuple; whether a tensor has them is seen in a pass."""
+    return tuple(checks.integers(function, "batch_dims", dims, low=-64, high=63))
+
+
+def recomputing(function: str) -> bool:
+    """Whether activation checkpointing repeats a forward pass that was registered already.
+
+    Raises RuntimeError in a reentrant checkpoint, whose first forward pass builds no graph that a
+    signal could train.
+    """
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return False
+    if type(torch._C._current_autograd_node()).__name__ == "CheckpointFunctionBackward":
+        raise RuntimeError(
+            f"{function}: cannot be inside checkpoint(..., use_reentrant=True); "
+            "use use_reentrant=False"
+        )
+    return True

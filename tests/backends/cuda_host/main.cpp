@@ -1,0 +1,216 @@
+// Runs cases from standard input through the CUDA backend's own host code and kernels, emulated:
+// one projection or feedback matrix each, results to standard output. Every buffer is an allocation
+// of its exact size, freshly filled with NaN, so that the address sanitizer sees what is read or
+// written outside.
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "../../../csrc/cuda/device.h"
+#include "../../../csrc/cuda/fragments.h"
+#include "../../../csrc/cuda/shapes.h"
+#include "../../../csrc/projection.h"
+
+namespace {
+
+int64_t next() {
+  int64_t value;
+  if (std::fread(&value, sizeof value, 1, stdin) != 1) std::exit(0);
+  return value;
+}
+
+// `offset` bytes into an allocation, so that nothing is aligned by accident.
+struct Buffer {
+  explicit Buffer(int64_t bytes, int64_t offset = 0)
+      : memory(static_cast<char*>(std::malloc(static_cast<size_t>(bytes + offset))), std::free),
+        data(memory.get() + offset) {
+    std::memset(memory.get(), 0xff, static_cast<size_t>(bytes + offset));
+  }
+  std::unique_ptr<char, decltype(&std::free)> memory;
+  char* data;
+};
+
+// The index of the tile whose kernel was launched last.
+int64_t last_tile() {
+  using namespace dfa;
+  for (const auto of : {fused_normal, fused_uniform, fused_rademacher}) {
+    for (const Operand operand : {Operand::kBFloat16, Operand::kHalf, Operand::kExact}) {
+      for (int shape = 0; shape < kShapes; ++shape) {
+        const FusedKernel kernel = of(operand, shape);
+        if (kernel.kernel && reinterpret_cast<const void*>(kernel.kernel) == last_kernel) {
+          return shape;
+        }
+      }
+    }
+  }
+  return -1;
+}
+
+void write(const std::vector<int64_t>& numbers) {
+  std::fwrite(numbers.data(), sizeof numbers[0], numbers.size(), stdout);
+}
+
+void project() {
+  dfa::Stream stream{};
+  stream.seed = static_cast<uint64_t>(next());
+  stream.distribution = static_cast<dfa::Distribution>(next());
+  stream.column_offset = next();
+  dfa::StridedMatrix error{};
+  error.rows = next();
+  error.columns = next();
+  error.row_stride = next();
+  error.column_stride = next();
+  error.type = static_cast<dfa::Type>(next());
+  const auto out_type = static_cast<dfa::Type>(next());
+  const int terms = static_cast<int>(next());
+  dfa::Forced forced{};
+  forced.tile = next();
+  forced.processors = next();
+  dfa::emulated.limits.shared_bytes = static_cast<int>(next());
+  const int64_t misaligned = next(), bytes = next();
+  const Buffer input(bytes, misaligned);
+  if (std::fread(input.data, 1, static_cast<size_t>(bytes), stdin) != static_cast<size_t>(bytes)) {
+    std::exit(1);
+  }
+  error.data = input.data;
+  std::vector<dfa::Range> ranges(static_cast<size_t>(next()));
+  std::vector<Buffer> outputs;
+  for (dfa::Range& range : ranges) {
+    range.row_offset = static_cast<uint64_t>(next());
+    range.size = next();
+    const int64_t scale = next();
+    std::memcpy(&range.scale, &scale, sizeof scale);
+    outputs.emplace_back(error.rows * range.size * dfa::type_bytes(out_type));
+    range.out = outputs.back().data;
+  }
+  std::vector<Buffer> workspace;
+  const auto allocate = [&](int64_t size) -> void* {
+    workspace.emplace_back(size);
+    return workspace.back().data;
+  };
+  const std::vector<dfa::Range> kept = ranges;
+  dfa::launches = 0;
+  dfa::project_cuda(stream, error, std::move(ranges), out_type, terms, forced, allocate, nullptr);
+  write({dfa::launches, last_tile(), dfa::last_blocks});
+  for (const dfa::Range& range : kept) {
+    std::fwrite(range.out, static_cast<size_t>(dfa::type_bytes(out_type)),
+                static_cast<size_t>(error.rows * range.size), stdout);
+  }
+}
+
+// The tile and the blocks that a GPU of that many multiprocessors and bytes of shared memory would
+// be given for one layer of `rows`. Nothing is computed.
+void choice() {
+  const dfa::Device kept = dfa::emulated;
+  const int processors = static_cast<int>(next()), shared_bytes = static_cast<int>(next());
+  dfa::emulated = {{processors, shared_bytes}, 16, false};
+  dfa::Stream stream{};
+  stream.distribution = static_cast<dfa::Distribution>(next());
+  const std::vector<dfa::Range> ranges = {{0, next(), 1.0, nullptr}};
+  dfa::StridedMatrix error{};
+  error.rows = next();
+  error.columns = next();
+  error.row_stride = error.columns;
+  error.column_stride = 1;
+  error.type = static_cast<dfa::Type>(next());
+  const int terms = static_cast<int>(next());
+  dfa::project_cuda(
+      stream, error, ranges, error.type, terms, {}, [](int64_t) -> void* { return nullptr; },
+      nullptr);
+  dfa::emulated = kept;
+  write({last_tile(), dfa::last_blocks});
+}
+
+// The tiles there are for such an error, a line each: index, rows of U, rows of the error, columns
+// of a stage, name.
+void tiles() {
+  dfa::emulated.limits.shared_bytes = static_cast<int>(next());
+  const auto type = static_cast<dfa::Type>(next());
+  const int terms = static_cast<int>(next());
+  for (const dfa::Tile& tile : dfa::cuda_tiles(dfa::Distribution::kNormal, type, terms)) {
+    const auto operand = terms == 3                    ? dfa::Operand::kExact
+                         : type == dfa::Type::kFloat16 ? dfa::Operand::kHalf
+                                                       : dfa::Operand::kBFloat16;
+    const dfa::FusedKernel kernel = dfa::fused_normal(operand, static_cast<int>(tile.index));
+    std::printf("%d\t%d\t%d\t%d\t%s\n", static_cast<int>(tile.index), kernel.rows, kernel.errors,
+                kernel.stage_columns, tile.name.c_str());
+  }
+}
+
+void feedback_matrix() {
+  dfa::Stream stream{};
+  stream.seed = static_cast<uint64_t>(next());
+  stream.distribution = static_cast<dfa::Distribution>(next());
+  stream.column_offset = next();
+  const auto row_offset = static_cast<uint64_t>(next());
+  const int64_t rows = next(), columns = next();
+  const auto type = static_cast<dfa::Type>(next());
+  const bool lattice = next() != 0;
+  const Buffer out(rows * columns * dfa::type_bytes(type), next());
+  dfa::feedback_matrix_cuda(stream, row_offset, rows, columns, type, lattice, out.data, nullptr);
+  std::fwrite(out.data, static_cast<size_t>(dfa::type_bytes(type)),
+              static_cast<size_t>(rows * columns), stdout);
+}
+
+// The maps of fragments.h against the mathematics: each product of a column of U with the same
+// column of the error is taken once, by operands that meet at one contraction index. And 8 lanes
+// that load or copy 16 bytes each touch every bank once.
+void fragments() {
+  using namespace dfa;
+  bool holds = true;
+  for (int row = 0; row < kFragmentRows; ++row) {
+    int seen[kBlock32] = {};
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int half = 0; half < 2; ++half) {
+        if (fragment_row(lane, half) != row) continue;
+        for (int step = 0; step < 2; ++step) {
+          for (int pair = 0; pair < 2; ++pair) {
+            for (int i = 0; i < 2; ++i) ++seen[column_of(lane % 4, word_of(step, pair), i)];
+            // Registers 0 and 1 hold the fragment's contraction indices below 8, in rows below 8
+            // and above; registers 2 and 3 the others (PTX, mma.m16n8k16). B's register 0 or 1
+            // has the same indices, from word 2 * step + register of the error's 16 bytes.
+            holds &= a_register(half, pair) == 2 * pair + (row >= 8 ? 1 : 0);
+            holds &= word_of(step, pair) == 2 * step + pair;
+          }
+        }
+      }
+    }
+    for (int count : seen) holds &= count == 1;
+  }
+  for (int first = 0; first < 32; first += 8) {
+    for (int block = 0; block < kChunkColumns / kBlock32; ++block) {
+      unsigned loaded = 0, copied = 0;
+      for (int lane = first; lane < first + 8; ++lane) {
+        loaded |= 1u << staged_byte(lane / 4, 4 * block + lane % 4) / 16 % 8;
+        copied |= 1u << staged_byte(lane / kPieces, lane % kPieces) / 16 % 8;
+      }
+      holds &= loaded == 0xff && copied == 0xff;
+    }
+  }
+  const int64_t result = holds;
+  std::fwrite(&result, sizeof result, 1, stdout);
+}
+
+}  // namespace
+
+int main() {
+  for (;;) {
+    switch (next()) {
+      case 0:
+        project();
+        break;
+      case 1:
+        feedback_matrix();
+        break;
+      case 3:
+        choice();
+        break;
+      case 4:
+        tiles();
+        break;
+      default:
+        fragments();
+    }
+  }
+}

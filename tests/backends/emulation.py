@@ -1,0 +1,153 @@
+"""The emulator's side of the tests of the CUDA kernels: its requests, its answers, their bounds."""
+
+import math
+import os
+import struct
+import subprocess
+
+import torch
+
+from tests import reference
+from tests.conftest import EPSILON
+
+DISTRIBUTIONS = ("normal", "uniform", "rademacher")
+TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # as dfa::Type
+SHARED = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}  # bytes that a block may have
+UNIT = {"normal": 1.0, "uniform": math.sqrt(3), "rademacher": 1.0}
+ORDERS = {
+    "at-once": {},
+    "late": {"DFA_EMULATE_LATE": "1"},
+    "late-backwards": {"DFA_EMULATE_LATE": "1", "DFA_EMULATE_BACKWARDS": "1"},
+    "apart": {"DFA_EMULATE_APART": "1"},
+    "apart-late-backwards": dict.fromkeys(
+        ("DFA_EMULATE_APART", "DFA_EMULATE_LATE", "DFA_EMULATE_BACKWARDS"), "1"
+    ),
+}
+
+
+def run(emulator, request, order):
+    done = subprocess.run(
+        [emulator], input=request, capture_output=True, env={**os.environ, **order}
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout
+
+
+def words(*values):
+    return struct.pack(f"<{len(values)}q", *(v - 2**64 if v >= 2**63 else v for v in values))
+
+
+def as_tensors(data, dtype, shapes):
+    flat = torch.frombuffer(bytearray(data), dtype=dtype)
+    return [
+        part.view(shape)
+        for part, shape in zip(flat.split([math.prod(s) for s in shapes]), shapes, strict=True)
+    ]
+
+
+class Projection:
+    """One call of project_cuda."""
+
+    def __init__(
+        self,
+        error,
+        sizes,
+        *,
+        scales=None,
+        row_offsets=None,
+        seed=3,
+        distribution="normal",
+        column_offset=0,
+        dtype=None,
+        terms=None,
+        misaligned=0,
+        tile=-1,
+        processors=0,
+        shared=SHARED["sm_86"],
+    ):
+        self.error, self.sizes, self.dtype = error, sizes, dtype or error.dtype
+        self.scales = scales or [1 / math.sqrt(size * 3) for size in sizes]
+        self.where = {"seed": seed, "distribution": distribution, "column_offset": column_offset}
+        self.where["row_offsets"] = row_offsets or [0] * len(sizes)
+        self.terms = terms or (3 if error.dtype == torch.float32 else 1)
+        self.forced = tile, processors
+        self.shared, self.misaligned = shared, misaligned
+
+    def request(self):
+        error, storage = self.error, self.error.untyped_storage()
+        head = words(
+            0,
+            self.where["seed"],
+            DISTRIBUTIONS.index(self.where["distribution"]),
+            self.where["column_offset"],
+            *error.shape,
+            *error.stride(),
+            TYPES.index(error.dtype),
+            TYPES.index(self.dtype),
+            self.terms,
+            *self.forced,
+            self.shared,
+            self.misaligned,
+            storage.nbytes(),
+        )
+        layers = [len(self.sizes)]
+        unit = UNIT[self.where["distribution"]]
+        for row, size, scale in zip(
+            self.where["row_offsets"], self.sizes, self.scales, strict=True
+        ):
+            layers += [row, size, *struct.unpack("<q", struct.pack("<d", scale * unit))]
+        stored = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes()
+        return head + stored + words(*layers)
+
+    def signals(self, data):
+        """(launches, tile and blocks of the last one), and one signal a layer."""
+        shapes = [(self.error.shape[0], size) for size in self.sizes]
+        return struct.unpack("<3q", data[:24]), as_tensors(data[24:], self.dtype, shapes)
+
+    def size(self):
+        return 24 + self.error.shape[0] * sum(self.sizes) * self.dtype.itemsize
+
+    def check(self, signals):
+        """Against float64, to the bound of a sum in fp32 whose every addition is cut off.
+
+        Of an fp32 error, `terms` bf16 terms leave out 2^-(8 * terms).
+        """
+        exact = reference_project(self, self.error)
+        magnitudes = reference_project(self, self.error.abs(), absolute=True)
+        left_out = 2.0 ** -(8 * self.terms) if self.error.dtype == torch.float32 else 0.0
+        additions = self.terms * (self.error.shape[1] // 16 + 2)
+        relative = left_out + (2 * additions + 3) * EPSILON[torch.float32]
+        info = torch.finfo(self.dtype)
+        for signal, expected, magnitude in zip(signals, exact, magnitudes, strict=True):
+            bound = relative * magnitude + EPSILON[self.dtype] * expected.abs()
+            bound += info.smallest_normal * info.eps
+            difference = (signal.double() - expected).abs()
+            assert (difference <= bound).all(), f"off by {(difference / bound).max():.3g} bounds"
+
+
+def reference_project(case, error, absolute=False):
+    where = dict(case.where)
+    row_offsets = where.pop("row_offsets")
+    signals = []
+    for size, scale, row in zip(case.sizes, case.scales, row_offsets, strict=True):
+        u = reference.lattice(size, error.shape[1], row_offset=row, **where)
+        u = torch.from_numpy(u) * UNIT[where["distribution"]] * scale
+        signals.append(error.double() @ (u.abs() if absolute else u).T)
+    return signals
+
+
+def run_all(emulator, cases, order=ORDERS["late"], check=True):
+    data = run(emulator, b"".join(case.request() for case in cases), order)
+    found = []
+    for case in cases:
+        part, data = data[: case.size()], data[case.size() :]
+        found.append(case.signals(part))
+        if check:
+            case.check(found[-1][1])
+    assert not data
+    return found
+
+
+def random_error(rows, columns, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator).to(dtype)

@@ -1,0 +1,236 @@
+"""What a run of the benchmarks leaves: its results, tables, figures, and the command."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import contenders
+import figures
+import gate
+import provenance
+import pytest
+import race
+import report
+import speed_tables
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from shapes import ALL, Case, title
+
+from dfa_kernels import cli
+from dfa_kernels.ops import BACKENDS
+from tests.benchmarks.races import SMALL, new_race
+from tests.conftest import needs
+
+
+def test_a_save_that_is_killed_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "bench.json"
+    provenance.save(path, {"cases": [1]})
+
+    def killed(self, text):
+        self.write_bytes(text.encode()[:5])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        provenance.save(path, {"cases": [2]})
+    assert json.loads(path.read_bytes()) == {"cases": [1]}
+
+
+# --- reports ---
+
+
+@pytest.fixture(scope="module")
+def results():
+    """A run of a few tiny cases, as its JSON comes back."""
+    sweep = [Case(f"M={m}", (64,), m, 20, ("views", "stored"), series="batch", x=m) for m in (1, 4)]
+    layers = [
+        Case(f"{n} layers", tuple(range(30, 30 - n, -1)), 2, 20, ("naive", "stored"), x=n)
+        for n in (1, 3)
+    ]
+    sweep.append(Case("large", (500,), 2, 20, (), series="size", x=500))
+    layers = [dataclasses.replace(case, series="layers") for case in layers]
+    options = {"matrix": True, "threads": 1}
+    cases = [SMALL, *sweep, *layers, Case("matrix", (9,), 1, 9, ("torch.randn",), **options)]
+    runner = new_race()
+    outcomes = {case.name: runner.run(case, contenders.names(case)) for case in cases}
+    naive = contenders.contender("naive", SMALL)
+    naive.stored_bytes = 54 * 10**9
+    outcomes["small"]["naive"] = race.LeftOut("does not fit into memory", naive)
+    outcomes["small"]["stored"] = gate.Wrong("[/of] its norm")
+    measured = report.measured(outcomes, {case.name: case for case in cases}, runner.machine)
+    return json.loads(json.dumps(provenance.origin("cpu") | measured | {"full": False}))
+
+
+def test_results_say_what_was_reached(results):
+    for case in results["cases"]:
+        for row in case["contenders"].values():
+            assert row["fraction_of_bound"] == pytest.approx(row["bound_seconds"] / row["seconds"])
+            assert 0 < row["bound_seconds"] <= row["seconds"]  # roofs were raised to it
+    small = results["cases"][0]
+    assert small["left_out"]["naive"]["stored_bytes"] == 54 * 10**9
+    assert small["promises"][0]["reached"] is None
+
+
+def test_ratios_are_of_the_same_rounds():
+    case = {"contenders": {"cpp": {"times": [1.0, 2.0, 8.0]}, "naive": {"times": [3.0, 8.0, 8.0]}}}
+    assert report.ratio(case, "cpp", "naive") == 3.0
+    assert report.ratio(case, "cpp", "stored") is None
+    case["contenders"]["cpp"] |= {"work": {"entries": 100}, "seconds": 4.0}
+    assert report.reached(case, "cpp", "entries/s") == 25.0
+
+
+def test_tables_show_every_contender(results):
+    console = report.console()
+    with console.capture() as captured:
+        for case in results["cases"]:
+            console.print(report.progress(case))
+        report.show(console, results)
+    text = captured.get()
+    for expected in (
+        *map(title, ALL),
+        "fill",
+        "torch.randn",
+        "54 GB",
+        "[/of] its norm",
+        "does not fit",
+        "not measured",
+        "2.00x",
+    ):
+        assert expected in text
+
+
+def curves(panel):
+    """The lengths of a panel's lines by their labels; those of lines without one are a list."""
+    found = {"": []}
+    for line in panel.lines:
+        label = line.get_label()
+        if label.startswith("_"):
+            found[""].append(len(line.get_xdata()))
+        else:
+            found[label] = len(line.get_xdata())
+    return found
+
+
+def test_figures_have_every_contender(results):
+    drawn = figures.drawings(results)
+    assert set(drawn) == {"time.png", "memory.png", "roofline.png"}
+    in_series = contenders.names(dataclasses.replace(SMALL, series="batch"))
+    ours = [name for name in in_series if name in BACKENDS]
+    rivals = {"batch": ("views", "stored"), "size": (), "layers": ("naive", "stored")}
+    lengths = {"batch": 2, "size": 1, "layers": 2}
+    panels = {panel.get_title().split()[0]: panel for panel in drawn["time.png"].axes}
+    assert set(panels) == set(rivals)
+    for name, panel in panels.items():
+        length, limits = lengths[name], len(ours) + ("views" in rivals[name])
+        expected = dict.fromkeys(map(title, (*ours, *rivals[name])), length)
+        assert curves(panel) == {"": [length] * limits} | expected
+    (panel,) = drawn["memory.png"].axes
+    assert curves(panel) == {"": []} | dict.fromkeys(map(title, (*ours, "naive", "stored")), 2)
+    (panel,) = drawn["roofline.png"].axes
+    reached = curves(panel)
+    assert set(reached) == {"", *map(title, (*ours, "views", "stored"))}
+    assert {"M=1", "M=4"} <= {text.get_text() for text in panel.texts}
+    for figure in drawn.values():
+        plt.close(figure)
+
+
+def test_figures_are_written_and_say_where_they_come_from(results, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Figure, "suptitle", lambda self, text, **_: titles.append(text))
+    drawn = figures.draw(results, tmp_path)
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+    assert titles == [provenance.source(results)] * 3
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ("bench_networks", "| small |"),
+        ("bench_networks", "| fastest stored | mm alone | stored matrix | matrix per layer |"),
+        ("bench_networks", "Medians of 2 rounds of a quick run."),
+        ("bench_layer", "| M=4 |"),
+        ("bench_sweeps", "| 3 layers |"),
+        ("bench_matrix", "| matrix |"),
+        ("bench_memory", "(54 GB)"),
+        ("bench_memory", "A layer of 500 with n = 20 and M = 2 takes"),
+        ("bench_machine", "GB/s written"),
+    ],
+)
+def test_readme_tables(results, table, expected):
+    lines = getattr(speed_tables, table)(results)
+    assert expected in "\n".join(lines)
+    rows = [line for line in lines if line.startswith("|")]
+    assert len({row.count("|") for row in rows}) <= 1
+
+
+def test_the_fastest_of_those_that_keep_a_matrix_is_named():
+    rows = {
+        "cpp": {"times": [2.0, 4.0], "seconds": 3.0, "stored_bytes": 0},
+        "views": {"times": [3.0, 3.0], "seconds": 3.0, "stored_bytes": 8},
+        "scikit-learn": {"times": [1.0, 3.0], "seconds": 2.0, "stored_bytes": 8},
+        "fill": {"times": [0.1, 0.1], "seconds": 0.1, "stored_bytes": 0},
+    }
+    case = {"contenders": rows, "left_out": {}}
+    assert speed_tables.than_fastest_stored(case, "cpp") == "0.62x, scikit-learn"
+    del rows["views"], rows["scikit-learn"]
+    assert speed_tables.than_fastest_stored(case, "cpp") == ""
+
+
+def test_rounds_are_counted_over_the_cases_of_a_table():
+    cases = [{"contenders": {"cpp": {"rounds": rounds}}} for rounds in (7, 3, 15)]
+    assert speed_tables.rounds({"full": True}, cases) == "Medians of 3 to 15 rounds of a full run."
+
+
+# --- the command ---
+
+
+def test_bench_without_its_source_says_where_it_is(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "dfa_kernels" / "cli.py"))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench"]) == 1
+    assert "checkout" in capsys.readouterr().out
+
+
+def test_bench_without_its_extra_says_what_to_install(monkeypatch, capsys):
+    find_spec = cli.importlib.util.find_spec
+    monkeypatch.setattr(
+        cli.importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "pytest_benchmark" else find_spec(name, *rest),
+    )
+    assert cli.main(["bench"]) == 1
+    assert "pip install dfa-kernels[bench]" in capsys.readouterr().out
+
+
+def test_bench_refuses_two_lengths(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--quick", "--full"])
+    assert "not allowed" in capsys.readouterr().err
+
+
+def test_a_run_of_a_few(tmp_path):
+    needs("pytest-benchmark", importlib.util.find_spec("pytest_benchmark"))
+    path = tmp_path / "results" / "bench.json"
+    command = [sys.executable, "-m", "dfa_kernels", "bench", "--json", str(path)]
+    command += ["--device", "cpu", "--select", "matrix-1000-x-1000-normal-float32"]
+    root = Path(__file__).parents[2]
+    theirs = tmp_path / "pytest-benchmark.json"
+    options = {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": f"--benchmark-json={theirs}"}
+    # Where it takes itself for a part of this run, pytest-benchmark measures nothing.
+    own = {name: value for name, value in os.environ.items() if "PYTEST_XDIST" not in name}
+    ran = subprocess.run(command, cwd=root, capture_output=True, text=True, env=own | options)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    measured = json.loads(path.read_text())
+    assert {"device", "date", "commit", "versions", "roofs", "cases"} <= set(measured)
+    assert measured["finished"]
+    assert "torch.randn" in measured["cases"][0]["contenders"]
+    assert "normal float32" in ran.stdout
+    for benchmark in json.loads(theirs.read_text())["benchmarks"]:
+        case = next(case for case in measured["cases"] if case["case"] == benchmark["group"])
+        row = case["contenders"][benchmark["params"]["name"]]
+        assert benchmark["extra_info"] == row
+        assert benchmark["stats"]["median"] == pytest.approx(row["seconds"])

@@ -1,0 +1,387 @@
+"""The benchmarks' own logic: limits, the check before the times, and races."""
+
+import dataclasses
+import math
+import sys
+import time
+
+import bench_matrix
+import bench_networks
+import bench_precisions
+import bench_sweeps
+import contenders
+import gate
+import measure
+import numpy as np
+import pytest
+import race
+import report
+import roofs
+import torch
+from roofs import Roofs, Work
+from shapes import ALL, Case
+
+from dfa_kernels import feedback_matrix, project
+from tests.benchmarks.races import ONCE, SMALL, machine, new_race
+from tests.conftest import COMPILER, needs
+
+
+@pytest.fixture(autouse=True)
+def single_calls(monkeypatch):
+    """One call a round: these tests are not about times."""
+    monkeypatch.setattr(race, "ROUND", 0.0)
+
+
+# --- limits ---
+
+
+@pytest.mark.parametrize(
+    ("work", "seconds", "name"),
+    [
+        (Work(calls=3), 3e-6, "latency"),
+        (Work(calls=2, launch="replay"), 2e-7, "latency"),
+        (Work(written=10**9), 1.0, "write bandwidth"),
+        (Work(written=10**6), 10**6 / 8e9, "write bandwidth"),
+        (Work(written=1000), 1e-6, "latency"),  # 1000 bytes at 8e9 a second, the best above
+        (Work(read=10**9, written=10), (10**9 + 10) / 2e9, "memory bandwidth"),
+        (Work(multiplications=10**11), 1.0, "multiplication"),
+        (Work(multiplications=10**11, arithmetic="bf16"), 0.5, "multiplication"),
+        (Work(entries=10**9, source="torch"), 1.0, "generation"),  # the best backend's rate
+        (Work(entries=3 * 10**8, source="torch.randn"), 1.0, "generation"),
+    ],
+)
+def test_bound(work, seconds, name):
+    assert roofs.bound(work, machine()) == (pytest.approx(seconds), name)
+
+
+def test_expected_seconds_go_by_the_source_of_the_entries():
+    work = Work(entries=10**9, source="torch")
+    assert roofs.expected_seconds(work, machine()) == pytest.approx(10.0)
+    assert roofs.expected_seconds(Work(written=10**9), machine()) == pytest.approx(1.0)
+
+
+def test_a_roof_that_was_passed_is_raised():
+    lifted = machine()
+    work = Work(written=10**6, multiplications=10**9, entries=10**8, source="cpp")
+    roofs.raise_to(lifted, work, 1e-3)
+    assert lifted.multiply["fp32"] == pytest.approx(1e12)
+    assert lifted.generation["cpp"]["normal"] == pytest.approx(1e11)
+    assert lifted.write[10**6] == 8e9  # was higher than this
+    assert roofs.bound(work, lifted)[0] == pytest.approx(1e-3)
+
+
+def test_a_backend_that_fails_leaves_the_others_their_roofs(monkeypatch, capsys):
+    def fails(error, sizes, *, backend, **options):
+        if backend == "torch":
+            raise RuntimeError("out of order")
+
+    monkeypatch.setattr(roofs, "project", fails)
+    monkeypatch.setattr(roofs, "sources", lambda device_type: ["torch", "cpp"])
+    measured = Roofs("cpu", 1)
+    roofs._measure_generation(measured, lambda call: (call(), 0.5)[1])
+    assert set(measured.generation) == {"cpp", "torch.randn"}
+    assert "out of order" in capsys.readouterr().err
+    measured.latency, measured.write, measured.memory = machine().latency, {2**28: 1}, {2**28: 1}
+    measured.multiply = machine().multiply
+    assert roofs.expected_seconds(Work(entries=10**9, source="torch"), measured) == 5.0
+
+
+def test_a_slow_large_piece_does_not_become_its_own_roof():
+    lifted = machine()
+    roofs.raise_to(lifted, Work(written=10**10), 100.0)  # a tenth of the rate measured before
+    assert roofs.bound(Work(written=10**10), lifted)[0] == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_a_contender_has_to_do(name):
+    case = Case("", (100, 50), 4, 10, ALL)
+    work = contenders.contender(name, case).work()
+    naive = name == "naive"
+    assert work.multiplications == 4 * 10 * (150 if naive else 100)
+    assert work.written == 4 * 4 * (100 if name in ("views", "scikit-learn") else 150)
+    matrices = 0 if name == "randn blocks" else 4 * 10 * (150 if naive else 100)
+    assert work.read == 4 * 4 * 10 + matrices  # and the error
+    assert work.entries == (1000 if name == "randn blocks" else 0)
+
+
+def test_what_ours_has_to_do():
+    case = Case("", (100, 50, 100), 4, 10, ())
+    work = contenders.contender("cpp", case).work()
+    assert (work.written, work.read, work.entries) == (4 * 4 * 150, 160, 1000)  # equal layers: one
+    on_cuda = dataclasses.replace(case, device_type="cuda", precision="high")
+    work = contenders.contender("triton", on_cuda).work()
+    assert (work.multiplications, work.arithmetic) == (2 * 4 * 1000, "bf16")
+
+
+# --- the check before the times ---
+
+
+def spoil_scale(signals):
+    signals[1].mul_(1.01)
+
+
+def spoil_last_row(signals):
+    signals[0][:, -1] = 0
+
+
+def spoil_with_nan(signals):
+    signals[2][0, 0] = math.nan
+
+
+def spoil_number(signals):
+    signals.pop()
+
+
+def spoil_shape(signals):
+    signals[0] = signals[0][:, 1:]
+
+
+def spoil_seed(signals):
+    signals[1].copy_(signals[1].roll(1, 1))
+
+
+def spoil_precision(signals):
+    signals[1].view(torch.int32).bitwise_and_(-(2**13))  # of TF32
+
+
+SPOILERS = [
+    spoil_scale,
+    spoil_last_row,
+    spoil_with_nan,
+    spoil_number,
+    spoil_shape,
+    spoil_seed,
+    spoil_precision,
+]
+
+
+def signals_and_check():
+    torch.manual_seed(0)
+    error, sizes = torch.randn(5, 30), [70, 40, 66]
+    scales = [1 / math.sqrt(size * 30) for size in sizes]
+    signals = project(error, sizes)
+    relative = gate.tolerance(torch.float32, "highest", 30)
+
+    def row(index):
+        return gate.exact_row(index, 30, "normal")
+
+    return signals, lambda: gate.check_signals(signals, error, sizes, scales, row, relative)
+
+
+def test_right_signals_pass():
+    signals_and_check()[1]()
+
+
+@pytest.mark.parametrize("spoil", SPOILERS)
+def test_wrong_signals_do_not_pass(spoil):
+    signals, check = signals_and_check()
+    spoil(signals)
+    with pytest.raises(gate.Wrong):
+        check()
+
+
+def test_wrong_entries_do_not_pass():
+    matrix = feedback_matrix(20, 30)
+
+    def definition(index):
+        return feedback_matrix(1, 30, row_offset=index, backend="torch")[0]
+
+    gate.check_entries(matrix, definition)
+    matrix[-1, -1] += 1e-6
+    with pytest.raises(gate.Wrong):
+        gate.check_entries(matrix, definition)
+
+
+@pytest.mark.parametrize(("factor", "shift"), [(1.05, 0.0), (1.0, 0.05)])
+def test_numbers_that_are_not_standard_normal_do_not_pass(factor, shift):
+    torch.manual_seed(0)
+    numbers = torch.randn(300, 300)
+    gate.check_normal(numbers)
+    with pytest.raises(gate.Wrong):
+        gate.check_normal(numbers * factor + shift)
+
+
+def test_a_wrong_contender_gets_no_time_and_the_others_do(monkeypatch):
+    class Careless(contenders.Naive):
+        def scales(self):
+            return [1.0] * len(self.case.sizes)
+
+        def check(self, error, signals):
+            contenders.Naive(self.case).check(error, signals)
+
+    monkeypatch.setitem(contenders.KINDS, "naive", Careless)
+    outcome = new_race().run(SMALL, ["torch", "naive", "stored"])
+    assert isinstance(outcome["naive"], gate.Wrong)
+    assert len(outcome["torch"].times) == len(outcome["stored"].times) == 2
+
+
+# --- measuring ---
+
+
+def test_peak_counts_what_a_call_takes_and_returns():
+    needs("Linux", sys.platform == "linux")
+    size = 2**26
+
+    def call():
+        passing = torch.ones(size // 4)
+        return passing.add(1)
+
+    result, peak = measure.peak_bytes(call, "cpu")
+    assert result.nbytes == size
+    assert 1.9 * size < peak < 2.3 * size
+
+
+def test_seconds_are_of_one_call():
+    calls = []
+    began = time.perf_counter()
+    one = measure.seconds(lambda: calls.append(time.sleep(0.01)), "cpu", 3)
+    assert len(calls) == 3
+    assert 0.01 <= one <= (time.perf_counter() - began) / 3
+
+
+def test_available_memory_is_what_the_control_group_allows(tmp_path, monkeypatch):
+    needs("Linux", sys.platform == "linux")
+    monkeypatch.setattr(measure, "CGROUPS", tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("3000000\n")
+    (tmp_path / "memory.stat").write_text("anon 2000000\ninactive_file 1000000\n")
+    assert measure.available_bytes("cpu") > 2**24
+    (tmp_path / "memory.max").write_text("5000000\n")
+    assert measure.available_bytes("cpu") == 3_000_000  # the file's cache gives way
+
+
+# --- races ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_contender_is_right_and_timed(dtype):
+    names = [n for n in contenders.names(SMALL) if dtype.itemsize == 4 or n != "scikit-learn"]
+    outcome = new_race().run(dataclasses.replace(SMALL, dtype=dtype), names)
+    for name in names:
+        assert isinstance(outcome[name], race.Result), outcome[name]
+        assert len(outcome[name].times) == 2
+        assert all(time > 0 for time in outcome[name].times)
+    assert outcome["naive"].stored_bytes == 180 * 30 * dtype.itemsize
+    assert outcome["stored"].stored_bytes == 70 * 30 * dtype.itemsize
+    assert outcome["torch"].stored_bytes == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own compiler's
+def test_what_is_compiled_is_right_and_timed():
+    needs("a C++ compiler", COMPILER)
+    case = Case("compiled", (40, 33), 3, 20, ("compiled",))
+    result = new_race().run(case, ["compiled"])["compiled"]
+    assert isinstance(result, race.Result), result
+    assert result.stored_bytes == 40 * 20 * 4
+    assert len(result.times) == 2
+
+
+def test_what_does_not_fit_is_not_run(monkeypatch):
+    monkeypatch.setattr(race, "available_bytes", lambda device_type: 2**20)
+    (outcome,) = new_race().run(SMALL, ["naive"]).values()
+    assert isinstance(outcome, race.LeftOut)
+    assert "fit" in outcome.reason
+    assert outcome.stored_bytes == 4 * 180 * 30
+
+
+def too_large(self, error, storage):
+    self.prepared = lambda: [torch.empty(2**58)]
+
+
+def too_large_for_numpy(self, error, storage):
+    self.prepared = lambda: [np.empty(2**58)]
+
+
+@pytest.mark.parametrize("prepare", [too_large, too_large_for_numpy])
+def test_who_runs_out_of_memory_is_left_out(prepare, monkeypatch):
+    monkeypatch.setattr(contenders.Naive, "prepare", prepare)
+    outcome = new_race().run(SMALL, ["naive", "stored"])
+    assert isinstance(outcome["naive"], race.LeftOut), outcome["naive"]
+    assert isinstance(outcome["stored"], race.Result)
+
+
+def test_what_takes_too_long_is_not_run(monkeypatch):
+    least = roofs.expected_seconds(contenders.contender("naive", SMALL).work(), machine())
+    limits = dataclasses.replace(ONCE, slowest=1.1 * least)
+    assert isinstance(new_race(limits).run(SMALL, ["naive"])["naive"], race.Result)
+    limits = dataclasses.replace(ONCE, slowest=0.9 * least)
+    monkeypatch.delattr(contenders.Naive, "prepare")
+    (outcome,) = new_race(limits).run(SMALL, ["naive"]).values()
+    assert isinstance(outcome, race.LeftOut)
+    assert "too long" in outcome.reason
+    assert roofs.expected_seconds(outcome.work, machine()) == least
+
+
+@pytest.mark.parametrize(
+    ("rounds", "elapsed", "over"),
+    [(0, 99.0, False), (4, 2.0, False), (1, 41.0, True), (5, 0.5, False), (5, 1.5, True)],
+)
+def test_rounds_end(rounds, elapsed, over):
+    assert race.QUICK.are_over(rounds, elapsed) == over
+    assert race.QUICK.are_over(race.QUICK.most, elapsed)
+
+
+def reduced(case):
+    """A GPU's case for the CPU: the same contenders and promises, less of everything."""
+    stand_ins = {"cuda": "cpp", "triton": "torch"}
+    promises = [
+        dataclasses.replace(
+            promise,
+            ours=stand_ins[promise.ours],
+            rival=stand_ins.get(promise.rival, promise.rival),
+        )
+        for promise in case.promises
+    ]
+    return dataclasses.replace(
+        case,
+        sizes=tuple(size // 2000 + 1 for size in case.sizes),
+        batch=min(case.batch, 4),
+        n=min(case.n, 20),
+        rivals=tuple(name for name in case.rivals if name != "compiled"),  # takes seconds each
+        device_type="cpu",
+        precision="highest",
+        graph=False,
+        promises=tuple(promises),
+    )
+
+
+def test_the_gpu_cases_run_at_reduced_size():
+    here = contenders.names(SMALL)
+    needs("two backends", "cpp" in here)
+    modules = (bench_networks, bench_sweeps, bench_precisions, bench_matrix)
+    cases = [case for module in modules for case in module.cases("cuda", False)]
+    assert len({case.name for case in cases}) == len(cases)
+    runner, promised = new_race(), 0
+    for case in map(reduced, cases):
+        names = ["torch", "cpp", *case.rivals]
+        outcome = runner.run(case, names)
+        results = report.case_results(case, outcome, runner.machine[0])
+        assert not results["left_out"], results["left_out"]
+        assert all(promise["reached"] > 0 for promise in results["promises"])
+        promised += len(results["promises"])
+    assert promised > 40
+
+
+def test_a_gpu_case_holds_cuda_against_triton():
+    matrix = bench_matrix.cases("cuda", False)[0]
+    assert [(promise.ours, promise.rival) for promise in matrix.all_promises] == [
+        ("cuda", "triton")
+    ]
+    assert not bench_matrix.cases("cpu", False)[1].all_promises
+
+
+def test_the_definition_sits_out_what_it_is_slow_on():
+    here = contenders.names(SMALL)
+    needs("two backends", "cpp" in here)
+    assert "torch" in here
+    many = tuple(range(1000, 2000))
+    for changed in ({"series": "batch"}, {"sizes": (2**20,)}, {"sizes": many}, {"graph": True}):
+        assert "torch" not in contenders.names(dataclasses.replace(SMALL, **changed))
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_names_of_cases_differ(device_type, full):
+    modules = (bench_networks, bench_sweeps, bench_precisions, bench_matrix)
+    names = [case.name for module in modules for case in module.cases(device_type, full)]
+    assert len(set(names)) == len(names)

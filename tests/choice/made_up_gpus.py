@@ -1,0 +1,87 @@
+"""Made-up GPUs, whose check is a small script in a process of its own."""
+
+import json
+import sys
+import warnings
+
+import torch
+
+from dfa_kernels import ops
+from dfa_kernels.backends import trial, verdicts
+
+GPUS = [torch.device("cuda", i) for i in range(2)]
+H100 = verdicts.Facts("H100", (9, 0), "580.65")
+PASSED = """json.dump({"passed": True, "failures": []}, open(report, "w"))"""
+WRONG = """json.dump({"passed": False, "failures": ["bits", "sums"]}, open(report, "w")); exit(1)"""
+
+
+class Machine:
+    """Devices of a kind each, and the script that a check runs."""
+
+    def __init__(self, folder, monkeypatch):
+        self.log = folder / "checks.jsonl"
+        self.cache = folder / "cache"
+        self.temporary = folder / "temporary"
+        self.temporary.mkdir()
+        self.kinds = dict.fromkeys(GPUS, H100)
+        self.check = PASSED
+        self.monkeypatch = monkeypatch
+        monkeypatch.setenv("DFA_KERNELS_CACHE", str(self.cache))
+        monkeypatch.delenv("DFA_KERNELS_CHECK", raising=False)
+        monkeypatch.delenv("DFA_KERNELS_BACKEND", raising=False)
+        monkeypatch.setattr("tempfile.tempdir", str(self.temporary))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(verdicts, "facts", self.kinds.__getitem__)
+        monkeypatch.setattr(verdicts, "kernels", lambda backend: f"kernels of {backend}")
+        monkeypatch.setattr(verdicts, "PROVEN", frozenset())
+        monkeypatch.setattr(trial, "command", self.command)
+        monkeypatch.setattr(verdicts, "triton_version", lambda: "3.7")
+        self.works("torch", "cuda", "triton")
+        self.restart()
+
+    def works(self, *backends):
+        """These are available; of the others, those for GPUs are not even in the order."""
+        gpu = tuple(name for name in ("cuda", "triton") if name in backends)
+        self.monkeypatch.setattr(ops, "_PREFERRED", {"cpu": ("cpp",), "cuda": gpu})
+        self.monkeypatch.setattr(
+            ops, "unavailable", lambda name, _: None if name in backends else "not today"
+        )
+
+    def command(self, backend, device, report):
+        head = f"""
+import json, os, sys
+backend, report = {backend!r}, {str(report)!r}
+with open({str(self.log)!r}, "a") as file:
+    print(json.dumps([backend, "{device}", dict(os.environ), os.getcwd(), sys.path]), file=file)
+"""
+        return [sys.executable, "-c", head + self.check]
+
+    def checks(self):
+        """What was checked where, check by check."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def checked(self):
+        return [(backend, device) for backend, device, *_ in self.checks()]
+
+    def restart(self):
+        """As in a new process: only the disk remembers."""
+        self.monkeypatch.setattr(verdicts, "_remembered", {})
+        self.monkeypatch.setattr(ops, "_chosen", {})
+        self.monkeypatch.setattr(ops, "_said", {})
+
+    def files(self):
+        return sorted(path.name for path in self.cache.glob("*.json"))
+
+
+def choose(device=GPUS[0]):
+    """What an automatic choice takes, and the warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        name = ops.choose("project", device, None)
+    assert {warning.category for warning in caught} <= {RuntimeWarning}
+    return name, [str(warning.message) for warning in caught]
+
+
+def fault(name):
+    return f"import signal; print('before', flush=True); os.kill(os.getpid(), signal.{name})"

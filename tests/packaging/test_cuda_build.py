@@ -1,0 +1,207 @@
+"""What nvcc makes of the CUDA sources: no spills, no local memory, few instructions an entry.
+
+With `-v`, and in CI, a run ends with registers, shared memory and blocks of every kernel, and what
+its inner loop issues.
+"""
+
+import collections
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import needs
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+ARCHITECTURES = ("sm_80", "sm_90a")
+DISTRIBUTIONS = ("normal", "uniform", "rademacher")  # as dfa::Distribution
+# Most instructions per entry in the loop that makes U and multiplies one term, at the largest tile:
+# 2 of them multiply, half of one loads the error.
+MOST = {"normal": 19, "uniform": 12, "rademacher": 8}
+SHARED = {"sm_80": 164 << 10, "sm_90a": 228 << 10}  # bytes of a multiprocessor
+
+needs("nvcc", shutil.which("nvcc") is not None)
+
+
+def cuobjdump():
+    """The disassembler, of the toolkit or of Triton's wheel."""
+    found = shutil.which("cuobjdump")
+    triton = importlib.util.find_spec("triton")
+    if found is None and triton is not None:
+        found = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return found
+
+
+Kernel = collections.namedtuple("Kernel", "source architecture symbol registers stack spills sass")
+
+
+def compiled(source, folder):
+    """Every kernel of one source on every architecture."""
+    target = folder / f"{source.stem}.o"
+    codes = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in ARCHITECTURES]
+    command = ["nvcc", "-std=c++17", "-O3", *codes, "-Werror", "all-warnings"]
+    command += ["-Xcompiler=-Wall,-Wextra", "-Xptxas=-v", "-c", source, "-o", target]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    listing = subprocess.run(
+        [cuobjdump(), "-sass", target], check=True, capture_output=True, text=True
+    ).stdout
+    code = {}
+    for part in re.split(r"arch = (?=sm_)", listing)[1:]:
+        for function in part.split("Function : ")[1:]:
+            code[part.split()[0], function.split()[0]] = instructions(function)
+    pattern = re.compile(
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        re.DOTALL,
+    )
+    return [
+        Kernel(
+            source.name,
+            architecture,
+            symbol,
+            int(registers),
+            int(stack),
+            int(stores) + int(loads),
+            code[architecture, symbol],
+        )
+        for symbol, architecture, stack, stores, loads, registers in pattern.findall(done.stderr)
+    ]
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    needs("cuobjdump", cuobjdump() is not None)
+    folder = tmp_path_factory.mktemp("cubins")
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda source: compiled(source, folder), SOURCES)
+    return [kernel for of_source in found for kernel in of_source]
+
+
+def instructions(function):
+    """(address, text) of each instruction."""
+    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", function)
+    return [(int(address, 16), text.strip()) for address, text in lines]
+
+
+def loops(sass):
+    """The instructions of each loop, which is what a branch back encloses, shortest first."""
+    found = []
+    for address, text in sass:
+        target = re.search(r"\bBRA\S*\s.*?0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < address:
+            body = [t for a, t in sass if int(target[1], 16) <= a <= address]
+            found.append([re.sub(r"^@!?U?P\w+\s+", "", t).split()[0] for t in body])
+    return sorted(found, key=len)
+
+
+Shape = collections.namedtuple("Shape", "n f warps chunks parts distribution operand")
+
+
+def shape(symbol):
+    """The template arguments of a fused kernel, but for its least number of blocks."""
+    found = re.search(
+        r"5ShapeILi(\d+)ELi(\d+)ELi(\d+)ELi\d+ELi(\d+)ELi(\d+)EE"
+        r".*?DistributionE(\d).*?OperandE(\d)",
+        symbol,
+    )
+    return found and Shape(*map(int, found.groups()))
+
+
+def tile(of):
+    """What csrc/cuda/shapes.h calls it, and its operand."""
+    rows = 16 * of.f * of.warps // of.parts
+    parts = f", columns in {of.parts}" if of.parts > 1 else ""
+    operand = ("bf16", "fp16", "exact")[of.operand]
+    return f"{DISTRIBUTIONS[of.distribution]} {operand} {rows} x {8 * of.n}{parts}"
+
+
+def shared_bytes(symbol):
+    """Of a fused kernel for one term, as csrc/cuda/shapes.h counts them, with what CUDA takes."""
+    found = shape(symbol)
+    if not found:
+        return []
+    terms = 3 if found.operand == 2 else 1  # Operand::kExact
+    stages = 2 * terms * 8 * found.n * 128 * found.chunks
+    staged = min(found.n, 4 if found.parts == 1 else 2)
+    return [stages + found.warps * 8 * staged * (16 * found.f + 4) * 4 + 1024]
+
+
+def test_no_kernel_spills_or_has_local_memory(kernels, resources):
+    names = {(kernel.source, kernel.architecture) for kernel in kernels}
+    assert len(names) == len(SOURCES) * len(ARCHITECTURES)
+    for kernel in kernels:
+        local = [text for _, text in kernel.sass if re.search(r"\b(LDL|STL)\b", text)]
+        assert (kernel.stack, kernel.spills, local) == (0, 0, []), kernel.symbol
+        of = shape(kernel.symbol)
+        threads = 32 * of.warps if of else 256
+        blocks = 65536 // (threads * (kernel.registers + 7 & ~7))
+        assert blocks >= 1
+        shared = shared_bytes(kernel.symbol)
+        blocks = min(blocks, 2048 // threads, *(SHARED[kernel.architecture] // s for s in shared))
+        assert blocks >= 1
+        resources(
+            f"{kernel.architecture:7}{tile(of) if of else kernel.source:44}"
+            f"{threads} threads, {kernel.registers} registers, "
+            f"{shared[0] if shared else 0} bytes shared: {blocks} blocks"
+        )
+
+
+def test_the_fused_loop_is_short(kernels, resources):
+    seen = collections.Counter()
+    for kernel in kernels:
+        of = shape(kernel.symbol)
+        if not of:
+            continue
+        entries = 16 * of.f  # of a lane, in 32 columns
+        inner = next(
+            body
+            for body in loops(kernel.sass)
+            if sum(op.startswith("LOP3") for op in body) > entries
+            and any(op.startswith("HMMA") for op in body)
+        )
+        kinds = collections.Counter(op.split(".")[0] for op in inner)
+        assert kinds["HMMA"] >= 2 * of.n * of.f
+        name = DISTRIBUTIONS[of.distribution]
+        assert kinds["MUFU"] == (entries if name == "normal" else 0)
+        count = len(inner) / entries
+        common = ", ".join(f"{kind} {number}" for kind, number in kinds.most_common(8))
+        step = next(
+            body
+            for body in loops(kernel.sass)
+            if len(body) > len(inner) and any(op.startswith("BAR") for op in body)
+        )
+        resources(
+            f"{kernel.architecture:7}{tile(of):44}{count:.1f} an entry ({common}), "
+            f"{len(step) - len(inner)} more a step"
+        )
+        if of.n == 16 and of.parts == 1 and of.operand == 0:
+            assert count <= MOST[name]
+            seen[kernel.architecture, name] += 1
+    assert len(seen) == len(ARCHITECTURES) * len(DISTRIBUTIONS)
+
+
+def test_the_bindings_compile_against_the_stable_headers(tmp_path):
+    needs("c++", shutil.which("c++") is not None)
+    headers = [Path(torch.__file__).parent / "include", sysconfig.get_paths()["include"]]
+    command = ["c++", "-std=c++17", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror", "-c"]
+    command += [f"-I{folder}" for folder in headers]
+    command += ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    command += ["-DUSE_CUDA", ROOT / "csrc" / "cuda" / "bindings.cpp", "-o", tmp_path / "b.o"]
+    subprocess.run(command, check=True, env=os.environ)
+    symbols = subprocess.run(
+        ["nm", "-C", "--undefined-only", tmp_path / "b.o"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert "aoti_torch_get_current_cuda_stream" in symbols
+    assert [s for s in symbols.splitlines() if " at::" in s or " c10::" in s] == []

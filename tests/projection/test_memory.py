@@ -1,0 +1,60 @@
+"""Memory: the workspace is bounded, and outputs may be larger than 2^31 elements."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dfa_kernels import project
+from dfa_kernels.backends import slabs
+from tests import reference
+
+# In a process of its own, because resident memory has no owner.
+PROGRAM = """
+import sys, torch, dfa_kernels
+layer, n, distribution, backend = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+error = torch.randn(4, n)
+dfa_kernels.project(error[:, :1], [8], backend=backend)
+def status(key):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+before = status("VmRSS")
+(signal,) = dfa_kernels.project(error, [layer], distribution=distribution, backend=backend)
+print(status("VmHWM") - before - signal.nbytes)
+"""
+
+
+def extra_bytes(backend, layer, n, distribution="normal"):
+    command = [sys.executable, "-c", PROGRAM, str(layer), str(n), distribution, backend]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def test_extra_memory_is_bounded_and_does_not_grow_with_the_layer(backend):
+    small, large = extra_bytes(backend, 200_000, 10), extra_bytes(backend, 3_211_264, 10)
+    assert small <= slabs.WORKSPACE_BYTES
+    assert large <= slabs.WORKSPACE_BYTES
+    assert large - small <= 16 * 2**20  # the stored matrix would have added 120 MB
+
+
+@pytest.mark.parametrize(("layer", "n"), [(20_000, 1000), (300, 200_000)])
+def test_extra_memory_is_bounded_for_long_errors(backend, layer, n):
+    assert extra_bytes(backend, layer, n) <= slabs.WORKSPACE_BYTES  # 80 and 240 MB of entries
+
+
+def test_extra_memory_is_bounded_for_short_errors_and_long_blocks(backend):
+    """One column of rademacher entries costs a block of 128 to make."""
+    assert extra_bytes(backend, 200_000, 1, "rademacher") <= slabs.WORKSPACE_BYTES
+
+
+def test_more_than_two_to_the_31_elements(backend):
+    count, size = 4097, 2**19
+    error = torch.linspace(-2, 2, count, dtype=torch.bfloat16)[:, None]
+    (signal,) = project(error, [size], normalization=1.0, backend=backend)
+    assert signal.numel() > 2**31
+    u = reference.matrix(size, 1).flatten()
+    for row in (0, 1, 2048, count - 1):
+        expected = (error[row].double() * u).to(torch.bfloat16)
+        torch.testing.assert_close(signal[row], expected, rtol=2**-7, atol=0)
+    last = (error[:, 0].double() * u[-1]).to(torch.bfloat16)
+    torch.testing.assert_close(signal[:, -1], last, rtol=2**-7, atol=0)

@@ -1,6 +1,7 @@
 """Feedback signals of Direct Feedback Alignment, from a seed."""
 
-from dfa_kernels.functional import backends, feedback_matrix, project
+from dfa_kernels import backends
+from dfa_kernels.functional import feedback_matrix, project
 from dfa_kernels.nn import (
     DFA,
     Alignment,

@@ -7,28 +7,26 @@ and lie far out, and says what is wrong with the signals a kernel made of them.
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dfa_kernels import stream
+from dfa_kernels import stream as definition
+from dfa_kernels.layers import Layers
+from dfa_kernels.stream import DISTRIBUTIONS, Stream
 
-# A factor sqrt(3) that is left out of uniform entries makes them multiples of 1/256.
-_UNIT = {"normal": 1.0, "uniform": math.sqrt(3), "rademacher": 1.0}
 # All 24 bits of it count, also where it is the sum of three numbers of 8 bits.
 _NEEDLE = 1 + 2**-6 + 2**-12 + 2**-20
 
-# Rows of U, sizes and scales of the layers. The first two cross row 2**32, and two are one range of
-# rows. Scales are powers of two, which round nothing.
-LAYERS = (
-    (2**32 - 150, 301, 1.0),
-    (2**32 - 20, 77, -0.5),
-    (2**32 - 20, 77, 4.0),
-    (5, 33, 2.0),
-    (2**63 - 9, 9, 1.0),
+# The first two cross row 2**32, and two read the same rows. Scales are powers of two, which round
+# nothing.
+LAYERS = Layers(
+    row_offsets=(2**32 - 150, 2**32 - 20, 2**32 - 20, 5, 2**63 - 9),
+    sizes=(301, 77, 77, 33, 9),
+    scales=(1.0, -0.5, 4.0, 2.0, 1.0),
 )
+LONE_LAYER = Layers(LAYERS.row_offsets[:1], LAYERS.sizes[:1], LAYERS.scales[:1])
 _SEED = -0x61C8864680B583EB  # both halves of the key have their upper bit set
 _COLUMN_OFFSET = 2**20 + 77
 _UNIT_ROWS = 141
@@ -54,12 +52,8 @@ class Case(NamedTuple):
     """
 
     error: Tensor
-    row_offsets: list[int]
-    sizes: list[int]
-    scales: list[float]
-    seed: int
-    column_offset: int
-    distribution: str
+    layers: Layers
+    stream: Stream
     rows: dict[str, slice]
 
     @classmethod
@@ -69,7 +63,7 @@ class Case(NamedTuple):
         distribution: str,
         columns: int = 1041,
         unit_rows: int = _UNIT_ROWS,
-        layers: tuple[tuple[int, int, float], ...] = LAYERS,
+        layers: Layers = LAYERS,
     ) -> Case:
         """A case with an error of `dtype` and `columns` columns, on the CPU.
 
@@ -90,13 +84,7 @@ class Case(NamedTuple):
             rows[kind] = slice(first, first + len(part))
             first += len(part)
         error = torch.cat(list(parts.values())).to(dtype)
-        row_offsets, sizes, scales = (list(column) for column in zip(*layers, strict=True))
-        return cls(error, row_offsets, sizes, scales, _SEED, _COLUMN_OFFSET, distribution, rows)
-
-    @property
-    def arguments(self) -> tuple[list[int], list[int], list[float], int, int, str]:
-        """What a backend's `project` takes between the error and the dtype."""
-        return self[1:7]
+        return cls(error, layers, Stream(_SEED, _COLUMN_OFFSET, distribution), rows)
 
     def expected(self, dtype: torch.dtype, *, terms: int, lattice: bool) -> list[Signal]:
         """The signals in `dtype`, one per layer.
@@ -104,7 +92,9 @@ class Case(NamedTuple):
         `terms`: how many numbers of 8 bits the kernel makes of each fp32 number; 3 where it is
         taken as it is. `lattice`: uniform entries get their factor after the sum.
         """
-        return [self._signal(layer, dtype, terms, lattice) for layer in range(len(self.sizes))]
+        return [
+            self._signal(layer, dtype, terms, lattice) for layer in range(len(self.layers.sizes))
+        ]
 
     def mistake(self, signals: list[Tensor], expected: list[Signal]) -> str | None:
         """What is wrong with the signals, one [M, size] per layer, or None."""
@@ -129,9 +119,11 @@ class Case(NamedTuple):
         return None
 
     def _signal(self, layer: int, dtype: torch.dtype, terms: int, lattice: bool) -> Signal:
-        scale, where = self.scales[layer], self._where(layer)
+        scale, row_offset = self.layers.scales[layer], self.layers.row_offsets[layer]
+        block = (self.layers.sizes[layer], self.error.shape[1], row_offset, self.stream)
+        facts = DISTRIBUTIONS[self.stream.distribution]
         arithmetic = torch.float64 if self.error.dtype == torch.float64 else torch.float32
-        error, entries = self.error.double(), _entries(*where, arithmetic).double()
+        error, entries = self.error.double(), _entries(*block, arithmetic).double()
         values = error @ entries.T * scale
         unit = torch.finfo(arithmetic).eps / 2
         left_out = 2.0 ** (-8 * terms) if self.error.dtype == torch.float32 and terms < 3 else 0.0
@@ -141,20 +133,15 @@ class Case(NamedTuple):
         info = torch.finfo(dtype)
         bounds += info.eps / 2 * values.abs() + info.smallest_normal * info.eps
         exact = ["unit"]
-        if self.distribution == "rademacher" or (self.distribution == "uniform" and lattice):
+        if facts.bits <= 8 and (lattice or facts.factor == 1.0):  # few bits, whose sums are exact
             exact.append("integer")
-            factor = torch.tensor(_UNIT[self.distribution] * scale, dtype=arithmetic)
+            factor = torch.tensor(facts.factor * scale, dtype=arithmetic)
             rows = self.rows["integer"]
-            values[rows] = ((error[rows] @ _lattice(*where).T).to(arithmetic) * factor).double()
+            values[rows] = ((error[rows] @ _lattice(*block).T).to(arithmetic) * factor).double()
         for kind in exact:
             rows = self.rows[kind]
             values[rows], bounds[rows] = values[rows].to(dtype).double(), 0.0
         return Signal(values, bounds)
-
-    def _where(self, layer: int) -> tuple[str, int, int, int, int, int]:
-        size, row_offset = self.sizes[layer], self.row_offsets[layer]
-        columns = self.error.shape[1]
-        return self.distribution, size, columns, self.seed, row_offset, self.column_offset
 
 
 def _at(columns: Tensor, count: int, value: float) -> Tensor:
@@ -166,29 +153,13 @@ def _at(columns: Tensor, count: int, value: float) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _entries(
-    distribution: str,
-    rows: int,
-    columns: int,
-    seed: int,
-    row_offset: int,
-    column_offset: int,
-    dtype: torch.dtype,
+    rows: int, columns: int, row_offset: int, stream: Stream, dtype: torch.dtype
 ) -> Tensor:
-    return stream.entries(
-        rows,
-        columns,
-        seed=seed,
-        row_offset=row_offset,
-        column_offset=column_offset,
-        distribution=distribution,
-        dtype=dtype,
-        device=torch.device("cpu"),
-    )
+    cpu = torch.device("cpu")
+    return definition.entries(rows, columns, row_offset, stream, dtype, cpu)
 
 
-def _lattice(distribution: str, *where: int) -> Tensor:
+def _lattice(rows: int, columns: int, row_offset: int, stream: Stream) -> Tensor:
     """Entries without the factor of uniform ones, exact: multiples of 1/256, or +-1."""
-    entries = _entries(distribution, *where, torch.float64)
-    if distribution != "uniform":
-        return entries
-    return (entries / math.sqrt(3) * 256).round() / 256
+    entries = _entries(rows, columns, row_offset, stream, torch.float64)
+    return (entries / DISTRIBUTIONS[stream.distribution].factor * 256).round() / 256

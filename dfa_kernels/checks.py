@@ -70,11 +70,9 @@ def seed(function: str, value: int) -> int:
 
 def distribution(function: str, value: str) -> None:
     """The name of a distribution of the stream."""
-    if not isinstance(value, str) or value not in stream.BLOCK:
-        raise ValueError(
-            f"{function}: distribution must be one of {', '.join(map(repr, stream.BLOCK))}, "
-            f"got {value!r}"
-        )
+    if not isinstance(value, str) or value not in stream.DISTRIBUTIONS:
+        names = ", ".join(map(repr, stream.DISTRIBUTIONS))
+        raise ValueError(f"{function}: distribution must be one of {names}, got {value!r}")
 
 
 def dtype(function: str, argument: str, value: torch.dtype) -> None:

@@ -16,9 +16,11 @@ from pathlib import Path
 
 import torch
 
-from dfa_kernels import functional, ops, stream, verify
-from dfa_kernels.backends import verdicts
+from dfa_kernels import stream, verify
+from dfa_kernels.backends import registry, verdicts
 from dfa_kernels.version import __version__
+
+_BACKENDS = list(registry.BACKENDS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Checks the bits of the matrix's entries, and the signals of every kernel, "
         "against the definition. The exit status is 1 if anything is wrong.",
     )
-    check.add_argument("--backend", choices=ops.BACKENDS, help="by default all available ones")
+    check.add_argument("--backend", choices=_BACKENDS, help="by default all available ones")
     check.add_argument(
         "--device", type=_device, help="by default the CPU, and the GPU where there is one"
     )
@@ -60,9 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     demo.add_argument("--epochs", type=_positive, default=30, help="passes over the training set")
     demo.add_argument("--seed", type=_seed, default=0, help="of the weights, the batches and B")
-    demo.add_argument(
-        "--backend", choices=ops.BACKENDS, help="of the projection; by default the best"
-    )
+    demo.add_argument("--backend", choices=_BACKENDS, help="of the projection; by default the best")
     demo.add_argument("--device", type=_device, default="cpu", help="where to train")
     demo.add_argument("--figure", type=_file, default="demo-digits.png", help="learning curves")
     demo.set_defaults(run=run_demo)
@@ -124,14 +124,14 @@ def run_info(options: argparse.Namespace) -> int:
     if torch.cuda.is_available():
         print(f"CUDA {torch.version.cuda}, {torch.cuda.get_device_name()}")
     try:
-        statuses = functional.backends()
+        statuses = registry.backends()
     except ValueError as reason:
         print(reason)
         return 1
     if any(status.name == "cpp" and status.available for status in statuses):
         print(f"instruction set of cpp: {torch.ops.dfa_kernels.cpu_isa(None)}")
     asked = os.environ.get("DFA_KERNELS_BACKEND")
-    if asked in ops.BACKENDS:
+    if asked in registry.BACKENDS:
         print(f"DFA_KERNELS_BACKEND={asked} takes the place of the automatic choice")
     elif asked:
         print(f"DFA_KERNELS_BACKEND={asked} is no backend: calls that choose none will raise")
@@ -151,7 +151,7 @@ def run_info(options: argparse.Namespace) -> int:
 def run_verify(options: argparse.Namespace) -> int:
     """Check backends and print a table; see `dfa_kernels.verify`."""
     try:
-        statuses = functional.backends()
+        statuses = registry.backends()
     except ValueError as error:
         print(error)
         return 1
@@ -179,7 +179,7 @@ def run_verify(options: argparse.Namespace) -> int:
                 print(f"    {check.mistake}", flush=True)
                 wrong.append(f"{check.what}: {check.mistake}")
         if options.only is None:
-            ops.keep_check(name, device, wrong, time.perf_counter() - began)
+            registry.keep_check(name, device, wrong, time.perf_counter() - began)
         failures += wrong
     for name, device, reason in chosen:
         if reason is not None:
@@ -213,7 +213,7 @@ def run_demo(options: argparse.Namespace) -> int:
         print(f"dfa-kernels demo: {missing}; it comes with `pip install dfa-kernels[demo]`")
         return 1
     try:
-        ops.choose("demo", options.device, options.backend)
+        registry.choose("demo", options.device, options.backend)
     except (RuntimeError, ValueError) as reason:
         print(f"dfa-kernels {reason}")
         return 1

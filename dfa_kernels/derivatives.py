@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from dfa_kernels.layers import Layers
+from dfa_kernels.stream import Stream
+
 
 def transformed() -> bool:
     """Whether forward mode is on, or a transform of torch.func that differentiates or maps.
@@ -39,20 +42,24 @@ def _transforms() -> tuple[str, ...]:
     return tuple(level.key().name for level in torch._C._functorch.get_interpreter_stack() or ())
 
 
-def project(error: Tensor, *arguments: Any) -> list[Tensor]:
+def project(
+    error: Tensor, layers: Layers, stream: Stream, dtype: torch.dtype | None, backend: str
+) -> list[Tensor]:
     """The signals, with all derivatives; see `Projection`."""
     if torch.compiler.is_compiling() and _transforms()[:1] in ((), ("Vmap",)):
-        return _uncompiled(error, *arguments)
-    return _one_node(error, *arguments)
+        return _uncompiled(error, layers, stream, dtype, backend)
+    return _one_node(error, *layers, *stream, dtype, backend)
 
 
 @torch.compiler.allow_in_graph
 def _one_node(error: Tensor, *arguments: Any) -> list[Tensor]:
     """One node of a compiled graph, which keeps its derivatives for where it meets the transforms.
 
-    torch.compile itself would trace the forward of `Projection` alone.
+    torch.compile itself would trace the forward of `Projection` alone. A graph holds an operator's
+    arguments, not records of them.
     """
-    return list(Projection.apply(error, *arguments))
+    layers, stream = Layers.of(*arguments[:3]), Stream(*arguments[3:6])
+    return list(Projection.apply(error, layers, stream, *arguments[6:]))
 
 
 _eager = torch.compiler.disable(
@@ -72,32 +79,34 @@ def _uncompiled(error: Tensor, *arguments: Any) -> list[Tensor]:
 
 
 class Projection(torch.autograd.Function):
-    """error [M, n] -> a tuple of signals [M, sizes[i]]; `arguments` are those of the operator."""
+    """error [batch, n] -> a tuple of signals [batch, sizes[i]]."""
 
     @staticmethod
-    def forward(error: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    def forward(
+        error: Tensor, layers: Layers, stream: Stream, dtype: torch.dtype | None, backend: str
+    ) -> tuple[Tensor, ...]:
         """By the operator."""
-        return tuple(torch.ops.dfa_kernels.project.default(error, *arguments))
+        operator = torch.ops.dfa_kernels.project.default
+        return tuple(operator(error, *layers, *stream, dtype, backend))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         """No tensor is kept."""
-        error, *ctx.arguments = inputs
+        error, ctx.layers, ctx.stream, ctx.output_dtype, ctx.backend = inputs
         ctx.columns, ctx.dtype = error.shape[1], error.dtype
 
     @staticmethod
     @_eager
     def backward(ctx, *signals: Tensor) -> tuple[Tensor | None, ...]:
         """The transpose."""
-        *layers_and_stream, _, backend = ctx.arguments
-        arguments = (*layers_and_stream, ctx.columns, ctx.dtype, backend)
-        return Adjoint.apply(arguments, *signals), *[None] * len(ctx.arguments)
+        where = (ctx.layers, ctx.stream, ctx.columns, ctx.dtype, ctx.backend)
+        return Adjoint.apply(*where, *signals), None, None, None, None
 
     @staticmethod
     @_eager
     def jvp(ctx, tangent: Tensor, *_: None) -> tuple[Tensor, ...]:
         """The projection of the tangent."""
-        return Projection.apply(tangent, *ctx.arguments)
+        return Projection.apply(tangent, ctx.layers, ctx.stream, ctx.output_dtype, ctx.backend)
 
     @staticmethod
     @_eager
@@ -110,47 +119,53 @@ class Projection(torch.autograd.Function):
 
 
 class Adjoint(torch.autograd.Function):
-    """Signals [M, sizes[i]] -> [M, columns]: the transpose of `Projection`.
-
-    `arguments`: row_offsets, sizes, scales, seed, column_offset, distribution, columns, dtype,
-    backend.
-    """
+    """Signals [batch, sizes[i]] -> [batch, columns] of `dtype`: the transpose of `Projection`."""
 
     @staticmethod
-    def forward(arguments: tuple, *signals: Tensor) -> Tensor:
+    def forward(
+        layers: Layers,
+        stream: Stream,
+        columns: int,
+        dtype: torch.dtype,
+        backend: str,
+        *signals: Tensor,
+    ) -> Tensor:
         """By the operator."""
-        row_offsets, _, *others = arguments
-        return torch.ops.dfa_kernels.project_adjoint(list(signals), row_offsets, *others)
+        row_offsets, _, scales = layers
+        where = (row_offsets, scales, *stream)
+        return torch.ops.dfa_kernels.project_adjoint(list(signals), *where, columns, dtype, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         """No tensor is kept."""
-        ctx.arguments, *signals = inputs
+        ctx.layers, ctx.stream, ctx.columns, ctx.output_dtype, ctx.backend, *signals = inputs
         ctx.dtype = signals[0].dtype
 
     @staticmethod
     @_eager
     def backward(ctx, error: Tensor) -> tuple[Tensor | None, ...]:
         """The projection."""
-        *layers_and_stream, _, _, backend = ctx.arguments
-        return None, *Projection.apply(error, *layers_and_stream, ctx.dtype, backend)
+        signals = Projection.apply(error, ctx.layers, ctx.stream, ctx.dtype, ctx.backend)
+        return None, None, None, None, None, *signals
 
     @staticmethod
     @_eager
-    def jvp(ctx, _: None, *tangents: Tensor) -> Tensor:
+    def jvp(ctx, *tangents: Tensor | None) -> Tensor:
         """The transpose, of the tangents."""
-        return Adjoint.apply(ctx.arguments, *tangents)
+        where = (ctx.layers, ctx.stream, ctx.columns, ctx.output_dtype, ctx.backend)
+        return Adjoint.apply(*where, *tangents[len(where) :])
 
     @staticmethod
     @_eager
-    def vmap(info, in_dims, arguments: tuple, *signals: Tensor):
+    def vmap(info, in_dims, *arguments: Any):
         """All calls' signals are rows of one."""
-        dims = in_dims[1:]
-        stacks = [_stacked(*pair, info.batch_size) for pair in zip(signals, dims, strict=True)]
-        error = Adjoint.apply(arguments, *(stack.flatten(0, 1) for stack in stacks))
+        where, signals = arguments[:5], arguments[5:]
+        pairs = zip(signals, in_dims[5:], strict=True)
+        stacks = [_stacked(*pair, info.batch_size) for pair in pairs]
+        error = Adjoint.apply(*where, *(stack.flatten(0, 1) for stack in stacks))
         return error.unflatten(0, stacks[0].shape[:2]), 0
 
 
 def _stacked(tensor: Tensor, dim: int | None, calls: int) -> Tensor:
-    """[M, size] of each of the calls, along `dim` or the same for all, as [calls, M, size]."""
+    """[batch, size] of each call, along `dim` or the same for all: [calls, batch, size]."""
     return tensor.expand(calls, *tensor.shape) if dim is None else tensor.movedim(dim, 0)

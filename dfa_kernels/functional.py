@@ -1,4 +1,4 @@
-"""The functions `project` and `feedback_matrix`, and `backends`."""
+"""The functions `project` and `feedback_matrix`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from dfa_kernels import checks, ops, stream
+from dfa_kernels.backends import registry
+from dfa_kernels.layers import Layers
+from dfa_kernels.stream import Stream
 
 
 def project(
@@ -69,7 +72,7 @@ def project(
         raise TypeError(f"project: error must be a strided tensor, got {kind}")
     if error.dim() == 0:
         raise ValueError("project: error must have at least one dimension, got a scalar tensor")
-    count = error.shape[-1]
+    columns = error.shape[-1]
     sizes = checks.integers("project", "sizes", sizes, low=1, high=stream.ROWS - 1)
     if not sizes:
         raise ValueError("project: sizes must hold at least one layer size, got none")
@@ -89,49 +92,41 @@ def project(
     column_offset = checks.integer(
         "project", "column_offset", column_offset, low=0, high=stream.COLUMNS
     )
-    checks.columns("project", "column_offset", column_offset, count)
+    checks.columns("project", "column_offset", column_offset, columns)
     if error_size is None:
-        if count == 0:
+        if columns == 0:
             raise ValueError(
                 f"project: error must have a last dimension of at least 1, got {tuple(error.shape)}"
             )
-        error_size = count
+        error_size = columns
     else:
         error_size = checks.integer("project", "error_size", error_size, low=1, high=stream.COLUMNS)
-        if error_size < column_offset + count:
+        if error_size < column_offset + columns:
             raise ValueError(
                 f"project: error_size must be at least column_offset + error.shape[-1] = "
-                f"{column_offset + count}, got {error_size}"
+                f"{column_offset + columns}, got {error_size}"
             )
     scales = checks.scales("project", normalization, sizes, error_size)
     seed = checks.seed("project", seed)
     checks.distribution("project", distribution)
     if dtype is not None:
         checks.dtype("project", "dtype", dtype)
-    choose = ops.choose_for_graph if compiling else ops.choose
+    choose = registry.choose_for_graph if compiling else registry.choose
     backend = choose("project", error.device, backend)
 
-    # Every distinct layer, and where its signal will be: equal layers are one output.
-    places: dict[tuple[int, int, float], int] = {}
-    layers = [
-        places.setdefault(layer, len(places))
-        for layer in zip(row_offsets, sizes, scales, strict=True)
-    ]
+    # Equal layers are one output.
+    layers, places = Layers.distinct(row_offsets, sizes, scales)
     batch = error.shape[:-1]
     signals = ops.project(
-        error if error.dim() == 2 else error.reshape(batch.numel(), count),  # [M, n]
-        [row_offset for row_offset, _, _ in places],
-        [size for _, size, _ in places],
-        [scale for _, _, scale in places],
-        seed,
-        column_offset,
-        distribution,
+        error if error.dim() == 2 else error.reshape(batch.numel(), columns),  # [batch, n]
+        layers,
+        Stream(seed, column_offset, distribution),
         dtype,
         backend,
     )
     if error.dim() != 2:
         signals = [signal.view(*batch, signal.shape[1]) for signal in signals]
-    return [signals[place] for place in layers]
+    return [signals[place] for place in places]
 
 
 def feedback_matrix(
@@ -179,24 +174,7 @@ def feedback_matrix(
     checks.dtype("feedback_matrix", "dtype", dtype)
     # Not torch.get_default_device(), which torch.compile cannot trace.
     device = torch.empty(()).device if device is None else torch.device(device)
-    choose = ops.choose_for_graph if torch.compiler.is_compiling() else ops.choose
+    choose = registry.choose_for_graph if torch.compiler.is_compiling() else registry.choose
     backend = choose("feedback_matrix", device, backend)
-    return ops.feedback_matrix(
-        rows, columns, seed, row_offset, column_offset, distribution, dtype, device, backend
-    )
-
-
-def backends() -> list[ops.BackendStatus]:
-    """Every backend on the CPU and on this machine's current accelerator.
-
-    Each says whether it is available, whether an automatic choice takes it, what is known of its
-    check there (none is started), and if it is not available why not.
-
-    Raises:
-        ValueError: DFA_KERNELS_CHECK has an unknown value.
-    """
-    devices = [torch.device("cpu")]
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is not None:
-        devices.append(torch.device(accelerator.type))
-    return ops.statuses(devices)
+    matrix = Stream(seed, column_offset, distribution)
+    return ops.feedback_matrix(rows, columns, row_offset, matrix, dtype, device, backend)

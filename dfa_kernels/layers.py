@@ -1,8 +1,11 @@
-"""The layers that a projection makes signals for: which rows of U each of them reads."""
+"""The layers that a projection makes signals for, and the slabs of rows that they read.
+
+Each row in the union of the layers' rows is made once, whatever the number of layers that read it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 
@@ -23,3 +26,72 @@ class Layers(NamedTuple):
     ) -> Layers:
         """From any sequences."""
         return cls(tuple(row_offsets), tuple(sizes), tuple(scales))
+
+    @classmethod
+    def distinct(
+        cls, row_offsets: Sequence[int], sizes: Sequence[int], scales: Sequence[float]
+    ) -> tuple[Layers, list[int]]:
+        """The layers without repetitions, and for each one given its place among them."""
+        places: dict[tuple[int, int, float], int] = {}
+        given = zip(row_offsets, sizes, scales, strict=True)
+        found = [places.setdefault(layer, len(places)) for layer in given]
+        return cls(*zip(*places, strict=True)), found
+
+    def unions(self) -> list[tuple[int, int]]:
+        """The union of the layers' rows as disjoint ranges (first, last), ascending."""
+        merged: list[tuple[int, int]] = []
+        for first, size in sorted(zip(self.row_offsets, self.sizes, strict=True)):
+            if merged and first <= merged[-1][1]:
+                merged[-1] = merged[-1][0], max(merged[-1][1], first + size)
+            else:
+                merged.append((first, first + size))
+        return merged
+
+    def union_rows(self) -> int:
+        """How many rows the union of the layers' rows has."""
+        return sum(last - first for first, last in self.unions())
+
+    def slabs(self, rows: int) -> Iterator[Slab]:
+        """Cut the union of the layers' rows into slabs of at most `rows` rows.
+
+        Every row of the union is in exactly one slab, and no other row is in any.
+        """
+        ends = [first + size for first, size in zip(self.row_offsets, self.sizes, strict=True)]
+        waiting = sorted(
+            range(len(ends)), key=lambda layer: (self.row_offsets[layer], ends[layer]), reverse=True
+        )  # the next one to begin is at the end
+        active: list[int] = []
+        position = 0
+        while waiting or active:
+            if not active:
+                position = self.row_offsets[waiting[-1]]
+            reach = max((ends[layer] for layer in active), default=position)
+            while waiting:
+                first = self.row_offsets[waiting[-1]]
+                if first > reach or first >= position + rows:
+                    break
+                active.append(waiting.pop())
+                reach = max(reach, ends[active[-1]])
+            slab = Slab(position, min(position + rows, reach), active)
+            yield slab
+            position = slab.last
+            active = [layer for layer in active if ends[layer] > position]
+
+    def overlap(self, layer: int, slab: Slab) -> tuple[slice, slice]:
+        """The rows that a layer and a slab share, counted from the first row of each."""
+        begin = self.row_offsets[layer]
+        first, last = max(slab.first, begin), min(slab.last, begin + self.sizes[layer])
+        return slice(first - begin, last - begin), slice(first - slab.first, last - slab.first)
+
+
+class Slab(NamedTuple):
+    """Rows [first, last) of U, and the layers that read some of them, by their index."""
+
+    first: int
+    last: int
+    layers: list[int]
+
+    @property
+    def rows(self) -> int:
+        """How many rows it has."""
+        return self.last - self.first

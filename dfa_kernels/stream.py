@@ -2,8 +2,7 @@
 
 This is the specification in integer tensor operations; it runs on any torch device. U has `ROWS`
 rows and `COLUMNS` columns. One Philox4x32-10 block (Salmon et al. 2011, "Parallel random numbers:
-as easy as 1, 2, 3") gives the entries of one row in one block of `BLOCK[distribution]` consecutive
-columns:
+as easy as 1, 2, 3") gives the entries of one row in one block of consecutive columns:
 
     key     = (seed & 0xffffffff, seed >> 32)
     counter = (column_block, 0, row & 0xffffffff, row >> 32)
@@ -14,13 +13,15 @@ columns:
     rademacher  128 columns a block, one bit each: U = 1 - 2*bit
 
 Halfword 2j of a block is the low half of word j, halfword 2j+1 its high half. Within word j of a
-rademacher block, column 2i is bit i and column 2i+1 is bit 16+i.
+rademacher block, column 2i is bit i and column 2i+1 is bit 16+i. `DISTRIBUTIONS` has these facts
+for the rest of the package.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,6 @@ from torch import Tensor
 VERSION = 1
 ROWS = 2**63
 COLUMNS = 2**34
-BLOCK = {"normal": 8, "uniform": 8, "rademacher": 128}
 
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -49,14 +49,18 @@ CODEBOOK_COEFFICIENTS = tuple(
 
 
 class Stream(NamedTuple):
-    """Which matrix: its seed, the column that an error begins at, and its entries' distribution.
+    """Which matrix U is, and from which of its columns on it is read.
 
-    The seed is in two's complement, as it fits an operator's int64.
+    `seed` may be unsigned, or in two's complement, as it fits an operator's int64.
     """
 
     seed: int
     column_offset: int
     distribution: str
+
+    def after(self, columns: int) -> Stream:
+        """The same matrix, `columns` columns further on."""
+        return Stream(self.seed, self.column_offset + columns, self.distribution)
 
 
 _MASK32 = 0xFFFFFFFF
@@ -86,7 +90,12 @@ def philox(counter: Words, key: tuple[int, int]) -> Words:
 def codebook_values(
     arithmetic: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """The codebook's formula, 4096 normal quantiles, before their rounding to bfloat16.
+    """The codebook's formula, 4096 normal quantiles, before their rounding to bfloat16."""
+    return _quantiles(torch.arange(CODEBOOK_LEVELS, dtype=arithmetic, device=device))
+
+
+def _quantiles(k: Tensor) -> Tensor:
+    """Normal quantiles by their index k, in k's dtype, before their rounding to bfloat16.
 
     p = (2k + 1)/4096 - 1,  w = -log2(1 - p*p),  value = p * (C0 + w*(C1 + w*(C2 + w*(C3 + w*C4))))
 
@@ -94,7 +103,6 @@ def codebook_values(
     rounding tie, so fp32 evaluation (error near 2^-22) always rounds to the same 4096 numbers
     (`benchmarks/codebook_guard_band.py`).
     """
-    k = torch.arange(CODEBOOK_LEVELS, dtype=arithmetic, device=device)
     p = (2 * k + 1) / CODEBOOK_LEVELS - 1
     w = -torch.log2(1 - p * p)
     polynomial = torch.zeros_like(w)
@@ -103,8 +111,53 @@ def codebook_values(
     return p * polynomial
 
 
+class Distribution(NamedTuple):
+    """The facts of a distribution of entries.
+
+    Attributes:
+        block: how many columns of a row one Philox block gives the entries of.
+        bits: of the level index k that makes an entry, 2**bits levels in all.
+        lattice: from k, fp32 [2**bits], to the values that a level is a multiple of, which are
+            exact in 16 bits.
+        factor: what makes an entry of its lattice value.
+        slots: issue slots that one entry takes on a GPU, by backend: from instruction counts, not
+            measured. The backends' estimates of which way is faster rest on it.
+    """
+
+    block: int
+    bits: int
+    lattice: Callable[[Tensor], Tensor]
+    factor: float
+    slots: dict[str, float]
+
+
+DISTRIBUTIONS = {
+    "normal": Distribution(
+        block=8,
+        bits=12,
+        lattice=lambda k: _quantiles(k).bfloat16(),
+        factor=1.0,
+        slots={"cuda": 17.0, "triton": 19.3},
+    ),
+    "uniform": Distribution(
+        block=8,
+        bits=8,
+        lattice=lambda k: (2 * k - 255) / 256,
+        factor=math.sqrt(3),
+        slots={"cuda": 8.0, "triton": 11.6},
+    ),
+    "rademacher": Distribution(
+        block=128,
+        bits=1,
+        lattice=lambda k: 1 - 2 * k,
+        factor=1.0,
+        slots={"cuda": 4.0, "triton": 4.8},
+    ),
+}
+
+
 def levels(distribution: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The values an entry can take, by its index k: [4096] normal, [256] uniform, [2] rademacher.
+    """The values that an entry can take, by its index k: [4096] normal, [256] uniform, [2] signs.
 
     Normal and rademacher levels are exact in every dtype. A uniform level is one product of sqrt(3)
     and the exact lattice value (2k - 255)/256, in fp64 for fp64 and in fp32, then rounded, for the
@@ -124,52 +177,42 @@ def _levels_on_cpu(distribution: str, dtype: torch.dtype) -> Tensor:
 
 
 def _make_levels(distribution: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if distribution == "normal":
-        values = codebook_values(device=device).bfloat16()
-    elif distribution == "uniform":
-        arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
-        lattice = (2 * torch.arange(256, dtype=arithmetic, device=device) - 255) / 256
-        values = lattice * math.sqrt(3)  # rounded to the arithmetic first
-    elif distribution == "rademacher":
-        values = 1 - 2 * torch.arange(2, dtype=dtype, device=device)
-    else:
-        raise AssertionError(f"stream.levels: unknown distribution {distribution!r}")
+    facts = DISTRIBUTIONS[distribution]
+    k = torch.arange(2**facts.bits, dtype=torch.float32, device=device)
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    values = facts.lattice(k).to(arithmetic)
+    if facts.factor != 1.0:
+        values = values * facts.factor  # which is rounded to the arithmetic first
     return values.to(dtype)
 
 
 def indices(words: Words, distribution: str) -> Tensor:
     """Level indices k of each block's entries: four words [...] -> [..., columns a block]."""
-    if distribution == "normal":
-        halves = [half for word in words for half in ((word >> 4) & 0xFFF, word >> 20)]
-        return torch.stack(halves, -1)
-    if distribution == "uniform":
-        halves = [half for word in words for half in ((word >> 8) & 0xFF, word >> 24)]
-        return torch.stack(halves, -1)
-    if distribution == "rademacher":
+    facts = DISTRIBUTIONS[distribution]
+    if facts.bits == 1:
         column = torch.arange(32, device=words[0].device)
         bit = column // 2 + 16 * (column % 2)
         return ((torch.stack(words, -1)[..., None] >> bit) & 1).flatten(-2)
-    raise AssertionError(f"stream.indices: unknown distribution {distribution!r}")
+    shift, mask = 16 - facts.bits, 2**facts.bits - 1
+    halves = [half for word in words for half in ((word >> shift) & mask, word >> (16 + shift))]
+    return torch.stack(halves, -1)
 
 
 def entries(
     rows: int,
     columns: int,
-    *,
-    seed: int,
     row_offset: int,
-    column_offset: int,
-    distribution: str,
+    stream: Stream,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """U[row_offset : row_offset + rows, column_offset : column_offset + columns], all at once.
+    """`rows` rows of U from `row_offset` on, and `columns` columns from the stream's on, at once.
 
-    `seed` may be given as an unsigned or a two's-complement 64-bit integer. The temporaries are
-    int64, about 30 bytes an entry, so callers ask for a slab at a time.
+    The temporaries are int64, about 30 bytes an entry, so callers ask for a slab at a time.
     """
+    seed, column_offset, distribution = stream
     seed &= 2**64 - 1
-    width = BLOCK[distribution]
+    width = DISTRIBUTIONS[distribution].block
     first_block = column_offset // width
     last_block = (column_offset + columns - 1) // width if columns else first_block - 1
     row = row_offset + torch.arange(rows, device=device)[:, None]  # [rows, 1]

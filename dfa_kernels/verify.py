@@ -23,7 +23,10 @@ from torch import Tensor
 
 from dfa_kernels import checks, ops, stream
 from dfa_kernels.backends import tensor_cores, trial
-from dfa_kernels.cases import LAYERS, Case, Signal
+from dfa_kernels.backends.registry import BACKENDS
+from dfa_kernels.cases import LAYERS, LONE_LAYER, Case, Signal
+from dfa_kernels.layers import Layers
+from dfa_kernels.stream import DISTRIBUTIONS, Stream
 
 # Random123's known answer for counter and key pi, and the codebook's bf16 patterns.
 _COUNTER = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
@@ -62,7 +65,7 @@ def checks_of(backend: str, device: torch.device, only: str | None = None) -> It
     the definition in PyTorch on the CPU, which is held against known answers first. A GPU that a
     fault has put out of use ends it.
     """
-    for mode in getattr(ops._backend(backend), "modes", lambda: ("",))():
+    for mode in getattr(BACKENDS[backend], "modes", lambda: ("",))():
         for name, check in _aspects(backend, device):
             if only is not None and name != only:
                 continue
@@ -90,7 +93,7 @@ def _aspects(backend: str, device: torch.device) -> Iterator[tuple[str, Callable
         return name, functools.partial(_check, name, cases)
 
     yield aspect("the definition, against known answers", [("this machine", _definition)])
-    for distribution in stream.BLOCK:
+    for distribution in DISTRIBUTIONS:
         blocks = [
             (f"{dtype}", functools.partial(_entries, backend, device, distribution, dtype, *block))
             for dtype in checks.DTYPES
@@ -169,10 +172,10 @@ def _entries(
     row_offset: int,
     column_offset: int,
 ) -> str | None:
-    where = (seed, row_offset, column_offset, distribution, dtype)
-    found = ops.feedback_matrix(rows, columns, *where, device, backend).cpu()
+    block = (rows, columns, row_offset, Stream(seed, column_offset, distribution), dtype)
+    found = ops.feedback_matrix(*block, device, backend).cpu()
     with _one_thread():
-        expected = ops.feedback_matrix(rows, columns, *where, torch.device("cpu"), "torch")
+        expected = ops.feedback_matrix(*block, torch.device("cpu"), "torch")
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return f"{found.dtype} of shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
     wrong = found != expected  # NaN is wrong
@@ -193,7 +196,7 @@ def _signals(
     lattice = backend != "torch" and dtype != torch.float64
     terms = tensor_cores.TERMS[precision] if dtype == torch.float32 else 3
     with _precision(precision):
-        for distribution, layers in itertools.product(stream.BLOCK, (LAYERS, LAYERS[:1])):
+        for distribution, layers in itertools.product(DISTRIBUTIONS, (LAYERS, LONE_LAYER)):
             case = Case.of(dtype, distribution, layers=layers)
             error = case.error.to(device)
             for out in dict.fromkeys((dtype, torch.float32)):
@@ -202,7 +205,7 @@ def _signals(
                 for name, project in ways_of(backend, error, distribution):
                     # Slabs write a single layer by another path. A tile does not, and Triton
                     # would have to compile it for that.
-                    if len(layers) == 1 and name.startswith("fused"):
+                    if layers is LONE_LAYER and name.startswith("fused"):
                         continue
                     yield (
                         f"{name}, {distribution}, {out}",
@@ -215,8 +218,12 @@ def ways_of(backend: str, error: Tensor, distribution: str) -> list[tuple[str, C
 
     The backend's operator, which chooses for itself, and each way that it may choose.
     """
-    forced = getattr(ops._backend(backend), "ways", lambda error, distribution: ())
-    chosen = getattr(torch.ops.dfa_kernels.project, backend)
+    forced = getattr(BACKENDS[backend], "ways", lambda error, distribution: ())
+    operator = getattr(torch.ops.dfa_kernels.project, backend)
+
+    def chosen(error: Tensor, layers: Layers, stream: Stream, dtype: torch.dtype) -> list[Tensor]:
+        return operator(error, *layers, *stream, dtype)
+
     return [("its own choice", chosen), *forced(error, distribution)]
 
 
@@ -227,7 +234,7 @@ def _projected(
     dtype: torch.dtype,
     expected: list[Signal],
 ) -> str | None:
-    signals = project(error, *case.arguments, dtype)
+    signals = project(error, case.layers, case.stream, dtype)
     for signal in signals:
         if signal.dtype != dtype or signal.device != error.device:
             return f"a signal of {signal.dtype} on {signal.device}"

@@ -5,25 +5,35 @@ Importing the extension registers its kernels for the operators of `dfa_kernels.
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Iterator
 
 import torch
 
+DEVICES = ("cpu",)
+RANK = 0
+PROVEN = frozenset({"cpu"})
+TAGS: tuple[torch.Tag, ...] = ()
+
 _INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
 
-try:
-    import dfa_kernels._C  # noqa: F401
 
-    _missing = None
-except ImportError as error:
-    _missing = f"the compiled extension is not there ({error})"
+@functools.cache
+def _missing() -> str | None:
+    """Load the extension, or say why it cannot be."""
+    try:
+        importlib.import_module("dfa_kernels._C")
+    except ImportError as error:
+        return f"the compiled extension is not there ({error})"
+    return None
 
 
 def unavailable(device_type: str) -> str | None:
     """Why this backend cannot serve a device type, or None."""
     if device_type != "cpu":
         return "it serves the CPU only"
-    return _missing
+    return _missing()
 
 
 def modes() -> Iterator[str]:

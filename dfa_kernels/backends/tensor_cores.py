@@ -1,20 +1,20 @@
 """The projection by slabs for tensor cores: 16-bit operands, fp32 sums, the vendor's product.
 
 Entries of U are exact in 16 bits, and so is a bf16 or fp16 error. An fp32 error is a sum of bf16
-numbers, as many as `torch.get_float32_matmul_precision()` asks for: each is worth 8 bits.
+numbers, as many as `torch.get_float32_matmul_precision()` asks for: each carries 8 bits.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from dfa_kernels.backends import slabs
+from dfa_kernels.layers import Layers
+from dfa_kernels.stream import DISTRIBUTIONS, Stream
 
 TERMS = {"highest": 3, "high": 2, "medium": 1}
 
@@ -23,7 +23,7 @@ TERMS = {"highest": 3, "high": 2, "medium": 1}
 _COLUMN_STEP = 8
 _ROW_STEP = 128
 _IN_PLACE_COLUMNS = 2**11  # beyond, a vendor may add up parts of a product in its 16 bits
-_ERROR_ROWS = 2**14  # that one slab is made for, so that their sums leave room for its rows
+_BATCH = 2**14  # rows of the error that one slab is made for, so that its sums leave room for it
 
 
 @functools.cache
@@ -43,15 +43,10 @@ def terms_of(error: Tensor) -> int:
     return TERMS[torch.get_float32_matmul_precision()] if error.dtype == torch.float32 else 1
 
 
-def lattice_factor(distribution: str) -> float:
-    """What entries lack that are made as their exact lattice: the sqrt(3) of uniform ones."""
-    return math.sqrt(3) if distribution == "uniform" else 1.0
-
-
 def split(error: Tensor, terms: int) -> Tensor:
-    """An fp32 error [M, n] as its bf16 terms side by side, the smallest first: [M, terms * n].
+    """An fp32 error [batch, n] as bf16 terms that add up to it: [batch, terms * n].
 
-    Infinities and NaN are the first term alone.
+    The terms are side by side, the smallest first. Infinities and NaN are the first term alone.
     """
     parts = [_rounded(error)]
     while len(parts) < terms:
@@ -77,72 +72,60 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 def written_in_place(error: Tensor, layers: int, dtype: torch.dtype) -> bool:
     """Whether a slab's product is a part of a signal.
 
-    It is for one layer, of its operands' dtype, and short. All others are sums in fp32, which are
-    scaled into the layers in a pass of their own; beside a long product that costs little.
+    It is where the product is for one layer, short, and of its operands' dtype. Every other one is
+    summed in fp32 and scaled into the layers in a pass of its own, which costs little beside a long
+    product.
     """
     short = error.shape[1] <= _IN_PLACE_COLUMNS
     return short and layers == 1 and dtype == error.dtype != torch.float32
 
 
-def slab_rows(error_rows: int, columns: int, terms: int, in_place: bool) -> int:
+def slab_rows(batch: int, columns: int, terms: int, in_place: bool) -> int:
     """Rows of a slab, so that it, its copies for several terms, and its sums fit the workspace."""
     row_bytes = 2 * columns * (1 if terms == 1 else 1 + terms)
     if not in_place:
-        row_bytes += 4 * min(error_rows, _ERROR_ROWS)
+        row_bytes += 4 * min(batch, _BATCH)
     rows = max(slabs.WORKSPACE_BYTES // max(row_bytes, 1), 1)
     return rows - rows % _ROW_STEP if rows > _ROW_STEP else rows
 
 
-def slab_count(rows: int, error_rows: int, columns: int, terms: int, in_place: bool) -> int:
+def slab_count(rows: int, batch: int, columns: int, terms: int, in_place: bool) -> int:
     """How many slabs `rows` rows of U take."""
-    return -(-rows // slab_rows(error_rows, columns, terms, in_place)) * -(
-        -error_rows // _ERROR_ROWS
-    )
+    return -(-rows // slab_rows(batch, columns, terms, in_place)) * -(-batch // _BATCH)
 
 
 def project(
-    lattice: slabs.Generate,
-    error: Tensor,
-    row_offsets: Sequence[int],
-    sizes: Sequence[int],
-    scales: Sequence[float],
-    column_offset: int,
-    distribution: str,
-    dtype: torch.dtype,
+    lattice: slabs.Generate, error: Tensor, layers: Layers, stream: Stream, dtype: torch.dtype
 ) -> list[Tensor]:
-    """scales[i] * error @ U[rows of layer i, columns of the error].T for every layer i.
+    """The signals of an error [batch, n], not fp64: one [batch, size] of `dtype` per layer.
 
-    error [M, n], not fp64 -> one [M, sizes[i]] of `dtype` per layer. `lattice` makes entries
-    without the factor sqrt(3) of uniform ones.
+    `lattice` makes entries without the factor sqrt(3) of uniform ones.
     """
-    signals = [error.new_empty(error.shape[0], size, dtype=dtype) for size in sizes]
+    signals = [error.new_empty(error.shape[0], size, dtype=dtype) for size in layers.sizes]
     # Zeros before and behind the error, for whole steps of columns.
-    before = column_offset % _COLUMN_STEP
+    before = stream.column_offset % _COLUMN_STEP
     after = -(before + error.shape[1]) % _COLUMN_STEP
     terms = terms_of(error)
-    in_place = written_in_place(error, len(sizes), dtype)
-    factor = lattice_factor(distribution)
-    for top, bottom in slabs.cut(error.shape[0], _ERROR_ROWS):
-        block = functional.pad(error[top:bottom], (before, after))
-        count, columns = block.shape
-        block = split(block, terms) if error.dtype == torch.float32 else block.contiguous()
-        rows = slab_rows(count, columns, terms, in_place)
-        for slab in slabs.union_slabs(row_offsets, sizes, scales, rows):
-            entries = lattice(
-                slab.last - slab.first, columns, slab.first, column_offset - before, block.dtype
-            )
+    in_place = written_in_place(error, len(layers.sizes), dtype)
+    factor = DISTRIBUTIONS[stream.distribution].factor
+    for top, bottom in slabs.cut(error.shape[0], _BATCH):
+        part = functional.pad(error[top:bottom], (before, after))
+        batch, columns = part.shape
+        part = split(part, terms) if error.dtype == torch.float32 else part.contiguous()
+        for slab in layers.slabs(slab_rows(batch, columns, terms, in_place)):
+            entries = lattice(slab.rows, columns, slab.first, stream.after(-before), part.dtype)
             if terms > 1:
                 entries = entries.repeat(1, terms)
             outputs = []
             for layer in slab.layers:
-                in_slab, in_layer = slab.overlap(layer)
-                output = signals[layer.place][top:bottom, in_layer]
-                outputs.append((output, in_slab, layer.scale * factor))
+                in_layer, in_slab = layers.overlap(layer, slab)
+                output = signals[layer][top:bottom, in_layer]
+                outputs.append((output, in_slab, layers.scales[layer] * factor))
             if written_in_place(error, len(outputs), dtype):
                 ((output, _, scale),) = outputs
-                output.addmm_(block, entries.T, beta=0, alpha=scale)
+                output.addmm_(part, entries.T, beta=0, alpha=scale)
             else:
-                sums = product(block, entries.T)
+                sums = product(part, entries.T)
                 for output, in_slab, scale in outputs:
                     torch.mul(sums[:, in_slab], scale, out=output)
                 del sums  # before the next ones are made, and so too:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from dfa_kernels import stream
+from dfa_kernels import stream as definition
 from dfa_kernels.backends import slabs
+from dfa_kernels.layers import Layers
+from dfa_kernels.stream import Stream
+
+DEVICES: tuple[str, ...] = ()  # it serves every device where no other backend does
+RANK = 9
+PROVEN = frozenset({"cpu"})
+TAGS: tuple[torch.Tag, ...] = ()
 
 
 def unavailable(device_type: str) -> str | None:
@@ -17,53 +26,32 @@ def unavailable(device_type: str) -> str | None:
 def feedback_matrix(
     rows: int,
     columns: int,
-    seed: int,
     row_offset: int,
-    column_offset: int,
-    distribution: str,
+    stream: Stream,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """The block of U with its first entry at (row_offset, column_offset), made a slab at a time."""
+    """`rows` rows of U from `row_offset` on, and `columns` of its columns, made slab by slab."""
     matrix = torch.empty(rows, columns, dtype=dtype, device=device)
     if matrix.numel() == 0:
         return matrix
-    padding = 2 * stream.BLOCK[distribution]  # whole blocks are made, at both ends
+    # Whole blocks are made, at both ends.
+    padding = 2 * definition.DISTRIBUTIONS[stream.distribution].block
     slab_rows, slab_columns = slabs.slab_shape(columns, matrix.device, padding=padding)
     for top, bottom in slabs.cut(rows, slab_rows):
         for left, right in slabs.cut(columns, slab_columns):
-            matrix[top:bottom, left:right] = stream.entries(
+            matrix[top:bottom, left:right] = definition.entries(
                 bottom - top,
                 right - left,
-                seed=seed,
-                row_offset=row_offset + top,
-                column_offset=column_offset + left,
-                distribution=distribution,
-                dtype=dtype,
-                device=matrix.device,
+                row_offset + top,
+                stream.after(left),
+                dtype,
+                matrix.device,
             )
     return matrix
 
 
-def project(
-    error: Tensor,
-    row_offsets: list[int],
-    sizes: list[int],
-    scales: list[float],
-    seed: int,
-    column_offset: int,
-    distribution: str,
-    dtype: torch.dtype | None = None,
-) -> list[Tensor]:
-    """scales[i] * error @ U[rows of layer i, columns].T: [M, n] -> one [M, sizes[i]] per layer."""
-
-    def generate(
-        rows: int, columns: int, row_offset: int, column_offset: int, dtype: torch.dtype
-    ) -> Tensor:
-        return feedback_matrix(
-            rows, columns, seed, row_offset, column_offset, distribution, dtype, error.device
-        )
-
-    return slabs.project(
-        generate, error, row_offsets, sizes, scales, column_offset, dtype or error.dtype
-    )
+def project(error: Tensor, layers: Layers, stream: Stream, dtype: torch.dtype) -> list[Tensor]:
+    """The signals of an error [batch, n]: one [batch, size] per layer."""
+    generate = functools.partial(feedback_matrix, device=error.device)
+    return slabs.project(generate, error, layers, stream, dtype)

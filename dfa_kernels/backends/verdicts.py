@@ -27,17 +27,13 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import torch
 
 from dfa_kernels.backends import trial
-
-# Backends, with the compute capability of NVIDIA GPUs, that serve without a check because all their
-# tests have run there: such as ("cuda", (9, 0)).
-PROVEN: frozenset[tuple[str, tuple[int, int]]] = frozenset()
 
 # Values of DFA_KERNELS_CHECK.
 MODES = {
@@ -83,13 +79,13 @@ class Verdict(NamedTuple):
         return f"could not be checked on {day}: {self.reason}"
 
 
-def trusted(backend: str, device: torch.device) -> bool:
-    """Whether a backend serves a device without a check.
+def trusted(proven: Collection[object], device: torch.device) -> bool:
+    """Whether a backend that is `proven` on some compute capabilities serves a GPU unchecked.
 
     Raises ValueError for an unknown value of DFA_KERNELS_CHECK.
     """
     mode = _mode()
-    return mode == "skip" or (not mode and (backend, facts(device).capability) in PROVEN)
+    return mode == "skip" or (not mode and facts(device).capability in proven)
 
 
 def known(backend: str, device: torch.device) -> Verdict | None:
@@ -191,7 +187,7 @@ def triton_version() -> str:
 def kernels(backend: str) -> str:
     """A hash of all that a backend computes with."""
     root = Path(__file__).parents[1]
-    files = [root / "stream.py", *sorted((root / "backends").rglob("*.py"))]
+    files = [root / "layers.py", root / "stream.py", *sorted((root / "backends").rglob("*.py"))]
     if backend == "cuda":
         files.append(Path(str(importlib.import_module("dfa_kernels._CUDA").__file__)))
     digest = hashlib.sha256()

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dfa_kernels import checks, ops
+from dfa_kernels import checks
+from dfa_kernels.backends import registry
 from dfa_kernels.nn import signals as delivery
 from dfa_kernels.nn import state
 from dfa_kernels.nn.functions import Feedback
@@ -142,8 +143,8 @@ class DFA(nn.Module):
         super().__init__()
         checks.seed("DFA", seed)
         checks.distribution("DFA", distribution)
-        if backend not in (None, *ops.BACKENDS):
-            known = ", ".join(map(repr, ops.BACKENDS))
+        if backend not in (None, *registry.BACKENDS):
+            known = ", ".join(map(repr, registry.BACKENDS))
             raise ValueError(f"DFA: backend must be one of {known} or None, got {backend!r}")
         if error_transform is not None and not callable(error_transform):
             raise TypeError(f"DFA: error_transform must be a function, got {error_transform!r}")

@@ -19,6 +19,7 @@ import sys
 import torch
 
 from dfa_kernels import stream
+from dfa_kernels.layers import Layers
 
 BACKENDS = ("cuda", "triton")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -42,8 +43,8 @@ def error_of(rows, columns, before, dtype, device):
 
 def arguments(error, row_offsets, sizes, column_offset, distribution):
     """What a backend's `project` and its ways take."""
-    scales = [0.5] * len(sizes)
-    return error, [*row_offsets], [*sizes], scales, -3, column_offset, distribution
+    layers = Layers.of(row_offsets, sizes, [0.5] * len(sizes))
+    return error, layers, stream.Stream(-3, column_offset, distribution)
 
 
 def ways_of(name, backend, error, distribution):
@@ -61,7 +62,7 @@ def projections(name, backend, device):
     Signals are of the error's dtype, and of fp32 too where the error is not aligned.
     """
     for distribution, dtype, (rows, columns, before, column_offset) in itertools.product(
-        stream.BLOCK, DTYPES, ERRORS
+        stream.DISTRIBUTIONS, DTYPES, ERRORS
     ):
         error = error_of(rows, columns, before, dtype, device)
         given = arguments(error, ROW_OFFSETS, SIZES, column_offset, distribution)
@@ -81,13 +82,13 @@ def many_layers(name, backend, device):
     sizes = [1 + i % 40 for i in range(MANY)]
     given = arguments(error, range(0, 60 * MANY, 60), sizes, 0, "normal")
     for label, way in ways_of(name, backend, error, "normal"):
-        yield f"{label}, {MANY} layers", functools.partial(way, *given)
+        yield f"{label}, {MANY} layers", functools.partial(way, *given, torch.bfloat16)
 
 
 def terms_made_ahead(name, backend, device):
     """(label, call) of an fp32 error and so many entries that its terms are made beforehand."""
     error = error_of(3, 1001, 0, torch.float32, device)
-    given = arguments(error, [0], [2**25 // 1000], 0, "normal")
+    given = (*arguments(error, [0], [2**25 // 1000], 0, "normal"), torch.float32)
     for precision in PRECISIONS:
         torch.set_float32_matmul_precision(precision)
         yield f"{name} 2^25 entries, {precision}", functools.partial(backend.project, *given)
@@ -95,8 +96,8 @@ def terms_made_ahead(name, backend, device):
 
 def blocks(name, backend, device):
     """(label, call) of blocks of U that begin and end anywhere."""
-    for distribution, dtype in itertools.product(stream.BLOCK, DTYPES):
-        where = (37, 131, -3, 5, 3, distribution, dtype, torch.device(device))
+    for distribution, dtype in itertools.product(stream.DISTRIBUTIONS, DTYPES):
+        where = (37, 131, 5, stream.Stream(-3, 3, distribution), dtype, torch.device(device))
         label = f"{name} block of U: {str(dtype)[6:]}, {distribution}"
         yield label, functools.partial(backend.feedback_matrix, *where)
 
@@ -112,10 +113,12 @@ def large(name, backend, device):
     for dtype, distribution in itertools.product(
         (torch.bfloat16, torch.float32), ("normal", "rademacher")
     ):
-        given = arguments(error_of(128, 1000, 0, dtype, device), [0], [200_000], 0, distribution)
+        error = error_of(128, 1000, 0, dtype, device)
+        given = (*arguments(error, [0], [200_000], 0, distribution), dtype)
         label = f"{name} 128 x 1000 {str(dtype)[6:]}, {distribution}, 200,000 rows of U"
         yield label, functools.partial(backend.project, *given)
-    where = (2**15, 1000, 0, 0, 0, "normal", torch.bfloat16, torch.device(device))
+    matrix = stream.Stream(0, 0, "normal")
+    where = (2**15, 1000, 0, matrix, torch.bfloat16, torch.device(device))
     label = f"{name} block of U: 2^15 x 1000 bfloat16"
     yield label, functools.partial(backend.feedback_matrix, *where)
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import dfa_kernels
-from dfa_kernels import ops
+from dfa_kernels.backends import cpp
 from tests import reference
 from tests.conftest import EPSILON, assert_projected, needs
 
-needs("the compiled extension", ops.unavailable("cpp", "cpu") is None)
+needs("the compiled extension", cpp.unavailable("cpu") is None)
 
 DISTRIBUTIONS = ("normal", "uniform", "rademacher")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dfa_kernels.backends import cuda, slabs, tensor_cores
+from dfa_kernels.backends import cuda, tensor_cores
+from dfa_kernels.layers import Layers
+from dfa_kernels.stream import Stream
 
 DISTRIBUTIONS = ("normal", "uniform", "rademacher")
 
@@ -17,8 +19,8 @@ def test_which_way():
     def by_slabs(
         sizes, rows, columns, terms, distribution="normal", in_place=False, row_offsets=None
     ):
-        offsets = row_offsets or [0] * len(sizes)
-        return cuda.prefers_slabs(offsets, sizes, rows, columns, terms, distribution, in_place)
+        layers = Layers.of(row_offsets or [0] * len(sizes), sizes, [1.0] * len(sizes))
+        return cuda.prefers_slabs(layers, rows, columns, terms, distribution, in_place)
 
     large = [200_000]
     for distribution in DISTRIBUTIONS:
@@ -60,7 +62,7 @@ def test_every_way(monkeypatch, dtype):
         forced.append(rest)
         return [error.new_zeros(error.shape[0], size) for size in sizes]
 
-    def entries(rows, columns, seed, row_offset, column_offset, distribution, dtype, *_):
+    def entries(rows, columns, row_offset, stream, dtype, device, lattice):
         return torch.ones(rows, columns, dtype=dtype)
 
     monkeypatch.setattr(torch.ops.dfa_kernels, "cuda_tiles", tiles, raising=False)
@@ -76,10 +78,10 @@ def test_every_way(monkeypatch, dtype):
     }[dtype]
     for name, way in ways.items():
         before = len(forced)
-        (signal,) = way(error, [0], [4], [1.0], 0, 0, "normal", None)
+        (signal,) = way(error, Layers((0,), (4,), (1.0,)), Stream(0, 0, "normal"), dtype)
         assert signal.shape == (2, 4)
         assert (len(forced) > before) == name.startswith("fused")
-    assert forced == [(None, terms, tile, 1) for tile in (2, 5) if dtype != torch.float64]
+    assert forced == [(dtype, terms, tile, 1) for tile in (2, 5) if dtype != torch.float64]
 
 
 def test_a_projection_forces_nothing(monkeypatch):
@@ -89,14 +91,15 @@ def test_a_projection_forces_nothing(monkeypatch):
         given.append(arguments)
 
     monkeypatch.setattr(torch.ops.dfa_kernels.cuda_fused, "default", fused)
-    cuda.project(torch.ones(1, 8), [0], [4], [1.0], 0, 0, "normal")
+    layers, stream = Layers((0,), (4,), (1.0,)), Stream(0, 0, "normal")
+    cuda.project(torch.ones(1, 8), layers, stream, torch.float32)
     assert [arguments[-3:] for arguments in given] == [(3, -1, 0)]
 
 
 def test_union_rows():
     offsets, sizes = [30, 0, 5, 100, 0, 20], [10, 10, 10, 7, 3, 10]
     covered = {row + i for row, size in zip(offsets, sizes, strict=True) for i in range(size)}
-    assert slabs.union_rows(offsets, sizes) == len(covered)
+    assert Layers.of(offsets, sizes, [1.0] * 6).union_rows() == len(covered)
 
 
 def test_why_not():
@@ -126,7 +129,7 @@ def test_failed_allocations_are_torchs_own_errors(monkeypatch):
 
     failing = SimpleNamespace(default=fails)
     monkeypatch.setattr(torch.ops.dfa_kernels, "cuda_entries", failing, raising=False)
-    arguments = (2, 3, 0, 0, 0, "normal", torch.float32, torch.device("cpu"))
+    arguments = (2, 3, 0, Stream(0, 0, "normal"), torch.float32, torch.device("cpu"))
     message = f"feedback_matrix: cannot allocate {10**15} bytes"
     with pytest.raises(RuntimeError, match=f"tried to allocate {10**15} bytes"):
         cuda.feedback_matrix(*arguments)

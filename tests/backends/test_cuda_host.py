@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from dfa_kernels.cases import Case
+from dfa_kernels.layers import Layers
 from tests import reference
 from tests.backends.emulation import (
     DISTRIBUTIONS,
@@ -104,16 +105,20 @@ def test_every_tile(emulator, distribution, operand):
             columns=2 * tile.stage_columns + 5,
             # Two tiles of error rows, or for the largest ones a part of one.
             unit_rows=max(5, tile.errors - 22 if tile.errors <= 32 else tile.errors - 32),
-            layers=((far - rows // 2, rows + 7, 1.0), (far, rows // 2, -0.5), (2**40 + 1, 1, 2.0)),
+            layers=Layers(
+                row_offsets=(far - rows // 2, far, 2**40 + 1),
+                sizes=(rows + 7, rows // 2, 1),
+                scales=(1.0, -0.5, 2.0),
+            ),
         )
         case = Projection(
             built.error,
-            built.sizes,
-            scales=[scale / UNIT[distribution] for scale in built.scales],
-            row_offsets=built.row_offsets,
-            seed=built.seed % 2**64,
+            built.layers.sizes,
+            scales=[scale / UNIT[distribution] for scale in built.layers.scales],
+            row_offsets=built.layers.row_offsets,
+            seed=built.stream.seed % 2**64,
             distribution=distribution,
-            column_offset=built.column_offset,
+            column_offset=built.stream.column_offset,
             dtype=torch.float32,
             terms=terms,
             tile=tile.index,

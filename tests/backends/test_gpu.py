@@ -16,6 +16,7 @@ from torch.profiler import DeviceType, ProfilerActivity, profile
 
 from dfa_kernels import feedback_matrix, project, stream
 from dfa_kernels.backends import slabs
+from dfa_kernels.layers import Layers
 from tests import reference
 from tests.benchmarks.races import ONCE, SMALL, machine
 from tests.conftest import assert_projected
@@ -231,7 +232,7 @@ def test_a_race_of_graph_replays(gpu_backend):
         machine(),
         device_type="cuda",
         multiply=dict.fromkeys(("fp32", "tf32", "bf16"), 1e12),
-        generation={gpu_backend: dict.fromkeys(stream.BLOCK, 1e9)},
+        generation={gpu_backend: dict.fromkeys(stream.DISTRIBUTIONS, 1e9)},
     )
     names = [gpu_backend, *STORED]
     outcome = race.Race(ONCE, {0: roofs}).run(case, names)
@@ -301,12 +302,13 @@ def test_values_by_slabs(gpu_backend, dtype, distribution, precision, n, sizes):
     torch.set_float32_matmul_precision(precision)
     error = random_error(4096, n, dtype=dtype)
     by_slabs = backend.project
+    layers = Layers.of([0] * len(sizes), sizes, scales)
     try:
         if gpu_backend in FUSED:
             by_slabs = next(
                 way for name, way in backend.ways(error, distribution) if "slabs" in name
             )
-        signals = by_slabs(error, [0] * len(sizes), sizes, scales, 0, 0, distribution)
+        signals = by_slabs(error, layers, stream.Stream(0, 0, distribution), dtype)
     finally:
         torch.set_float32_matmul_precision(before)
     rows = slice(0, 4096, 511)

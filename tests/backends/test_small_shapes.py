@@ -24,27 +24,17 @@ class Fake:
     def unavailable(self, device_type):
         return None
 
-    def way(
-        self,
-        name,
-        error,
-        row_offsets,
-        sizes,
-        scales,
-        seed,
-        column_offset,
-        distribution,
-        dtype=None,
-    ):
+    def way(self, name, error, layers, stream, dtype):
         precision = torch.get_float32_matmul_precision()
-        self.calls.append((name, error, tuple(sizes), column_offset, distribution, precision))
+        seed, column_offset, distribution = stream
+        self.calls.append((name, error, layers.sizes, column_offset, distribution, precision))
         self.outputs.add((name, error.dtype, dtype))
         return project(
             error,
-            sizes,
+            layers.sizes,
             seed=seed % 2**64,
-            row_offsets=row_offsets,
-            normalization=scales,
+            row_offsets=layers.row_offsets,
+            normalization=layers.scales,
             column_offset=column_offset,
             distribution=distribution,
             dtype=dtype,
@@ -58,9 +48,8 @@ class Fake:
     def project(self, *arguments):
         return self.way("either", *arguments)
 
-    def feedback_matrix(
-        self, rows, columns, seed, row_offset, column_offset, distribution, dtype, device
-    ):
+    def feedback_matrix(self, rows, columns, row_offset, stream, dtype, device):
+        seed, column_offset, distribution = stream
         where = {"row_offset": row_offset, "column_offset": column_offset, "dtype": dtype}
         matrix = feedback_matrix(
             rows, columns, seed=seed % 2**64, distribution=distribution, device=device, **where
@@ -102,7 +91,7 @@ def test_every_way_runs_with_every_dtype_at_every_precision(everything):
         (name, dtype, distribution, precision)
         for name in ("wide", "narrow")
         for dtype, precision in precisions
-        for distribution in stream.BLOCK
+        for distribution in stream.DISTRIBUTIONS
         if (name, dtype) != ("narrow", torch.float64)
     }
     outputs = {(dtype, output) for dtype in DTYPES for output in (dtype, torch.float32)}
@@ -112,7 +101,7 @@ def test_every_way_runs_with_every_dtype_at_every_precision(everything):
     many = {name for name, _, sizes, *_ in calls if len(sizes) == small_shapes.MANY}
     assert many == {"wide", "narrow"}
     blocks = {(m.dtype, kind) for name, m, _, _, kind, _ in calls if name == "matrix"}
-    assert blocks == {(dtype, kind) for dtype in DTYPES for kind in stream.BLOCK}
+    assert blocks == {(dtype, kind) for dtype in DTYPES for kind in stream.DISTRIBUTIONS}
 
 
 def test_the_shapes_are_awkward(everything):
@@ -145,7 +134,9 @@ def test_a_way_that_fails_does_not_stop_the_next(monkeypatch):
     status, shown = run_shapes(broken)
     assert status == 1
     assert "failed: fake broken: 5 x 1088 bfloat16, normal, highest, to bfloat16: an " in shown
-    failed = (1 + 2) * len(stream.BLOCK) + 1  # the aligned error, the other to two dtypes; many
+    failed = (1 + 2) * len(
+        stream.DISTRIBUTIONS
+    ) + 1  # the aligned error, the other to two dtypes; many
     assert shown.endswith(f"fake: {len(broken.calls) + failed} calls, {failed} failed\n")
     assert len([call for call in broken.calls if call[0] == "narrow"]) == failed
 

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from dfa_kernels.backends import slabs, tensor_cores
+from dfa_kernels.layers import Layers
+from dfa_kernels.stream import Stream
 from tests import reference
 from tests.conftest import assert_projected
 
 DISTRIBUTIONS = ("normal", "uniform", "rademacher")
+THOUSAND, SIGNS = Layers((0,), (1000,), (1.0,)), Stream(0, 0, "rademacher")
 
 
 def random_error(rows, columns, dtype=torch.float32):
@@ -25,18 +28,14 @@ def made():
 
 @pytest.fixture
 def lattice(made):
-    """`lattice(seed, distribution)` makes blocks of U for `tensor_cores.project`."""
+    """Makes blocks of U for `tensor_cores.project`."""
 
-    def of(seed, distribution):
-        def generate(rows, columns, row_offset, column_offset, dtype):
-            made.append((rows, columns))
-            place = {"row_offset": row_offset, "column_offset": column_offset}
-            u = reference.lattice(rows, columns, seed=seed, distribution=distribution, **place)
-            return torch.from_numpy(u).to(dtype)
+    def generate(rows, columns, row_offset, stream, dtype):
+        made.append((rows, columns))
+        u = reference.lattice(rows, columns, row_offset=row_offset, **stream._asdict())
+        return torch.from_numpy(u).to(dtype)
 
-        return generate
-
-    return of
+    return generate
 
 
 @pytest.fixture
@@ -54,12 +53,11 @@ def test_slabs(lattice, made, monkeypatch, distribution, dtype, columns, column_
     """Slabs of one layer and of two; what is before and behind the columns is no part of them."""
     monkeypatch.setattr(slabs, "WORKSPACE_BYTES", 20_000)
     error = random_error(9, columns, dtype=dtype)
-    layers = ([0, 20, 2**40], [150, 60, 7], [0.5, -2.0, 1.0])
-    signals = tensor_cores.project(
-        lattice(5, distribution), error, *layers, column_offset, distribution, dtype
-    )
-    place = {"row_offsets": layers[0], "seed": 5, "column_offset": column_offset}
-    assert_projected(signals, error, layers[1], layers[2], distribution=distribution, **place)
+    layers = Layers((0, 20, 2**40), (150, 60, 7), (0.5, -2.0, 1.0))
+    stream = Stream(5, column_offset, distribution)
+    signals = tensor_cores.project(lattice, error, layers, stream, dtype)
+    place = {"row_offsets": layers.row_offsets, **stream._asdict()}
+    assert_projected(signals, error, layers.sizes, layers.scales, **place)
     assert sum(rows for rows, _ in made) == 157
     for rows, width in made:
         assert width % 8 == 0
@@ -72,43 +70,38 @@ def test_the_last_columns_of_all(lattice, made):
     """Aligned, they still end where U ends."""
     error = random_error(3, 13, dtype=torch.bfloat16)
     place = {"row_offsets": [2**63 - 20], "column_offset": 2**34 - 13}
-    layer = ([2**63 - 20], [20], [1.0])
-    signals = tensor_cores.project(
-        lattice(0, "normal"), error, *layer, 2**34 - 13, "normal", torch.bfloat16
-    )
+    layer, stream = Layers((2**63 - 20,), (20,), (1.0,)), Stream(0, 2**34 - 13, "normal")
+    signals = tensor_cores.project(lattice, error, layer, stream, torch.bfloat16)
     assert_projected(signals, error, [20], [1.0], **place)
     assert made == [(20, 16)]
 
 
 def test_one_layers_product_goes_right_into_it(lattice, monkeypatch):
     monkeypatch.setattr(tensor_cores, "product", None)
-    layers = ([0, 500], [100, 200], [0.5, -2.0])
+    layers = Layers((0, 500), (100, 200), (0.5, -2.0))
     error = random_error(4, 24, dtype=torch.bfloat16)
     error[2, 3] = math.nan
-    signals = tensor_cores.project(
-        lattice(0, "uniform"), error, *layers, 0, "uniform", torch.bfloat16
-    )
+    stream = Stream(0, 0, "uniform")
+    signals = tensor_cores.project(lattice, error, layers, stream, torch.bfloat16)
     assert all(signal[2].isnan().all() for signal in signals)
     rest = [signal[[0, 1, 3]] for signal in signals]
-    place = {"row_offsets": layers[0], "distribution": "uniform"}
-    assert_projected(rest, error[[0, 1, 3]], layers[1], layers[2], **place)
+    place = {"row_offsets": layers.row_offsets, "distribution": "uniform"}
+    assert_projected(rest, error[[0, 1, 3]], layers.sizes, layers.scales, **place)
 
 
 def test_slabs_are_whole_steps_of_rows(lattice, made, monkeypatch):
     monkeypatch.setattr(slabs, "WORKSPACE_BYTES", 100_000)
     error = random_error(3, 100, dtype=torch.bfloat16)
-    layer = ([0], [1000], [1.0])
-    tensor_cores.project(lattice(0, "rademacher"), error, *layer, 0, "rademacher", torch.float32)
+    tensor_cores.project(lattice, error, THOUSAND, SIGNS, torch.float32)
     assert [rows for rows, _ in made] == [384, 384, 232]
 
 
 def test_slabs_that_need_no_sums_are_larger(lattice, made, monkeypatch):
     monkeypatch.setattr(slabs, "WORKSPACE_BYTES", 100_000)
     error = random_error(100, 100, dtype=torch.bfloat16)
-    layer = ([0], [1000], [1.0])
     for dtype, rows in ((torch.bfloat16, [384, 384, 232]), (torch.float32, [128] * 7 + [104])):
         made.clear()
-        tensor_cores.project(lattice(0, "rademacher"), error, *layer, 0, "rademacher", dtype)
+        tensor_cores.project(lattice, error, THOUSAND, SIGNS, dtype)
         assert [shape[0] for shape in made] == rows
         in_place = dtype == torch.bfloat16
         assert tensor_cores.slab_count(1000, 100, 104, 1, in_place) == len(rows)
@@ -116,11 +109,11 @@ def test_slabs_that_need_no_sums_are_larger(lattice, made, monkeypatch):
 
 def test_an_error_of_many_rows_is_projected_a_part_at_a_time(lattice, made, monkeypatch):
     """Each part makes the entries anew, with room for its sums."""
-    monkeypatch.setattr(tensor_cores, "_ERROR_ROWS", 4)
+    monkeypatch.setattr(tensor_cores, "_BATCH", 4)
     error = random_error(11, 9)
-    layers = ([0, 10], [20, 30], [0.5, -2.0])
-    signals = tensor_cores.project(lattice(0, "normal"), error, *layers, 0, "normal", torch.float32)
-    assert_projected(signals, error, layers[1], layers[2], row_offsets=layers[0])
+    layers = Layers((0, 10), (20, 30), (0.5, -2.0))
+    signals = tensor_cores.project(lattice, error, layers, Stream(0, 0, "normal"), torch.float32)
+    assert_projected(signals, error, layers.sizes, layers.scales, row_offsets=layers.row_offsets)
     assert [rows for rows, _ in made] == [40] * 3
 
 

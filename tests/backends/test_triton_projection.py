@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 
 from dfa_kernels.backends import tensor_cores
 from dfa_kernels.backends.triton import launch, plan, projection
+from dfa_kernels.layers import Layers
 
 pytestmark = [
     pytest.mark.triton,
@@ -287,7 +288,6 @@ def test_nothing_to_multiply(shape):
 
 def test_operators_keep_their_promises():
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    project(random_error(1, 2), [1], backend="triton")  # registers the kernels
     for arguments in samples.project_samples(DEVICE):
         opcheck(torch.ops.dfa_kernels.project.triton, arguments, test_utils=checks)
     for arguments in samples.feedback_matrix_samples(DEVICE):
@@ -298,7 +298,7 @@ def test_offsets_have_64_bits_where_a_signal_needs_them():
     """Made, not launched: tens of millions of units are beyond the interpreter."""
     error = random_error(128, 8, dtype=torch.bfloat16)
     for size, wanted in ((2**24 - 2, launch.tl.int32), (2**24, launch.tl.int64)):
-        made = launch.Fused(error, [0], [size], [1.0], 0, "normal", error.dtype)
+        made = launch.Fused(error, Layers((0,), (size,), (1.0,)), 0, "normal", error.dtype)
         assert wanted in made._launch._constants
 
 

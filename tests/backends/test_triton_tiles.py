@@ -7,9 +7,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from dfa_kernels import cases, ops, stream, verify
-from dfa_kernels.backends import tensor_cores
+from dfa_kernels import cases, stream, verify
+from dfa_kernels.backends import tensor_cores, triton
 from dfa_kernels.backends.triton import launch
+from dfa_kernels.layers import Layers
 
 pytestmark = [
     pytest.mark.triton,
@@ -34,20 +35,18 @@ def case_for(name, dtype, distribution):
 
     Layers that cross row 2**32 and one another, two that are one, and one at the last rows.
     """
-    rows, error_rows = map(int, re.findall(r"\d+", name) or (32, 32))
-    unit_rows = max(error_rows - 24, 2)
+    rows, batch = map(int, re.findall(r"\d+", name) or (32, 32))
+    unit_rows = max(batch - 24, 2)
     columns = 265 if distribution == "rademacher" else 137 if rows == 64 else max(73, unit_rows)
-    layers = (
-        (2**32 - 33, 64, 1.0),
-        (2**32 - 20, 7, -0.5),
-        (2**32 - 20, 7, 4.0),
-        (2**32 - 3, 19, 2.0),
-        (2**63 - 9, 9, 1.0),
+    layers = Layers(
+        row_offsets=(2**32 - 33, 2**32 - 20, 2**32 - 20, 2**32 - 3, 2**63 - 9),
+        sizes=(64, 7, 7, 19, 9),
+        scales=(1.0, -0.5, 4.0, 2.0, 1.0),
     )
     return cases.Case.of(dtype, distribution, columns, unit_rows, layers)
 
 
-@pytest.mark.parametrize("distribution", stream.BLOCK)
+@pytest.mark.parametrize("distribution", stream.DISTRIBUTIONS)
 @pytest.mark.parametrize(("dtype", "precision"), ERRORS)
 def test_every_way_gives_the_definition(dtype, precision, distribution):
     """Entries bit for bit, exact sums bit for bit, and others within their bound."""
@@ -55,17 +54,17 @@ def test_every_way_gives_the_definition(dtype, precision, distribution):
     terms = tensor_cores.TERMS[precision] if dtype == torch.float32 else 3
     like = torch.empty(0, 1, dtype=dtype, device=DEVICE)
     with verify._precision(precision):
-        for name, project in ops._backend("triton").ways(like, distribution):
+        for name, project in triton.ways(like, distribution):
             case = case_for(name, dtype, distribution)
             expected = case.expected(torch.float32, terms=terms, lattice=True)
-            signals = project(case.error.to(DEVICE), *case.arguments, torch.float32)
+            signals = project(case.error.to(DEVICE), case.layers, case.stream, torch.float32)
             mistakes[name] = case.mistake(signals, expected)
         chosen = {
             launch.tile_for(count, distribution, launch.terms_of(like), FRAGMENTS)
             for count in range(1, 300)
         }
     assert {name: mistake for name, mistake in mistakes.items() if mistake} == {}
-    fused = {f"fused {tile.rows} x {tile.error_rows}" for tile in chosen}
+    fused = {f"fused {tile.rows} x {tile.batch}" for tile in chosen}
     if dtype == torch.float32 and terms > 1:
         fused |= {f"{name}, split beforehand" for name in fused}
     assert fused <= set(mistakes) <= fused | {"slabs"}

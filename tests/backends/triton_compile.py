@@ -109,7 +109,7 @@ def project(arch, target, distribution, dtype, terms, count, outputs, way):
     vector = 8 if split else 1 if way == "misaligned" else 16 // dtype.itemsize
     constants = (
         distribution,
-        stream.BLOCK[distribution],
+        stream.DISTRIBUTIONS[distribution].block,
         outputs,
         DTYPES[dtype],
         DTYPES[operand],
@@ -134,7 +134,7 @@ def projection(gpu, *launch_of):
         return {"spills": list(map(int, spills))}
     binary, tile = project(gpu, GPUTarget("cuda", gpu, 32), *launch_of)
     result = inspect(binary)
-    result["sums"] = tile.rows * tile.error_rows // (32 * tile.warps)
+    result["sums"] = tile.rows * tile.batch // (32 * tile.warps)
     result["per_entry"] = result["loop"] * 32 * tile.warps / (tile.rows * tile.columns)
     return result
 
@@ -149,7 +149,7 @@ def others(capability):
         ("normal", torch.float64),
     ):
         rows, columns, warps = launch.matrix_tile(distribution)
-        block, vector = stream.BLOCK[distribution], 16 // dtype.itemsize
+        block, vector = stream.DISTRIBUTIONS[distribution].block, 16 // dtype.itemsize
         constants = (distribution, block, DTYPES[dtype], False, vector, "cuda", rows, columns)
         pointers = {"matrix": "*" + NAMES[dtype]}
         yield inspect(compiled(kernels.matrix_kernel, pointers, constants, warps, target))

@@ -6,8 +6,7 @@ import warnings
 
 import torch
 
-from dfa_kernels import ops
-from dfa_kernels.backends import trial, verdicts
+from dfa_kernels.backends import registry, trial, verdicts
 
 GPUS = [torch.device("cuda", i) for i in range(2)]
 H100 = verdicts.Facts("H100", (9, 0), "580.65")
@@ -33,7 +32,8 @@ class Machine:
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         monkeypatch.setattr(verdicts, "facts", self.kinds.__getitem__)
         monkeypatch.setattr(verdicts, "kernels", lambda backend: f"kernels of {backend}")
-        monkeypatch.setattr(verdicts, "PROVEN", frozenset())
+        for name in ("cuda", "triton"):
+            monkeypatch.setattr(registry.BACKENDS[name], "PROVEN", frozenset())
         monkeypatch.setattr(trial, "command", self.command)
         monkeypatch.setattr(verdicts, "triton_version", lambda: "3.7")
         self.works("torch", "cuda", "triton")
@@ -41,10 +41,11 @@ class Machine:
 
     def works(self, *backends):
         """These are available; of the others, those for GPUs are not even in the order."""
-        gpu = tuple(name for name in ("cuda", "triton") if name in backends)
-        self.monkeypatch.setattr(ops, "_PREFERRED", {"cpu": ("cpp",), "cuda": gpu})
+        for name in ("cuda", "triton"):
+            devices = ("cuda",) if name in backends else ()
+            self.monkeypatch.setattr(registry.BACKENDS[name], "DEVICES", devices)
         self.monkeypatch.setattr(
-            ops, "unavailable", lambda name, _: None if name in backends else "not today"
+            registry, "unavailable", lambda name, _: None if name in backends else "not today"
         )
 
     def command(self, backend, device, report):
@@ -67,8 +68,8 @@ with open({str(self.log)!r}, "a") as file:
     def restart(self):
         """As in a new process: only the disk remembers."""
         self.monkeypatch.setattr(verdicts, "_remembered", {})
-        self.monkeypatch.setattr(ops, "_chosen", {})
-        self.monkeypatch.setattr(ops, "_said", {})
+        self.monkeypatch.setattr(registry, "_chosen", {})
+        self.monkeypatch.setattr(registry, "_said", {})
 
     def files(self):
         return sorted(path.name for path in self.cache.glob("*.json"))
@@ -78,7 +79,7 @@ def choose(device=GPUS[0]):
     """What an automatic choice takes, and the warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        name = ops.choose("project", device, None)
+        name = registry.choose("project", device, None)
     assert {warning.category for warning in caught} <= {RuntimeWarning}
     return name, [str(warning.message) for warning in caught]
 

@@ -6,8 +6,11 @@ import re
 import pytest
 import torch
 
-from dfa_kernels import cli, feedback_matrix, functional, ops, project
-from dfa_kernels.backends import verdicts
+import dfa_kernels
+from dfa_kernels import cli, feedback_matrix, ops, project
+from dfa_kernels.backends import cpp, registry, verdicts
+from dfa_kernels.layers import Layers
+from dfa_kernels.stream import Stream
 from tests.choice.made_up_gpus import GPUS, PASSED, WRONG, Machine, choose
 from tests.conftest import needs
 
@@ -57,7 +60,7 @@ def gpu_here(monkeypatch):
         torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda", 0)
     )
     monkeypatch.setattr(
-        ops, "_indexed", lambda device: GPUS[0] if device.type == "cuda" else device
+        registry, "_indexed", lambda device: GPUS[0] if device.type == "cuda" else device
     )
 
 
@@ -65,11 +68,11 @@ def test_another_value_is_refused(machine, monkeypatch, capsys):
     monkeypatch.setenv("DFA_KERNELS_CHECK", "maybe")
     message = "DFA_KERNELS_CHECK must be one of 'skip', 'force', 'again' or unset, got 'maybe'"
     with pytest.raises(ValueError, match=message):
-        ops.choose("project", GPUS[0], None)
-    assert ops.choose("project", GPUS[0], "cuda") == "cuda"  # asks for no check
+        registry.choose("project", GPUS[0], None)
+    assert registry.choose("project", GPUS[0], "cuda") == "cuda"  # asks for no check
     gpu_here(monkeypatch)
     with pytest.raises(ValueError, match=message):
-        functional.backends()
+        dfa_kernels.backends()
     assert cli.main(["info"]) == 1
     assert message in capsys.readouterr().out
     assert machine.checks() == []
@@ -97,10 +100,10 @@ def test_while_a_cuda_graph_is_captured_nothing_is_checked(machine, monkeypatch)
 @pytest.fixture
 def checked_cpu(machine, monkeypatch):
     """The CPU's kernels need a check as a GPU's do."""
-    needs("backend cpp", ops._backend("cpp").unavailable("cpu") is None)
+    needs("backend cpp", cpp.unavailable("cpu") is None)
     machine.kinds[torch.device("cpu")] = verdicts.Facts("CPU", (1, 0), "0")
     machine.works("torch", "cpp")
-    monkeypatch.setattr(ops, "_CHECKED", ("cpu",))
+    monkeypatch.setattr(cpp, "PROVEN", frozenset())
     torch._dynamo.reset()
     yield machine
     torch._dynamo.reset()
@@ -175,8 +178,8 @@ def test_gradients_of_a_traced_graph(checked_cpu):
 
 def in_graph(error):
     """What a graph holds that was traced before the check."""
-    row_offsets, sizes, scales = [0, 0], [30, 7], [(30 * 10) ** -0.5, (7 * 10) ** -0.5]
-    return ops.project(2 * error, row_offsets, sizes, scales, 0, 0, "normal", None, "")
+    layers = Layers((0, 0), (30, 7), ((30 * 10) ** -0.5, (7 * 10) ** -0.5))
+    return ops.project(2 * error, layers, Stream(0, 0, "normal"), None, "")
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -238,15 +241,15 @@ def test_info_shows_what_is_known(machine, monkeypatch, capsys):
     }
     assert machine.checks() == []
     monkeypatch.setattr(verdicts, "now", lambda: 1e9)
-    ops.keep_check("cuda", GPUS[0], ["bits"], 3.0)
-    ops.keep_check("triton", GPUS[0], [], 14.4)
+    registry.keep_check("cuda", GPUS[0], ["bits"], 3.0)
+    registry.keep_check("triton", GPUS[0], [], 14.4)
     machine.restart()
     found = shown(capsys)
     assert re.fullmatch(
         r"failed its check on 2001-09-0\d: bits; available when asked for", found["cuda"]
     )
     assert re.fullmatch(r"checked on 2001-09-0\d in 14 s: chosen automatically", found["triton"])
-    statuses = {s.name: s for s in functional.backends() if s.device == "cuda"}
+    statuses = {s.name: s for s in dfa_kernels.backends() if s.device == "cuda"}
     assert [name for name, status in statuses.items() if status.automatic] == ["triton"]
     monkeypatch.setenv("DFA_KERNELS_CHECK", "skip")
     assert cli.main(["info"]) == 0

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 import dfa_kernels
-from dfa_kernels import ops
-from dfa_kernels.backends import trial, verdicts
+from dfa_kernels.backends import cuda, registry, trial, verdicts
 from tests.choice.made_up_gpus import GPUS, H100, PASSED, WRONG, Machine, choose, fault
 
 
@@ -73,7 +72,7 @@ def test_a_gpu_without_an_index_is_the_current_one(machine, monkeypatch):
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_the_kernels_are_known_by_their_files(tmp_path, monkeypatch, backend):
     package = Path(dfa_kernels.__file__).parent
-    for name in ("stream.py", "backends"):
+    for name in ("layers.py", "stream.py", "backends"):
         (shutil.copytree if name == "backends" else shutil.copy)(package / name, tmp_path / name)
     extension = tmp_path / "_CUDA.so"
     extension.write_bytes(b"one")
@@ -89,9 +88,12 @@ def test_the_kernels_are_known_by_their_files(tmp_path, monkeypatch, backend):
     extension.write_bytes(b"two")
     assert (fresh() != before) == (backend == "cuda")
     before = fresh()
-    with (tmp_path / "backends" / "triton" / "kernels.py").open("a") as file:
-        file.write("# changed\n")
-    assert fresh() != before
+    for name in ("layers.py", "stream.py", "backends/triton/kernels.py"):
+        with (tmp_path / name).open("a") as file:
+            file.write("# changed\n")
+        changed = fresh()
+        assert changed != before
+        before = changed
 
 
 def test_what_could_not_be_found_out_is_kept_for_a_day(machine, monkeypatch):
@@ -218,24 +220,24 @@ def test_a_disk_that_fills_up_is_said(machine, monkeypatch, caplog):
 
 def test_a_check_by_hand_is_kept(machine):
     machine.works("torch", "cuda")
-    ops.keep_check("cuda", GPUS[0], ["bits"], 3.0)
+    registry.keep_check("cuda", GPUS[0], ["bits"], 3.0)
     name, (message,) = choose()
     assert name == "torch"
     assert "bits" in message
     machine.restart()
-    ops.keep_check("cuda", GPUS[0], [], 3.0)
+    registry.keep_check("cuda", GPUS[0], [], 3.0)
     assert choose() == ("cuda", [])
     machine.restart()
-    ops.keep_check("cuda", GPUS[0], ["out of memory"], 3.0)  # says less than what is there
+    registry.keep_check("cuda", GPUS[0], ["out of memory"], 3.0)  # says less than what is there
     assert choose() == ("cuda", [])
     machine.monkeypatch.setenv("DFA_KERNELS_CHECK", "skip")
-    ops.keep_check("cuda", GPUS[0], ["bits"], 3.0)
+    registry.keep_check("cuda", GPUS[0], ["bits"], 3.0)
     machine.monkeypatch.delenv("DFA_KERNELS_CHECK")
     machine.restart()
     assert choose() == ("cuda", [])
     count = len(machine.files())
-    ops.keep_check("torch", GPUS[0], ["bits"], 3.0)  # which serves come what may
-    ops.keep_check("cpp", torch.device("cpu"), ["bits"], 3.0)
+    registry.keep_check("torch", GPUS[0], ["bits"], 3.0)  # which serves come what may
+    registry.keep_check("cpp", torch.device("cpu"), ["bits"], 3.0)
     assert len(machine.files()) == count == 1
     assert machine.checks() == []
 
@@ -280,7 +282,6 @@ OTHER = """
 import sys, time
 sys.path[:0] = {path!r}
 import torch
-from dfa_kernels import ops
 from dfa_kernels.backends import trial, verdicts
 verdicts.facts = lambda device: verdicts.Facts(*{facts!r})
 verdicts.kernels = lambda backend: f"kernels of {{backend}}"
@@ -345,7 +346,7 @@ def test_waiting_ends(machine, other, monkeypatch):
 
 
 def test_proven_kernels_serve_unchecked(machine, monkeypatch):
-    monkeypatch.setattr(verdicts, "PROVEN", frozenset({("cuda", (9, 0))}))
+    monkeypatch.setattr(cuda, "PROVEN", frozenset({(9, 0)}))
     machine.kinds[GPUS[1]] = verdicts.Facts("A100", (8, 0), "580.65")
     assert choose(GPUS[0]) == ("cuda", [])
     assert machine.checks() == []
@@ -364,7 +365,7 @@ def test_skip(machine, monkeypatch):
 
 
 def test_force(machine, monkeypatch):
-    monkeypatch.setattr(verdicts, "PROVEN", frozenset({("cuda", (9, 0))}))
+    monkeypatch.setattr(cuda, "PROVEN", frozenset({(9, 0)}))
     monkeypatch.setenv("DFA_KERNELS_CHECK", "force")
     for _ in range(2):
         assert choose() == ("cuda", [])

@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-from dfa_kernels import cases, cli, functional, ops, stream, verify
-from dfa_kernels.backends import cuda
+from dfa_kernels import cases, cli, ops, stream, verify
+from dfa_kernels.backends import cpp, cuda, registry
+from dfa_kernels.backends import torch as definition
 from tests import reference
 from tests.conftest import AVAILABLE
 
@@ -32,16 +33,15 @@ def small(monkeypatch):
 
 def stand_in(monkeypatch, project):
     """Backend "torch" with another projection."""
-    monkeypatch.setattr(
-        ops._backend("torch"), "ways", lambda error, distribution: [("other", project)], False
-    )
+    ways = lambda error, distribution: [("other", project)]  # noqa: E731
+    monkeypatch.setattr(definition, "ways", ways, raising=False)
 
 
 def faulty(fault, *, when=lambda error, dtype: True):
     """The definition's signals with a fault in them."""
 
     def project(error, *arguments):
-        signals = ops._backend("torch").project(error, *arguments)
+        signals = definition.project(error, *arguments)
         if when(error, arguments[-1]):
             fault(signals)
         return signals
@@ -59,15 +59,14 @@ def mistakes(what="signals"):
 def test_a_case_expects_what_the_reference_gives(distribution, dtype):
     """By the tests' own definition in NumPy: bits of entries, exact sums, and sums in float64."""
     case = cases.Case.of(dtype, distribution, columns=70, unit_rows=30)
-    where = {"seed": case.seed % 2**64, "distribution": distribution}
-    where["column_offset"] = case.column_offset
+    seed, column_offset, _ = case.stream
+    where = {"seed": seed % 2**64, "distribution": distribution, "column_offset": column_offset}
+    row_offsets, sizes, scales = case.layers
     expected = case.expected(torch.float64, terms=3, lattice=True)
-    exact = reference.project(
-        case.error, case.sizes, case.scales, row_offsets=case.row_offsets, **where
-    )
+    exact = reference.project(case.error, sizes, scales, row_offsets=row_offsets, **where)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for (values, bounds), signal, scale, size, row in zip(
-        expected, exact, case.scales, case.sizes, case.row_offsets, strict=True
+        expected, exact, scales, sizes, row_offsets, strict=True
     ):
         torch.testing.assert_close(values, signal, rtol=2**-22, atol=1e-5)
         u = reference.matrix(size, 70, row_offset=row, dtype=wide, **where).double()
@@ -111,7 +110,7 @@ def test_what_is_compiled_for_the_cpu_passes(backend):
     assert [check for check in found if check.mistake] == []
     if backend == "cpp":
         modes = {check.what.split(", ")[-1] for check in found[1:]}
-        assert modes == set(ops._backend("cpp").modes())
+        assert modes == set(cpp.modes())
         assert "portable" in modes
         assert sum(check.cases for check in found) == len(modes) * (1 + 3 * 4 * 4 + 3 * 2 * 7)
         assert torch.ops.dfa_kernels.cpu_isa(None) == torch.ops.dfa_kernels.cpu_isa("")
@@ -165,7 +164,7 @@ def test_a_lost_term_of_an_fp32_error_is_found(monkeypatch, lost):
         for _ in range(3 - lost):
             term = left.bfloat16().float()
             kept, left = kept + term, left - term
-        return ops._backend("torch").project(kept, *arguments)
+        return definition.project(kept, *arguments)
 
     monkeypatch.setattr(verify, "_errors", lambda backend: [(torch.float32, "highest")])
     stand_in(monkeypatch, project)
@@ -176,9 +175,9 @@ def test_a_lost_term_of_an_fp32_error_is_found(monkeypatch, lost):
 def test_what_a_kernel_leaves_unwritten_is_found(monkeypatch):
     """Also where the memory it gets held the right signals before."""
 
-    def project(error, row_offsets, sizes, *others):
-        signals = [error.new_empty(len(error), size, dtype=others[-1]) for size in sizes]
-        true = ops._backend("torch").project(error, row_offsets, sizes, *others)
+    def project(error, layers, stream, dtype):
+        signals = [error.new_empty(len(error), size, dtype=dtype) for size in layers.sizes]
+        true = definition.project(error, layers, stream, dtype)
         for signal, right in zip(signals, true, strict=True):
             signal[:, :-1] = right[:, :-1]
         return signals
@@ -194,7 +193,7 @@ def test_wrong_entries_are_found(monkeypatch):
 
     def off(*arguments):
         entries = true(*arguments)
-        if arguments[-1] == "cpp" and arguments[5] == "uniform" and len(entries) == 5:
+        if arguments[-1] == "cpp" and arguments[3].distribution == "uniform" and len(entries) == 5:
             entries[4, 7] *= 1 + 2**-7
         return entries
 
@@ -278,7 +277,7 @@ def test_the_command_says_what_is_wrong(monkeypatch, capsys, tmp_path):
     checks = [verify.Check("entries", 3, 0.1, None), verify.Check("signals", 2, 0.1, "off by one")]
     kept = []
     monkeypatch.setattr(verify, "checks_of", lambda backend, device, only: checks)
-    monkeypatch.setattr(ops, "keep_check", lambda *a: kept.append(a[:3]))
+    monkeypatch.setattr(registry, "keep_check", lambda *a: kept.append(a[:3]))
     assert cli.main(["verify", "--backend", "torch", "--device", "cpu", "--json", str(path)]) == 1
     assert kept == [("torch", CPU, ["signals: off by one"])]
     text = capsys.readouterr().out
@@ -323,8 +322,8 @@ def test_checks_in_processes_side_by_side(monkeypatch):
 
 def test_triton_is_checked_side_by_side(monkeypatch, capsys):
     """Unless one check or one process is asked for."""
-    status = ops.BackendStatus("triton", "cpu", True, False, None, None)
-    monkeypatch.setattr(functional, "backends", lambda: [status])
+    status = registry.BackendStatus("triton", "cpu", True, False, None, None)
+    monkeypatch.setattr(registry, "backends", lambda: [status])
     one = [verify.Check("alone", 1, 0.1, None)]
     several = [verify.Check("side by side", 1, 0.1, None)]
     monkeypatch.setattr(verify, "checks_of", lambda backend, device, only: one)
@@ -342,7 +341,7 @@ def test_an_unknown_mode_of_checks_is_said(monkeypatch, capsys):
     def refuses():
         raise ValueError("DFA_KERNELS_CHECK must be")
 
-    monkeypatch.setattr(functional, "backends", refuses)
+    monkeypatch.setattr(registry, "backends", refuses)
     assert cli.main(["verify"]) == 1
     assert "DFA_KERNELS_CHECK must be" in capsys.readouterr().out
 

@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from dfa_kernels import cli, demo, ops
+from dfa_kernels import cli, demo
+from dfa_kernels.backends import cpp
 from dfa_kernels.version import __version__
 
 
@@ -21,7 +22,7 @@ def test_info_names_versions_and_backends(capsys):
 
 
 def test_info_says_why_not_and_who_asked(capsys, monkeypatch):
-    monkeypatch.setattr(ops._backend("cpp"), "unavailable", lambda device_type: "not today")
+    monkeypatch.setattr(cpp, "unavailable", lambda device_type: "not today")
     monkeypatch.setenv("DFA_KERNELS_BACKEND", "torch")
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
@@ -51,7 +52,7 @@ def test_demo_refuses_bad_options(option, message, capsys):
 
 
 def test_demo_says_why_a_backend_cannot_serve(monkeypatch, capsys):
-    monkeypatch.setattr(ops._backend("cpp"), "unavailable", lambda device_type: "not today")
+    monkeypatch.setattr(cpp, "unavailable", lambda device_type: "not today")
     assert cli.main(["demo", "--backend", "cpp"]) == 1
     assert "demo: backend 'cpp' cannot serve cpu: not today" in capsys.readouterr().out
 

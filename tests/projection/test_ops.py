@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import dfa_kernels
-from dfa_kernels import feedback_matrix, ops, project
+from dfa_kernels import feedback_matrix, project
+from dfa_kernels.backends import registry
+from dfa_kernels.backends import torch as definition
 from tests import samples
 from tests.conftest import COMPILER, needs
 
@@ -159,8 +161,7 @@ def test_meta_tensors_have_shapes():
 
 
 def test_an_unavailable_choice_raises_with_the_reason(monkeypatch):
-    module = ops._backend("torch")
-    monkeypatch.setattr(module, "unavailable", lambda device_type: "it is being tested")
+    monkeypatch.setattr(definition, "unavailable", lambda device_type: "it is being tested")
     message = r"project: backend 'torch' cannot serve cpu: it is being tested"
     with pytest.raises(RuntimeError, match=message):
         project(torch.randn(2, 3), [4], backend="torch")
@@ -168,12 +169,12 @@ def test_an_unavailable_choice_raises_with_the_reason(monkeypatch):
 
 def test_the_environment_chooses(monkeypatch):
     monkeypatch.setenv("DFA_KERNELS_BACKEND", "torch")
-    assert ops.choose("project", torch.device("cpu"), None) == "torch"
+    assert registry.choose("project", torch.device("cpu"), None) == "torch"
     monkeypatch.setenv("DFA_KERNELS_BACKEND", "abacus")
     with pytest.raises(ValueError, match=r"DFA_KERNELS_BACKEND must be one of .* got 'abacus'"):
         project(torch.randn(2, 3), [4])
     assert (
-        ops.choose("project", torch.device("cpu"), "torch") == "torch"
+        registry.choose("project", torch.device("cpu"), "torch") == "torch"
     )  # the argument comes first
     monkeypatch.setenv("DFA_KERNELS_BACKEND", "")
     project(torch.randn(2, 3), [4])
@@ -181,20 +182,20 @@ def test_the_environment_chooses(monkeypatch):
 
 def test_an_automatic_choice_falls_through_and_says_so_once(monkeypatch):
     class Broken:
+        DEVICES, RANK, PROVEN = ("cpu",), 0, ("cpu",)
+
         @staticmethod
         def unavailable(device_type):
             return f"no {device_type} today"
 
-    real = ops._backend
-    monkeypatch.setattr(ops, "_PREFERRED", {"cpu": ("broken",)})
-    monkeypatch.setattr(ops, "_backend", lambda name: Broken if name == "broken" else real(name))
-    monkeypatch.setattr(ops, "_chosen", {})
-    monkeypatch.setattr(ops, "_said", {})
+    monkeypatch.setattr(registry, "BACKENDS", {"torch": definition, "broken": Broken})
+    monkeypatch.setattr(registry, "_chosen", {})
+    monkeypatch.setattr(registry, "_said", {})
     with pytest.warns(RuntimeWarning, match="backend 'broken' cannot serve cpu: no cpu today"):
-        assert ops.choose("project", torch.device("cpu"), None) == "torch"
+        assert registry.choose("project", torch.device("cpu"), None) == "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ops.choose("project", torch.device("cpu"), None) == "torch"
+        assert registry.choose("project", torch.device("cpu"), None) == "torch"
 
 
 def test_backends_report():
@@ -209,5 +210,5 @@ def test_backends_report():
 
 
 def test_every_backend_has_a_module():
-    for name in ops.BACKENDS:
-        assert importlib.import_module(f"dfa_kernels.backends.{name}").unavailable
+    for name, backend in registry.BACKENDS.items():
+        assert importlib.import_module(f"dfa_kernels.backends.{name}") is backend

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 import dfa_kernels
 from dfa_kernels import feedback_matrix, project
 from dfa_kernels.backends import slabs
+from dfa_kernels.layers import Layers
 from tests import reference
 from tests.conftest import assert_projected
 
@@ -258,13 +259,19 @@ def test_union_slabs_cover_every_row_once():
         wanted = set()
         for offset, size in zip(offsets, sizes, strict=True):
             wanted.update(range(offset, offset + size))
-        for slab in slabs.union_slabs(offsets, sizes, [1.0] * len(sizes), rows):
-            assert 0 < slab.last - slab.first <= rows
+        layers = Layers.of(offsets, sizes, [1.0] * len(sizes))
+        assert layers.union_rows() == len(wanted)
+        for slab in layers.slabs(rows):
+            assert 0 < slab.rows <= rows
             covered += range(slab.first, slab.last)
-            members = {layer.place for layer in slab.layers}
-            for place, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+            for layer, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
                 overlaps = offset < slab.last and slab.first < offset + size
-                assert overlaps == (place in members)
+                assert overlaps == (layer in slab.layers)
+                if overlaps:
+                    in_layer, in_slab = layers.overlap(layer, slab)
+                    shared = range(max(offset, slab.first), min(offset + size, slab.last))
+                    assert range(offset, offset + size)[in_layer] == shared
+                    assert range(slab.first, slab.last)[in_slab] == shared
         assert sorted(covered) == sorted(wanted)
 
 
@@ -273,9 +280,9 @@ def test_every_entry_is_made_once(monkeypatch):
     made = []
     entries = dfa_kernels.stream.entries
 
-    def counted(rows, columns, **keywords):
+    def counted(rows, columns, *others):
         made.append(rows * columns)
-        return entries(rows, columns, **keywords)
+        return entries(rows, columns, *others)
 
     monkeypatch.setattr(dfa_kernels.stream, "entries", counted)
     for count in (1, 3, 5000):

@@ -16,7 +16,7 @@ from scipy import stats
 from dfa_kernels import stream
 
 SEED = 0x0123456789ABCDEF  # chosen before any statistic was looked at
-DISTRIBUTIONS = tuple(stream.BLOCK)
+DISTRIBUTIONS = tuple(stream.DISTRIBUTIONS)
 PLACES = ("first", "row 2^32", "last rows", "last columns", "last corner")
 FORMS = ("tall", "wide", "square")
 LAGS = (*range(1, 17), 32, 64, 128, 256, 512)
@@ -54,17 +54,15 @@ class Source(NamedTuple):
         return stream.entries(
             rows,
             columns,
-            seed=self.seed,
-            row_offset=row_offset,
-            column_offset=column_offset,
-            distribution=self.distribution,
-            dtype=torch.float64,
-            device=torch.device("cpu"),
+            row_offset,
+            stream.Stream(self.seed, column_offset, self.distribution),
+            torch.float64,
+            torch.device("cpu"),
         ).numpy()
 
     def words(self, rows, blocks):
         """The four Philox words of each block: 4 x [rows, blocks]."""
-        width = stream.BLOCK[self.distribution]
+        width = stream.DISTRIBUTIONS[self.distribution].block
         row_offset, column_offset = self.corner(rows, blocks * width)
         row = row_offset + torch.arange(rows)[:, None]
         block = column_offset // width + torch.arange(blocks)[None, :]
@@ -72,7 +70,7 @@ class Source(NamedTuple):
 
     def indices(self, rows, columns):
         """Which level each entry is, [rows, columns]: several normal levels share a value."""
-        words = self.words(rows, columns // stream.BLOCK[self.distribution])
+        words = self.words(rows, columns // stream.DISTRIBUTIONS[self.distribution].block)
         return stream.indices(words, self.distribution).flatten(1).numpy()
 
 
@@ -89,7 +87,7 @@ def bits_of(words):
 
 
 def shape(form, distribution, size=2**20):
-    width = stream.BLOCK[distribution]
+    width = stream.DISTRIBUTIONS[distribution].block
     side = int(size**0.5)
     return {"tall": (size // width, width), "wide": (8, size // 8), "square": (side, side)}[form]
 
@@ -215,7 +213,7 @@ def neighbours(seed):
 
 def seeds(source):
     """Correlations with neighbouring seeds: entry by entry, and one row or block further on."""
-    z, block = [], stream.BLOCK[source.distribution]
+    z, block = [], stream.DISTRIBUTIONS[source.distribution].block
     here = list(features(source.entries(512, 1024), source.distribution))
     for seed in sorted(neighbours(source.seed)):
         there = features(source._replace(seed=seed).entries(512, 1024), source.distribution)

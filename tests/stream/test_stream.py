@@ -1,5 +1,7 @@
 """The stream's bits: against known answers, a second implementation, Triton, and itself."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,10 @@ from torch.utils._pytree import tree_leaves
 from dfa_kernels import feedback_matrix, stream
 from dfa_kernels.backends import slabs, tensor_cores
 from dfa_kernels.backends import torch as plain
+from dfa_kernels.layers import Layers
 from tests import reference
 
-DISTRIBUTIONS = tuple(stream.BLOCK)
+DISTRIBUTIONS = tuple(stream.DISTRIBUTIONS)
 SEEDS = (0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1)
 CORNERS = [  # (row_offset, column_offset)
     (0, 0),
@@ -110,12 +113,10 @@ def test_slabs_do_not_show(distribution):
     at_once = stream.entries(
         rows,
         columns,
-        seed=4,
-        row_offset=0,
-        column_offset=1,
-        distribution=distribution,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
+        0,
+        stream.Stream(4, 1, distribution),
+        torch.float32,
+        torch.device("cpu"),
     )
     assert torch.equal(matrix, at_once)
 
@@ -177,19 +178,16 @@ def test_nothing_comes_from_the_host_to_an_accelerator(monkeypatch, distribution
     """A CUDA graph can be captured from the first call on, and no call waits."""
     for name in ("tensor", "as_tensor", "from_numpy"):  # these copy Python's values, unseen
         monkeypatch.delattr(torch, name)
-    row_offsets, sizes, scales = [0, 3, 2**40], [70, 33, 5], [1.0, 0.5, 0.25]
-    layers = (row_offsets, sizes, scales)
-
-    def generate(rows, columns, row_offset, column_offset, dtype):
-        where = (7, row_offset, column_offset, distribution)
-        return plain.feedback_matrix(rows, columns, *where, dtype, torch.device("meta"))
+    layers = Layers((0, 3, 2**40), (70, 33, 5), (1.0, 0.5, 0.25))
+    matrix = stream.Stream(7, 3, distribution)
+    generate = functools.partial(plain.feedback_matrix, device=torch.device("meta"))
 
     with OnOneDevice():
         error = torch.ones(4, 300, dtype=dtype, device="meta")
-        signals = plain.project(error, *layers, 7, 3, distribution)
-        assert [signal.shape[1] for signal in signals] == sizes
-        adjoint = slabs.project_adjoint(generate, signals, row_offsets, scales, 3, 300, dtype)
+        signals = plain.project(error, layers, matrix, dtype)
+        assert tuple(signal.shape[1] for signal in signals) == layers.sizes
+        adjoint = slabs.project_adjoint(generate, signals, layers, matrix, 300, dtype)
         assert adjoint.shape == error.shape
-        assert generate(9, 300, 5, 3, dtype).dtype == dtype
+        assert generate(9, 300, 5, matrix, dtype).dtype == dtype
         if dtype != torch.float64:
-            tensor_cores.project(generate, error, *layers, 3, distribution, dtype)
+            tensor_cores.project(generate, error, layers, matrix, dtype)

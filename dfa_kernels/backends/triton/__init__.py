@@ -15,6 +15,16 @@ import torch
 from torch import Tensor
 
 from dfa_kernels.backends import tensor_cores
+from dfa_kernels.layers import Layers
+from dfa_kernels.stream import Stream
+
+DEVICES = ("cuda",)  # which is ROCm's name in torch, too
+RANK = 1
+# Compute capabilities of GPUs on which all tests have run, such as (9, 0).
+PROVEN: frozenset[tuple[int, int]] = frozenset()
+# It keeps tables on the device from call to call. Where torch.compile captures CUDA graphs by
+# itself (mode="reduce-overhead"), they must not come to lie in a graph's memory.
+TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 @functools.cache
@@ -44,28 +54,17 @@ def unavailable(device_type: str) -> str | None:
     return None if torch.version.hip else tensor_cores.too_old()
 
 
-def project(
-    error: Tensor,
-    row_offsets: list[int],
-    sizes: list[int],
-    scales: list[float],
-    seed: int,
-    column_offset: int,
-    distribution: str,
-    dtype: torch.dtype | None = None,
-) -> list[Tensor]:
-    """scales[i] * error @ U[rows of layer i, columns].T: [M, n] -> one [M, sizes[i]] per layer."""
-    return _kernels().project(  # type: ignore[union-attr]
-        error, row_offsets, sizes, scales, seed, column_offset, distribution, dtype or error.dtype
-    )
+def project(error: Tensor, layers: Layers, stream: Stream, dtype: torch.dtype) -> list[Tensor]:
+    """The signals of an error [batch, n]: one [batch, size] per layer."""
+    return _kernels().project(error, layers, stream, dtype)  # type: ignore[union-attr]
 
 
 def ways(error: Tensor, distribution: str) -> Iterator[tuple[str, Callable[..., list[Tensor]]]]:
     """Every way that a projection of such an error can go here: its name, and it, as `project`.
 
     "fused R x M" in tiles of R rows of U and M of the error, also with the terms of an fp32 error
-    "split beforehand"; and "slabs", but for what is always fused. For any shape of the error that
-    is not longer, and the current precision of fp32 products.
+    "split beforehand"; and "slabs", but for what is always fused. They serve every error that is
+    not longer, at the current precision of fp32 products.
     """
     return _kernels().ways(error, distribution)  # type: ignore[union-attr]
 
@@ -73,17 +72,13 @@ def ways(error: Tensor, distribution: str) -> Iterator[tuple[str, Callable[..., 
 def feedback_matrix(
     rows: int,
     columns: int,
-    seed: int,
     row_offset: int,
-    column_offset: int,
-    distribution: str,
+    stream: Stream,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """The block of U with its first entry at (row_offset, column_offset)."""
+    """`rows` rows of U from `row_offset` on, and `columns` of its columns."""
+    launch = _kernels().launch  # type: ignore[union-attr]
     matrix = torch.empty(rows, columns, dtype=dtype, device=device)
-    if matrix.numel() > 0:
-        launch = _kernels().launch  # type: ignore[union-attr]
-        with launch.on(matrix.device):
-            launch.fill(matrix, seed, row_offset, column_offset, distribution)
-    return matrix
+    with launch.on(matrix.device):
+        return launch.fill(matrix, row_offset, stream)

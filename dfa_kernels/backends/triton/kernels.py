@@ -17,7 +17,7 @@ _INTEGERS = (
     "rows",
     "first_row",
     "tile_count",
-    "count",
+    "batch",
     "columns",
     "shift",
     "first_block",
@@ -67,7 +67,7 @@ def _accumulate(
 def split_kernel(
     error,
     terms,
-    count: tl.int64,
+    batch: tl.int64,
     columns: tl.int32,
     shift: tl.int32,
     row_stride: tl.int64,
@@ -77,7 +77,7 @@ def split_kernel(
     TARGET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """An fp32 error [count, columns] into its terms [TERMS, count, width], after `shift` zeros."""
+    """An fp32 error [batch, columns] into its terms [TERMS, batch, width], after `shift` zeros."""
     width = width // 8 * 8
     blocks = tl.cdiv(width, BLOCK)
     row = tl.program_id(0).to(tl.int64) // blocks
@@ -90,7 +90,7 @@ def split_kernel(
             head, rest = _cut(rest)
         else:
             head = rest
-        place = terms + (term * count + row) * width + at
+        place = terms + (term * batch + row) * width + at
         tl.store(place, to_bfloat16(head, TARGET), mask=at < width)
 
 
@@ -139,7 +139,7 @@ def project_kernel(
     layers,
     scales,
     tile_count: tl.int64,
-    count: tl.int64,
+    batch: tl.int64,
     columns: tl.int32,
     shift: tl.int32,
     first_block: tl.int64,
@@ -165,7 +165,7 @@ def project_kernel(
 ):
     """One tile of the union's rows times one tile of the error, into every layer with such rows.
 
-    error [count, columns] or, with SPLIT, its terms in bf16 [TERMS, count, columns], columns side
+    error [batch, columns] or, with SPLIT, its terms in bf16 [TERMS, batch, columns], columns side
     by side; column 0 is entry `shift` of block `first_block`; tiles, layers and scales: see
     `plan.Plan`; outputs: see `launch._outputs`.
     """
@@ -177,7 +177,7 @@ def project_kernel(
     row = first_row + l
     first_m = program // tile_count * BLOCK_M
     m = tl.arange(0, BLOCK_M)
-    in_count = m < tl.minimum(count - first_m, BLOCK_M).to(tl.int32)
+    in_batch = m < tl.minimum(batch - first_m, BLOCK_M).to(tl.int32)
 
     columns = columns // VECTOR * VECTOR
     shift = shift // VECTOR * VECTOR
@@ -194,7 +194,7 @@ def project_kernel(
     for left in tl.range(0, _end(shift + columns, TARGET), BLOCK_K, num_stages=STAGES):
         column = left - shift + k
         here = (column >= 0) & (column < columns)
-        mask = here[:, None] & in_count[None, :]
+        mask = here[:, None] & in_batch[None, :]
         block = (first_block + left // WIDTH + blocks).to(tl.uint32)
         matrix = entries(block, row[:, None], key0, key1, DISTRIBUTION, TARGET, OPERAND)
         if FRAGMENTS:
@@ -226,7 +226,7 @@ def project_kernel(
         high = tl.maximum(tl.minimum(before + size, rows), 0).to(tl.int32)
         in_layer = (l >= low) & (l < high)
         signal = _rounded(sums * tl.load(scales + layer), OUTPUT_DTYPE, TARGET)
-        tl.store(output + offset, signal, mask=in_layer[:, None] & in_count[None, :])
+        tl.store(output + offset, signal, mask=in_layer[:, None] & in_batch[None, :])
 
 
 @triton.jit(do_not_specialize=_INTEGERS)

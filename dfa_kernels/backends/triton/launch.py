@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfa_kernels import stream
-from dfa_kernels.backends import slabs, tensor_cores
+from dfa_kernels.backends import tensor_cores
 from dfa_kernels.backends.triton import kernels
 from dfa_kernels.backends.triton.plan import Kept, plan_for
+from dfa_kernels.layers import Layers
+from dfa_kernels.stream import DISTRIBUTIONS, Stream
 
 INTERPRETED = not isinstance(kernels.project_kernel, triton.runtime.JITFunction)
 TARGET = "interpreter" if INTERPRETED else "hip" if torch.version.hip else "cuda"
@@ -36,7 +37,7 @@ class Tile(NamedTuple):
     """Shape of a program's tile: rows of U, rows of the error, columns at a time, and warps."""
 
     rows: int
-    error_rows: int
+    batch: int
     columns: int
     warps: int
 
@@ -60,22 +61,27 @@ _SPLIT_COLUMNS = 256
 
 def tiles(distribution: str, terms: int, fragments: bool) -> tuple[Tile, ...]:
     """All tiles for errors that are the sum of `terms` terms, from the smallest."""
-    if distribution == "rademacher":
+    if _of_signs(distribution):
         return _TILES_OF_SIGNS_AND_TERMS if terms > 1 else _TILES_OF_SIGNS
     if not fragments:
         return (*_TILES[:-1], _MIDDLE_OF_TERMS) if terms > 1 else _TILES
     return (*_TILES, _WIDE_OF_TERMS if terms > 1 else _WIDE)
 
 
-def tile_for(count: int, distribution: str, terms: int, fragments: bool) -> Tile:
-    """The tile for an error of `count` rows that is the sum of `terms` terms."""
+def _of_signs(distribution: str) -> bool:
+    """Whether a Philox block is so long that tiles must be, too."""
+    return DISTRIBUTIONS[distribution].block > _TILES[0].columns
+
+
+def tile_for(batch: int, distribution: str, terms: int, fragments: bool) -> Tile:
+    """The tile for an error of `batch` rows that is the sum of `terms` terms."""
     fitting = tiles(distribution, terms, fragments)
-    return next((tile for tile in fitting if count <= tile.error_rows), fitting[-1])
+    return next((tile for tile in fitting if batch <= tile.batch), fitting[-1])
 
 
 def matrix_tile(distribution: str) -> tuple[int, int, int]:
     """Rows, columns and warps of a program that fills a part of a matrix."""
-    return (128, 128, 4) if distribution == "rademacher" else (32, 128, 4)
+    return (128, 128, 4) if _of_signs(distribution) else (32, 128, 4)
 
 
 def terms_of(error: Tensor) -> int:
@@ -220,9 +226,7 @@ class Fused:
     def __init__(
         self,
         error: Tensor,
-        row_offsets: list[int],
-        sizes: list[int],
-        scales: list[float],
+        layers: Layers,
         column_offset: int,
         distribution: str,
         dtype: torch.dtype,
@@ -230,17 +234,17 @@ class Fused:
         tile: Tile | None = None,
         split: bool | None = None,
     ) -> None:
-        count, columns = error.shape
+        batch, columns = error.shape
+        sizes = layers.sizes
         terms = terms_of(error)
         operands = Operands.on(error.device)
         if split is None:
-            rows = slabs.union_rows(row_offsets, sizes)
-            split = terms > 1 and rows * columns >= _SPLIT_ENTRIES
+            split = terms > 1 and layers.union_rows() * columns >= _SPLIT_ENTRIES
         if tile is None:
-            tile = tile_for(count, distribution, terms, operands.fragments)
-        factor = tensor_cores.lattice_factor(distribution)
-        plan = plan_for(row_offsets, sizes, scales, factor, tile.rows, error.device)
-        block = stream.BLOCK[distribution]
+            tile = tile_for(batch, distribution, terms, operands.fragments)
+        facts = DISTRIBUTIONS[distribution]
+        plan = plan_for(layers, facts.factor, tile.rows, error.device)
+        block = facts.block
         shift = column_offset % block
         row_stride, column_stride = error.stride()
         tile_count = plan.tiles.shape[0]
@@ -248,10 +252,10 @@ class Fused:
         self._copied = column_stride != 1 and not split
         if split:
             width = -(-(shift + columns) // 8) * 8
-            self._terms = terms, count, width
-            grid = count * -(-width // _SPLIT_COLUMNS)
+            self._terms = terms, batch, width
+            grid = batch * -(-width // _SPLIT_COLUMNS)
             self._split = Launch(kernels.split_kernel, grid, (terms, TARGET, _SPLIT_COLUMNS), 4)
-            self._split_numbers = count, columns, shift, row_stride, column_stride, width
+            self._split_numbers = batch, columns, shift, row_stride, column_stride, width
             row_stride, columns, shift, vector = width, width, 0, 8
         elif self._copied:
             row_stride = columns
@@ -260,7 +264,7 @@ class Fused:
             vector = _vector(error, row_stride, columns, shift)
         self._plan = plan
         self._sorted = plan.order == list(range(len(sizes)))
-        self._count, self._sizes = count, sizes
+        self._batch, self._sizes = batch, sizes
         self._like = error.new_empty(0, dtype=dtype)
         self._stream = stream_of(error.device)
         self._before_seed = (
@@ -268,12 +272,12 @@ class Fused:
             plan.layers,
             plan.scales,
             tile_count,
-            count,
+            batch,
             columns,
             shift,
             column_offset // block,
         )
-        self._strides = row_stride, count * row_stride
+        self._strides = row_stride, batch * row_stride
         constants = (
             distribution,
             block,
@@ -283,19 +287,19 @@ class Fused:
             terms,
             split,
             vector,
-            tl.int32 if max(sizes) * tile.error_rows < _NARROW else tl.int64,
+            tl.int32 if max(sizes) * tile.batch < _NARROW else tl.int64,
             TARGET,
             *operands,
             *tile[:3],
             STAGES,
         )
-        grid = tile_count * -(-count // tile.error_rows)
+        grid = tile_count * -(-batch // tile.batch)
         self._launch = Launch(kernels.project_kernel, grid, constants, tile.warps)
 
     def __call__(self, error: Tensor, seed: int) -> list[Tensor]:
-        """One signal [M, size] per layer."""
-        count, new = self._count, self._like.new_empty  # with no argument that costs time to read
-        signals = [new(count, size) for size in self._sizes]
+        """One signal [batch, size] per layer."""
+        batch, new = self._batch, self._like.new_empty  # with no argument that costs time to read
+        signals = [new(batch, size) for size in self._sizes]
         stream_id = self._stream()
         capturing = not INTERPRETED and torch.cuda.is_current_stream_capturing()
         self._plan.read_by(stream_id, capturing)
@@ -311,20 +315,16 @@ class Fused:
         return signals
 
 
-def fill(
-    matrix: Tensor,
-    seed: int,
-    row_offset: int,
-    column_offset: int,
-    distribution: str,
-    lattice: bool = False,
-) -> None:
-    """Make the block of U that begins at (row_offset, column_offset); rows may have a stride.
+def fill(matrix: Tensor, row_offset: int, stream: Stream, lattice: bool = False) -> Tensor:
+    """Make `matrix` what U has from `row_offset` on, and return it; its rows may have a stride.
 
     With `lattice`, uniform entries are made without their factor sqrt(3), which makes them exact.
     """
+    if matrix.numel() == 0:
+        return matrix
     rows, columns = matrix.shape
-    width = stream.BLOCK[distribution]
+    seed, column_offset, distribution = stream
+    width = DISTRIBUTIONS[distribution].block
     shift = column_offset % width
     row_stride = matrix.stride(0)
     block_rows, block_columns, warps = matrix_tile(distribution)
@@ -347,3 +347,4 @@ def fill(
     first_block = column_offset // width
     numbers = (rows, columns, row_stride, shift, first_block, row_offset, seed)
     launch(stream_of(matrix.device)(), matrix, *numbers)
+    return matrix

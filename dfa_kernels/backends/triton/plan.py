@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dfa_kernels.backends import slabs
+from dfa_kernels.layers import Layers
 
 _KEPT = 256
 
@@ -48,9 +48,7 @@ class Plan(NamedTuple):
 _captured: dict[int, Plan] = {}
 
 
-def cut_into_tiles(
-    row_offsets: Sequence[int], sizes: Sequence[int], rows: int
-) -> tuple[Tensor, list[int]]:
+def cut_into_tiles(layers: Layers, rows: int) -> tuple[Tensor, list[int]]:
     """Tiles [tiles, 4] of at most `rows` rows, and the order of the layers they refer to.
 
     Every row of the union is in one tile, whatever the layers that contain it. Layers are sorted by
@@ -58,9 +56,10 @@ def cut_into_tiles(
     tile's range of them is the narrowest that holds them all. Rows end at 2**63, so the end of a
     range may not fit an int64, and is never stored.
     """
+    row_offsets, sizes, _ = layers
     order = sorted(range(len(sizes)), key=lambda i: (row_offsets[i], -sizes[i]))
     pieces, starts, total = [], [], 0
-    for first, last in slabs.unions(row_offsets, sizes):
+    for first, last in layers.unions():
         count = -(-(last - first) // rows)
         piece = torch.zeros(count, 4, dtype=torch.int64, device="cpu")
         piece[:, 0] = first + rows * torch.arange(count, device="cpu")
@@ -102,29 +101,21 @@ _keeping = threading.Lock()
 _plans = Kept()
 
 
-def plan_for(
-    row_offsets: list[int],
-    sizes: list[int],
-    scales: list[float],
-    factor: float,
-    rows: int,
-    device: torch.device,
-) -> Plan:
+def plan_for(layers: Layers, factor: float, rows: int, device: torch.device) -> Plan:
     """The plan of a set of layers, in tiles of `rows` rows. `factor` multiplies every scale."""
-    key = (device, rows, factor, tuple(row_offsets), tuple(sizes), tuple(scales))
+    key = (device, rows, factor, layers)
     plan = _plans.get(key)
     if plan is not None:
         return plan
-    tiles, order = cut_into_tiles(row_offsets, sizes, rows)
-    layers = torch.tensor([(row_offsets[i], sizes[i]) for i in order], device="cpu")
-    products = torch.tensor([scales[i] * factor for i in order], dtype=torch.float64, device="cpu")
-    plan = Plan(tiles, layers, products.float(), order, set(), None)
+    tiles, order = cut_into_tiles(layers, rows)
+    ranges = [(layers.row_offsets[i], layers.sizes[i]) for i in order]
+    scales = [layers.scales[i] * factor for i in order]
+    rounded = torch.tensor(scales, dtype=torch.float64, device="cpu").float()
+    plan = Plan(tiles, torch.tensor(ranges, device="cpu"), rounded, order, set(), None)
     if device.type == "cuda":  # from pinned memory, so that nobody waits for the copies
-        tiles, layers, scales_there = (
-            tensor.pin_memory().to(device, non_blocking=True) for tensor in plan[:3]
-        )
+        there = [table.pin_memory().to(device, non_blocking=True) for table in plan[:3]]
         copied = torch.cuda.Event()
         copied.record()
-        plan = Plan(tiles, layers, scales_there, order, set(), copied)
+        plan = Plan(there[0], there[1], there[2], order, set(), copied)
     _plans.keep(key, plan)
     return plan

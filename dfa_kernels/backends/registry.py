@@ -1,0 +1,251 @@
+"""Which backends there are, what each can serve, and which one serves a call.
+
+A backend is a module of this folder that has its name here. It states:
+
+    DEVICES   device types on which an automatic choice may take it
+    RANK      its turn in that choice, the lowest first
+    PROVEN    where all its tests have run: "cpu", or compute capabilities of GPUs, such as (9, 0).
+              Elsewhere it is checked before an automatic choice takes it; see `verdicts`
+    TAGS      of its operator
+    unavailable(device_type)    why it cannot serve a device type, or None
+
+and either registers its kernels for `project.<name>` and `feedback_matrix.<name>` itself, as an
+extension does when it is loaded, or has functions that `ops` registers:
+
+    project(error, layers, stream, dtype)
+    feedback_matrix(rows, columns, row_offset, stream, dtype, device)
+
+For `verify` it may have `ways(error, distribution)`, every way that a projection can go, by name,
+and `modes()`, which puts the whole backend into each of its modes in turn.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from dfa_kernels.backends import cpp, cuda, triton, verdicts
+from dfa_kernels.backends import torch as definition
+
+
+class Backend(Protocol):
+    """What every backend's module has; see above for what it may have."""
+
+    @property
+    def DEVICES(self) -> Collection[str]:  # noqa: D102
+        ...
+
+    @property
+    def RANK(self) -> int:  # noqa: D102
+        ...
+
+    @property
+    def PROVEN(self) -> Collection[Any]:  # noqa: D102
+        ...
+
+    @property
+    def TAGS(self) -> Collection[torch.Tag]:  # noqa: D102
+        ...
+
+    def unavailable(self, device_type: str) -> str | None:  # noqa: D102
+        ...
+
+
+BACKENDS: dict[str, Backend] = {
+    "torch": definition,
+    "cpp": cpp,
+    "cuda": cuda,
+    "triton": triton,
+}
+_LAST = "torch"  # it serves where no other does
+
+
+class BackendStatus(NamedTuple):
+    """One backend on one device type: whether it can serve, and why not.
+
+    `automatic` says whether it is what an automatic choice takes; where its check is still to come,
+    whether it is what the choice will take if it passes. `check` says what is known of its check on
+    the current device of that type, and since when; None where it needs none.
+    """
+
+    name: str
+    device: str
+    available: bool
+    automatic: bool
+    check: str | None
+    reason: str | None
+
+
+def unavailable(name: str, device_type: str) -> str | None:
+    """Why a backend cannot serve a device type, or None."""
+    return BACKENDS[name].unavailable(device_type)
+
+
+def _preferred(device_type: str) -> list[str]:
+    """The backends that an automatic choice may take on a device type, in turn."""
+    names = [name for name, backend in BACKENDS.items() if device_type in backend.DEVICES]
+    return sorted(names, key=lambda name: BACKENDS[name].RANK)
+
+
+def _wants_check(name: str, device: torch.device) -> bool:
+    """Whether a check decides if an automatic choice takes a backend."""
+    backend = BACKENDS[name]
+    if device.type not in backend.DEVICES or device.type in backend.PROVEN:
+        return False
+    return not verdicts.trusted(backend.PROVEN, device)
+
+
+def _first(
+    device: torch.device, verdict_of: Callable[[str, torch.device], verdicts.Verdict | None]
+) -> tuple[str, bool, dict[str, str | verdicts.Verdict]]:
+    """The first backend that can serve, whether its check is to come, and what is against others.
+
+    It is to come where `verdict_of` gives None.
+    """
+    against: dict[str, str | verdicts.Verdict] = {}
+    for name in _preferred(device.type):
+        reason = unavailable(name, device.type)
+        if reason is not None:
+            against[name] = reason
+            continue
+        if not _wants_check(name, device):
+            return name, False, against
+        verdict = verdict_of(name, device)
+        if verdict is None or verdict.passed:
+            return name, verdict is None, against
+        against[name] = verdict
+    return _LAST, False, against
+
+
+_chosen: dict[torch.device, str] = {}
+_said: dict[object, object] = {}
+
+
+def _warn(fact: object, message: str) -> None:
+    """Once for each fact, whatever device, call and thread it is for."""
+    first = object()
+    if _said.setdefault(fact, first) is first:
+        warnings.warn(message, RuntimeWarning, stacklevel=5)
+
+
+def _checked(name: str, device: torch.device) -> verdicts.Verdict | None:
+    """The result of a check, made if need be, except while a CUDA graph is being captured."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return (verdicts.known if capturing else verdicts.obtain)(name, device)
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """A GPU without an index is the current one, where there is one."""
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _automatic(device: torch.device, tracing: bool) -> str:
+    """The first backend that can serve and is checked; what it falls through, it says once."""
+    device = _indexed(device)
+    if device in _chosen:
+        return _chosen[device]
+    name, to_come, against = _first(device, verdicts.known if tracing else _checked)
+    if to_come and tracing:
+        return ""
+    if to_come:
+        _warn(
+            "capturing",
+            f"dfa_kernels: backend {name!r} is not checked yet, and cannot be while a CUDA graph "
+            "is being captured: 'torch', which is slow, is what this graph holds. Call it once "
+            f"before, or run `python -m dfa_kernels verify --backend {name} --device {device}`",
+        )
+        return _LAST
+    _chosen[device] = name
+    for other, why in against.items():
+        message = f"dfa_kernels: backend {other!r} cannot serve {device.type}: {why}"
+        if isinstance(why, verdicts.Verdict):
+            message = verdicts.complaint(other, device, why, name)
+        _warn((other, why), message)
+    return name
+
+
+def choose(function: str, device: torch.device, backend: str | None, tracing: bool = False) -> str:
+    """The backend that serves: the one asked for, else DFA_KERNELS_BACKEND, else the preferred.
+
+    The first automatic choice on a GPU may take minutes: backends are checked there. With `tracing`
+    no check is made; where only one can tell, "" comes back.
+
+    Raises ValueError for an unknown name and RuntimeError, with the reason, for one that was asked
+    for and cannot serve.
+    """
+    source = "backend"
+    if backend is None:
+        source = "DFA_KERNELS_BACKEND"
+        backend = os.environ.get(source) or None
+    if backend is None:
+        return _chosen.get(device) or _automatic(device, tracing)
+    if backend not in BACKENDS:
+        names = ", ".join(map(repr, BACKENDS))
+        raise ValueError(f"{function}: {source} must be one of {names}, got {backend!r}")
+    reason = unavailable(backend, device.type)
+    if reason is not None:
+        raise RuntimeError(f"{function}: {source} {backend!r} cannot serve {device.type}: {reason}")
+    return backend
+
+
+@torch.compiler.assume_constant_result
+def choose_for_graph(function: str, device: torch.device, backend: str | None) -> str:
+    """As `choose`, for a graph that is being traced: "" where the choice is made when it runs."""
+    return choose(function, device, backend, tracing=True)
+
+
+def keep_check(name: str, device: torch.device, failures: list[str], seconds: float) -> None:
+    """Let a check by hand count, where an automatic choice depends on one."""
+    device = _indexed(device)
+    if _wants_check(name, device):
+        verdicts.keep(name, device, failures, seconds)
+
+
+def backends() -> list[BackendStatus]:
+    """Every backend on the CPU and on this machine's current accelerator.
+
+    Each says whether it is available, whether an automatic choice takes it, what is known of its
+    check there (none is started), and if it is not available why not.
+
+    Raises:
+        ValueError: DFA_KERNELS_CHECK has an unknown value.
+    """
+    devices = [torch.device("cpu")]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        devices.append(torch.device(accelerator.type))
+    return statuses(devices)
+
+
+def statuses(devices: Sequence[torch.device]) -> list[BackendStatus]:
+    """Every backend on every given device. No check is made."""
+    found = []
+    for device in map(_indexed, devices):
+        automatic = _first(device, verdicts.known)[0]
+        for name in BACKENDS:
+            reason = unavailable(name, device.type)
+            check = None
+            if reason is None and name in _preferred(device.type):
+                check = _check(name, device, name == automatic)
+            status = (reason is None, name == automatic, check, reason)
+            found.append(BackendStatus(name, device.type, *status))
+    return found
+
+
+def _check(name: str, device: torch.device, automatic: bool) -> str | None:
+    """What is known of a backend's check, and what follows; None where it needs none."""
+    if not _wants_check(name, device):
+        return None
+    verdict = verdicts.known(name, device)
+    if verdict is None and automatic:
+        return "not checked yet; will be at its first use"
+    role = "chosen automatically" if automatic else "available when asked for"
+    if verdict is None:
+        return f"not checked yet; {role}"
+    return f"{verdict.describe()}{':' if verdict.passed else ';'} {role}"

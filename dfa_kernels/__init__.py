@@ -1,6 +1,7 @@
 """Feedback signals of Direct Feedback Alignment, from a seed."""
 
-from dfa_kernels import backends
+from typing import TYPE_CHECKING
+
 from dfa_kernels.functional import feedback_matrix, project
 from dfa_kernels.nn import (
     DFA,
@@ -13,6 +14,11 @@ from dfa_kernels.nn import (
     tinydfa_scales,
 )
 from dfa_kernels.version import __version__
+
+if TYPE_CHECKING:  # to whom a module cannot be called
+    from dfa_kernels.backends.registry import backends
+else:
+    from dfa_kernels import backends
 
 __all__ = [
     "DFA",

@@ -1,5 +1,6 @@
 """What an automatic choice takes where backends are checked before their first use."""
 
+import importlib
 import logging
 import re
 
@@ -257,3 +258,31 @@ def test_info_shows_what_is_known(machine, monkeypatch, capsys):
     assert "DFA_KERNELS_CHECK=skip: kernels for GPUs serve unchecked" in text
     assert re.search("^cuda +cuda +available, chosen automatically$", text, re.MULTILINE)
     assert machine.checks() == []
+
+
+# --- the registry ---
+
+
+def test_a_backend_is_a_module_of_its_name():
+    for name, backend in registry.BACKENDS.items():
+        assert importlib.import_module(f"dfa_kernels.backends.{name}") is backend
+        assert {"cpu", "cuda", "xpu", "mps"} >= {*backend.DEVICES}
+        extension = {"cpp": "dfa_kernels._C"}.get(name)
+        for operator in ("project", "feedback_matrix"):
+            assert hasattr(backend, operator) == (extension is None), operator
+
+
+def test_the_package_of_backends_is_a_module_and_lists_them():
+    import dfa_kernels.backends.triton as triton  # its name is not hidden by a function
+
+    assert triton is registry.BACKENDS["triton"]
+    assert dfa_kernels.backends() == registry.backends()
+
+
+def test_ranks_are_the_order_of_the_choice(monkeypatch):
+    assert registry._preferred("cpu") == ["cpp"]
+    assert registry._preferred("xpu") == []
+    monkeypatch.setattr(registry.BACKENDS["cuda"], "DEVICES", ("cuda",))
+    assert registry._preferred("cuda") == ["cuda", "triton"]
+    monkeypatch.setattr(registry.BACKENDS["cuda"], "RANK", 2)
+    assert registry._preferred("cuda") == ["triton", "cuda"]

@@ -10,7 +10,6 @@ from torch.autograd import forward_ad
 import dfa_kernels
 from dfa_kernels import feedback_matrix, project
 from dfa_kernels.backends import slabs
-from dfa_kernels.layers import Layers
 from tests import reference
 from tests.conftest import assert_projected
 
@@ -245,34 +244,6 @@ def test_gradient_in_every_dtype_and_over_many_slabs(target, dtype):
     expected = (u.sum(0) / math.sqrt(9000 * 50)).expand(3, 50)
     tolerance = 8 * torch.finfo(dtype).eps
     torch.testing.assert_close(error.grad.cpu().double(), expected, rtol=tolerance, atol=tolerance)
-
-
-def test_union_slabs_cover_every_row_once():
-    cases = [
-        ([0, 0, 0], [10, 25, 3], 8),
-        ([0, 100, 50], [10, 10, 60], 7),
-        ([2**63 - 5, 0], [5, 5], 3),
-        ([4, 0, 2], [1, 10, 8], 1),
-    ]
-    for offsets, sizes, rows in cases:
-        covered = []
-        wanted = set()
-        for offset, size in zip(offsets, sizes, strict=True):
-            wanted.update(range(offset, offset + size))
-        layers = Layers.of(offsets, sizes, [1.0] * len(sizes))
-        assert layers.union_rows() == len(wanted)
-        for slab in layers.slabs(rows):
-            assert 0 < slab.rows <= rows
-            covered += range(slab.first, slab.last)
-            for layer, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
-                overlaps = offset < slab.last and slab.first < offset + size
-                assert overlaps == (layer in slab.layers)
-                if overlaps:
-                    in_layer, in_slab = layers.overlap(layer, slab)
-                    shared = range(max(offset, slab.first), min(offset + size, slab.last))
-                    assert range(offset, offset + size)[in_layer] == shared
-                    assert range(slab.first, slab.last)[in_slab] == shared
-        assert sorted(covered) == sorted(wanted)
 
 
 def test_every_entry_is_made_once(monkeypatch):

@@ -1,0 +1,55 @@
+"""Which rows of U the layers read, and how their union is cut."""
+
+import torch
+
+from dfa_kernels.layers import Layers
+from dfa_kernels.stream import Stream
+
+
+def test_layers_and_stream_are_an_operators_arguments():
+    layers, stream = Layers((0, 3), (7, 2), (0.5, -1.0)), Stream(-3, 5, "uniform")
+    operator = torch.ops.dfa_kernels.project.torch
+    names = [argument.name for argument in operator._schema.arguments]
+    assert names == ["error", *Layers._fields, *Stream._fields, "dtype"]
+    signals = operator(torch.ones(4, 10), *layers, *stream, None)
+    assert [signal.shape[1] for signal in signals] == [7, 2]
+
+
+def test_equal_layers_are_one():
+    layers, places = Layers.distinct([0, 5, 0, 0], [8, 8, 8, 9], [1.0, 1.0, 1.0, 1.0])
+    assert layers == ((0, 5, 0), (8, 8, 9), (1.0, 1.0, 1.0))
+    assert places == [0, 1, 0, 2]
+    assert Layers.distinct([0, 0], [4, 4], [1.0, -1.0])[0] == ((0, 0), (4, 4), (1.0, -1.0))
+    assert hash(layers) == hash(Layers.of([0, 5, 0], [8, 8, 9], [1.0] * 3))
+
+
+def test_a_stream_further_on():
+    assert Stream(3, 8, "normal").after(-5).after(2) == Stream(3, 5, "normal")
+
+
+def test_slabs_cover_every_row_once():
+    cases = [
+        ([0, 0, 0], [10, 25, 3], 8),
+        ([0, 100, 50], [10, 10, 60], 7),
+        ([2**63 - 5, 0], [5, 5], 3),
+        ([4, 0, 2], [1, 10, 8], 1),
+    ]
+    for offsets, sizes, rows in cases:
+        covered = []
+        wanted = set()
+        for offset, size in zip(offsets, sizes, strict=True):
+            wanted.update(range(offset, offset + size))
+        layers = Layers.of(offsets, sizes, [1.0] * len(sizes))
+        assert layers.union_rows() == len(wanted)
+        for slab in layers.slabs(rows):
+            assert 0 < slab.rows <= rows
+            covered += range(slab.first, slab.last)
+            for layer, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+                overlaps = offset < slab.last and slab.first < offset + size
+                assert overlaps == (layer in slab.layers)
+                if overlaps:
+                    in_layer, in_slab = layers.overlap(layer, slab)
+                    shared = range(max(offset, slab.first), min(offset + size, slab.last))
+                    assert range(offset, offset + size)[in_layer] == shared
+                    assert range(slab.first, slab.last)[in_slab] == shared
+        assert sorted(covered) == sorted(wanted)

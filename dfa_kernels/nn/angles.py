@@ -67,9 +67,9 @@ def alignment(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Alignme
         )
     cosines: dict[str, list[Tensor]] = {}
     with torch.no_grad():
-        signals = dfa.signals(record.places, error)
+        signals = dfa.signals(record.layers, record.places, error)
         for index, place, signal, gradient in zip(
-            record.layers, record.places, signals, gradients, strict=True
+            record.indices, record.places, signals, gradients, strict=True
         ):
             ours, theirs = (
                 to_rows(tensor, place.batch_dims, "alignment").double()

@@ -19,13 +19,13 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dfa_kernels import checks, ops
+from dfa_kernels.layers import Layers
 from dfa_kernels.nn import signals as delivery
 from dfa_kernels.nn import state
 from dfa_kernels.nn.functions import Feedback
@@ -38,32 +38,20 @@ from dfa_kernels.nn.layer import (
     check_dims,
     recomputing,
 )
-from dfa_kernels.nn.rows import beside_rows, count_rows, row_ratio, to_rows
-from dfa_kernels.nn.signals import (
-    Block,
-    Place,
+from dfa_kernels.nn.rows import beside_rows, row_ratio, split_shape, to_rows
+from dfa_kernels.nn.signals import Place, check_masks
+from dfa_kernels.nn.sources import (
+    INDEPENDENT_ROWS,
     Scales,
     Seeded,
+    Slicing,
+    Source,
     Stored,
-    check_masks,
-    check_matrices,
+    check_matrix,
     check_normalization,
 )
 
 MODES = ("dfa", "backprop", "shallow")
-# With independent matrices, layer i's rows of U begin at i times this.
-INDEPENDENT_ROWS = 2**40
-
-
-def tinydfa_scales(sizes: list[int], error_size: int) -> list[float]:
-    """tinydfa's normalization: with `distribution="uniform"`, entries in (-1, 1) over sqrt(l_max).
-
-    The library's uniform entries have unit variance, hence a further 1/sqrt(3).
-    """
-    return [1 / math.sqrt(3 * max(sizes))] * len(sizes)
-
-
-tinydfa_scales.__module__ = "dfa_kernels.nn"  # its public name, which states hold
 
 
 class DFA(nn.Module):
@@ -133,7 +121,7 @@ class DFA(nn.Module):
         seed: int = 0,
         distribution: str = "normal",
         shared: bool = True,
-        matrix: Tensor | Sequence[Tensor] | None = None,
+        matrix: Tensor | Sequence[Tensor] | Source | None = None,
         error_transform: Callable[[Tensor], Tensor] | None = None,
         mask: Mapping[str | int, Tensor] | Sequence[Tensor | None] | None = None,
         lean: bool = False,
@@ -152,11 +140,8 @@ class DFA(nn.Module):
             got = type(dfa_layers).__name__
             raise TypeError(f"DFA: dfa_layers must be a sequence of DFALayers, got {got}")
         self.dfa_layers = tuple(layers)
-        self.normalization = check_normalization(normalization)
+        normalization = check_normalization(normalization)
         self.rp_device = None if rp_device is None else torch.device(rp_device)
-        self.seed = operator.index(seed)  # numpy's integers are no JSON
-        self.distribution = distribution
-        self.backend = backend
         self.error_transform = error_transform
         for index, layer in enumerate(self.dfa_layers):
             if not isinstance(layer, DFALayer):
@@ -169,14 +154,13 @@ class DFA(nn.Module):
         if len(set(names)) < len(names):
             raise ValueError(f"DFA: dfa_layers must have distinct names, got {names}")
         count = len(self.dfa_layers)
-        self.matrices = check_matrices(matrix, count, self.rp_device)
-        if isinstance(matrix, Tensor):
-            shared = True
-        elif matrix is not None:
-            shared = False
+        seeded = Seeded(operator.index(seed), distribution, backend)  # numpy's ints are no JSON
+        source, shared = check_matrix(matrix, shared, seeded, count, self.rp_device)
+        self.source = source
         if lean and not shared:
             raise ValueError("DFA: lean needs one matrix for all layers, got independent ones")
-        self.row_offsets = [0 if shared else index * INDEPENDENT_ROWS for index in range(count)]
+        row_offsets = tuple(0 if shared else index * INDEPENDENT_ROWS for index in range(count))
+        self._slicing = Slicing(row_offsets, normalization)
         self.masks = check_masks(mask, [layer.name for layer in self.dfa_layers])
         mode = "shallow" if no_training else "dfa"
         self._group = Group(mode, FeedbackPointsHandling.LAST, (0,), lean)
@@ -184,6 +168,36 @@ class DFA(nn.Module):
         self.batch_dims = batch_dims
         for index, layer in enumerate(self.dfa_layers):
             layer._group, layer._index = self._group, index
+
+    @property
+    def seed(self) -> int | None:
+        """The source's, if it has one; a loaded state changes it."""
+        return getattr(self.source, "seed", None)
+
+    @property
+    def distribution(self) -> str | None:
+        """The source's, if it has one; a loaded state changes it."""
+        return getattr(self.source, "distribution", None)
+
+    @property
+    def backend(self) -> str | None:
+        """As given, where a seed makes the signals."""
+        return getattr(self.source, "backend", None)
+
+    @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """The stored matrices, if those make the signals."""
+        return self.source.matrices if isinstance(self.source, Stored) else ()
+
+    @property
+    def row_offsets(self) -> tuple[int, ...]:
+        """Where each layer's rows of U begin; a loaded state changes it."""
+        return self._slicing.row_offsets
+
+    @property
+    def normalization(self) -> str | float | Scales:
+        """The law's name, the scale or the function; a loaded state changes it."""
+        return self._slicing.normalization
 
     @property
     def mode(self) -> str:
@@ -256,27 +270,29 @@ class DFA(nn.Module):
             return output
         if recomputing("DFA") or not waiting:
             return output
-        places = self._places(waiting, output)
+        layers, places = self._places(waiting, output)
         activations = [item.activation for item in waiting]
         if record is not None:
-            record.output, record.activations, record.places = output, activations, places
-            record.layers = [item.layer for item in waiting]
+            record.output, record.activations = output, activations
+            record.indices = [item.layer for item in waiting]
+            record.layers, record.places = layers, places
             return output
         if any(item.factor is not None for item in waiting):
-            signals = functools.partial(
-                self.lean_signals, places, self._lean_block(waiting, places)
-            )
+            longest = self._longest(waiting, layers, places)
+            signals = functools.partial(self.lean_signals, layers, places, longest)
         else:
-            signals = functools.partial(self.signals, places)
+            signals = functools.partial(self.signals, layers, places)
         return Feedback.apply(signals, output, *activations)
 
-    def signals(self, places: Sequence[Place], error: Tensor) -> list[Tensor]:
+    def signals(self, layers: Layers, places: Sequence[Place], error: Tensor) -> list[Tensor]:
         """B_i e for every place, by one projection, each of its activation's shape and dtype."""
-        return delivery.deliver(self._source(), self._rows(error), places, self.masks)
+        return delivery.deliver(self.source, self._rows(error), layers, places, self.masks)
 
-    def lean_signals(self, places: Sequence[Place], block: Block, error: Tensor) -> list[Tensor]:
+    def lean_signals(
+        self, layers: Layers, places: Sequence[Place], longest: Layers, error: Tensor
+    ) -> list[Tensor]:
         """The same before each layer's own scale and mask, as views of one signal."""
-        return delivery.deliver_views(self._source(), self._rows(error), places, block)
+        return delivery.deliver_views(self.source, self._rows(error), layers, places, longest)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[Record]:
@@ -290,21 +306,36 @@ class DFA(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """What makes the same signals again, in a few bytes; see `state`."""
-        return state.pack(self)
+        return state.pack(self._facts())
 
     def set_extra_state(self, packed: Tensor) -> None:
         """Take the seed, distribution, normalization and row offsets of a state; see `state`."""
-        state.unpack(self, packed)
+        fixed = self._group.lean or not isinstance(self.source, Seeded)
+        facts = state.unpack(packed, self._facts(), rows_are_fixed=fixed)
+        if isinstance(self.source, (Seeded, Stored)):
+            self.source = self.source._replace(
+                seed=facts.source["seed"], distribution=facts.source["distribution"]
+            )
+        self._slicing = Slicing(tuple(facts.row_offsets), facts.normalization)
+        for layer, (_, size) in zip(self.dfa_layers, facts.layers, strict=True):
+            layer.size = size
+
+    def _facts(self) -> state.Facts:
+        source = self.source.describe()
+        if not isinstance(self.source, (Seeded, Stored)):
+            source = {"source": source}
+        layers = [[layer.name, layer.size] for layer in self.dfa_layers]
+        return state.Facts(source, self.row_offsets, self.normalization, layers)
 
     def extra_repr(self) -> str:
         """What tells this module's signals from another's."""
-        source = f"seed={self.seed}, distribution={self.distribution!r}"
-        return f"{len(self.dfa_layers)} layers, {source if not self.matrices else 'stored matrix'}"
-
-    def _source(self) -> Seeded | Stored:
-        if self.matrices:
-            return Stored(self.matrices)
-        return Seeded(self.seed, self.distribution, self.backend)
+        if isinstance(self.source, Seeded):
+            source = f"seed={self.seed}, distribution={self.distribution!r}"
+        elif isinstance(self.source, Stored):
+            source = "stored matrix"
+        else:
+            source = type(self.source).__name__
+        return f"{len(self.dfa_layers)} layers, {source}"
 
     def _rows(self, error: Tensor) -> Tensor:
         """The error as it is projected: [M, n], transformed, where the projection runs."""
@@ -320,83 +351,82 @@ class DFA(nn.Module):
             rows = transformed
         return rows.to(self.rp_device)
 
-    def _scales(self, sizes: list[int], error_size: int) -> list[float]:
-        normalization: Any = self.normalization
-        if callable(normalization):
-            normalization = normalization(sizes, error_size)
-        return checks.scales("DFA", normalization, sizes, error_size)
-
-    def _places(self, waiting: Sequence[Waiting], output: Tensor) -> list[Place]:
-        """Where the signal of every waiting activation comes from and goes to."""
-        _, error_size = count_rows(output.shape, self._group.batch_dims, "DFA")
+    def _places(self, waiting: Sequence[Waiting], output: Tensor) -> tuple[Layers, list[Place]]:
+        """Where the signal of every waiting activation goes, and the layers that make them."""
+        batch, rest = split_shape(output.shape, self.batch_dims, "DFA")
+        error_size = math.prod(rest)
         if error_size == 0:
             raise ValueError(
                 f"DFA: output must have at least one element a row, got {tuple(output.shape)}"
             )
-        device = self.rp_device or output.device
-        if any(matrix.device != device for matrix in self.matrices):
-            self.matrices = tuple(matrix.to(device) for matrix in self.matrices)
-        widths = [self._width(item) for item in waiting]
-        own = {item.layer: width for item, width in zip(waiting, widths, strict=True)}
+        split = [self._split(item) for item in waiting]
+        own = {item.layer: size for item, (_, size) in zip(waiting, split, strict=True)}
         if self._group.record is None:
-            for index, width in own.items():
-                self.dfa_layers[index].size = width
+            for index, size in own.items():
+                self.dfa_layers[index].size = size
         sizes = [own.get(i, layer.size or 1) for i, layer in enumerate(self.dfa_layers)]
-        scales = self._scales(sizes, error_size)
+        scales = self._slicing.scales(sizes, error_size)
+        distinct: dict[tuple[int, int, float], int] = {}
         places = []
-        for (index, activation, _), size in zip(waiting, widths, strict=True):
-            dims = self.dfa_layers[index].row_dims
-            if self.rp_device is None and activation.device != output.device:
+        for (index, activation, _), (own_batch, size) in zip(waiting, split, strict=True):
+            shape, dtype, device = activation.shape, activation.dtype, activation.device
+            if self.rp_device is None and device != output.device:
                 raise ValueError(
-                    f"DFA: dfa_layers[{index}] is on {activation.device}, the output on "
+                    f"DFA: dfa_layers[{index}] is on {device}, the output on "
                     f"{output.device}; give rp_device to say where to project"
                 )
-            where = f"DFA: dfa_layers[{index}]"
-            repeats = row_ratio(activation.shape, dims, output.shape, self.batch_dims, where)
+            repeats = row_ratio(own_batch, batch, f"DFA: dfa_layers[{index}]")
             scale = scales[index]
             if size != sizes[index]:  # the layer was called again, with another size
                 others = [*sizes[:index], size, *sizes[index + 1 :]]
-                scale = self._scales(others, error_size)[index]
-            block = Block(
-                matrix=index if len(self.matrices) > 1 else 0,
-                first=self.row_offsets[index],
-                size=size,
-                scale=scale / math.sqrt(repeats),
-            )
-            if self.matrices:
-                Stored(self.matrices).check(block, error_size)
-            shape, dtype, device = activation.shape, activation.dtype, activation.device
+                scale = self._slicing.scales(others, error_size)[index]
+            layer = (self._slicing.row_offsets[index], size, scale / math.sqrt(repeats))
+            dims = self.dfa_layers[index].row_dims
             mask = index if index in self.masks else None
             if mask is not None:
                 beside_rows(self.masks[mask], shape, dims, f"DFA: mask[{index}]")
                 if self.masks[mask].device != device:
                     self.masks[mask] = self.masks[mask].to(device)
-            places.append(Place(block, shape, dims, dtype, device, mask))
-        return places
+            position = distinct.setdefault(layer, len(distinct))
+            places.append(Place(position, shape, dims, dtype, device, mask))
+        layers = Layers(*zip(*distinct, strict=True))
+        self._check_stored(layers, error_size, self.rp_device or output.device)
+        return layers, places
 
-    def _width(self, item: Waiting) -> int:
-        """l_i of an activation, whose shape has dimensions of its own beside those of the rows.
+    def _check_stored(self, layers: Layers, error_size: int, device: torch.device) -> None:
+        """Check stored matrices against a pass, and move them to where it projects."""
+        source = self.source
+        if isinstance(source, Stored):
+            source.check(layers, error_size)
+            if any(matrix.device != device for matrix in source.matrices):
+                self.source = source.to(device)
+
+    def _split(self, item: Waiting) -> tuple[list[int], int]:
+        """The batch sizes and l_i of an activation, which must have units beside its batch.
 
         Without any it is, most likely, one sample in a model for batches: its units would be taken
         for rows, and could even line up with the output's.
         """
-        dims, shape = self.dfa_layers[item.layer].row_dims, tuple(item.activation.shape)
+        dims, shape = self.dfa_layers[item.layer].row_dims, item.activation.shape
         where = f"DFA: dfa_layers[{item.layer}]"
-        _, width = count_rows(shape, dims, where)
-        if width == 0 or len({dim % len(shape) for dim in dims}) == len(shape):
+        batch, rest = split_shape(shape, dims, where)
+        size = math.prod(rest)
+        if size == 0 or not rest:
             raise ValueError(
-                f"{where} must have units beside its batch_dims {dims}, got shape {shape}; "
+                f"{where} must have units beside its batch_dims {dims}, got shape {tuple(shape)}; "
                 "unsqueeze(-1) is for a layer of one unit, batch_dims=() for one sample alone"
             )
-        return width
+        return batch, size
 
-    def _lean_block(self, waiting: Sequence[Waiting], places: Sequence[Place]) -> Block:
-        """The one signal that serves all places; every place's factor makes its own from it."""
-        scale = max(abs(place.block.scale) for place in places) or 1.0
+    def _longest(
+        self, waiting: Sequence[Waiting], layers: Layers, places: Sequence[Place]
+    ) -> Layers:
+        """The one layer that serves all places; every place's factor makes its own signal of it."""
+        scale = max(abs(scale) for scale in layers.scales) or 1.0
         for item, place in zip(waiting, places, strict=True):
             assert item.factor is not None
-            ratio = place.block.scale / scale
+            ratio = layers.scales[place.layer] / scale
             item.factor.value = (
                 ratio if place.mask is None else delivery.mask_for(place, self.masks) * ratio
             )
-        return Block(0, places[0].block.first, max(place.block.size for place in places), scale)
+        return Layers(layers.row_offsets[:1], (max(layers.sizes),), (scale,))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dfa_kernels import checks
+from dfa_kernels.layers import Layers
 from dfa_kernels.nn.functions import Factor, Scaled
 from dfa_kernels.nn.signals import Place
 
@@ -41,13 +42,15 @@ class Waiting(NamedTuple):
 class Record:
     """A forward pass under `DFA.recording`: the output, and the activations it would train.
 
-    Each activation has its layer's index and its place.
+    `indices` has the index of each activation's `DFALayer`, `places` its place, and `layers` what
+    makes the signals of the places.
     """
 
     output: Tensor | None = None
     activations: Sequence[Tensor] = ()
-    layers: Sequence[int] = ()
+    indices: Sequence[int] = ()
     places: Sequence[Place] = ()
+    layers: Layers = dataclasses.field(default_factory=lambda: Layers((), (), ()))
 
 
 @dataclasses.dataclass

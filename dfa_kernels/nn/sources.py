@@ -54,6 +54,8 @@ class Source(Protocol):
     def project(self, error: Tensor, layers: Layers, dtype: torch.dtype) -> list[Tensor]:
         """The signal of every layer in `layers`, which are distinct.
 
+        torch.compile traces it with the model, so there it must change nothing outside itself.
+
         Args:
             error: [M, n], on the device where to project; M is the batch.
             layers: `row_offsets`, `sizes` and `scales`, a tuple each. Layer i's signal is

@@ -1,4 +1,4 @@
-"""The trainer's glue: `DFALayer` marks an activation, `DFA` trains what is marked.
+"""`DFA` trains the activations that `DFALayer`s mark.
 
     self.dfa1, self.dfa2 = DFALayer(), DFALayer()
     self.dfa = DFA([self.dfa1, self.dfa2])
@@ -7,9 +7,9 @@
     x = self.dfa2(torch.tanh(self.fc2(x)))
     x = self.dfa(self.fc3(x))
 
-A `DFALayer` passes its activation on detached and not requiring a gradient, so that no product is
-computed to carry one back through the next layer. The activation itself waits until the forward
-pass reaches the `DFA`, which ties all of them to the output in one autograd Function.
+A `DFALayer` passes its activation on detached, so no product carries a gradient back through the
+next layer. The activation itself waits until the forward pass reaches the `DFA`, which ties all of
+them to the output in one autograd Function.
 """
 
 from __future__ import annotations
@@ -58,55 +58,66 @@ class DFA(nn.Module):
     """Trains the given layers by Direct Feedback Alignment; goes after the network's last layer.
 
     In the backward pass every marked activation gets B_i e as its gradient (Launay, Poli, Krzakala
-    2019, eq. 3), where e is the gradient of the loss by this module's output and B_i is made from
-    the seed. What lies between an activation and the `DFALayer` before it is trained through that
-    gradient by autograd.
+    2019, eq. 3). The error e is the gradient of the loss by this module's output; the feedback
+    matrix B_i comes from a seed. Autograd carries that gradient back as far as the `DFALayer`
+    before. The last layer is trained as by backpropagation.
 
     Args:
         dfa_layers: the network's `DFALayer`s.
-        normalization: True or "layer": 1/sqrt(l_i n) (eq. 8). False or "shared": 1/sqrt(l_max n)
-            for all (eq. 7, the paper's "no norm"). A number: that scale for all. A function of
-            (sizes of the layers, size of the error): one scale per layer; a layer that was never
-            trained counts as size 1. tinydfa's own law is `distribution="uniform",
-            normalization=tinydfa_scales`.
-        rp_device: where to project; signals go to their activations' devices. None: where all of
-            them and the error are.
+        normalization: the layers' scales, for layer i of size l_i and an error of size n. True or
+            "layer": 1/sqrt(l_i n) (eq. 8). False or "shared": 1/sqrt(l_max n) for all (eq. 7, the
+            paper's "no norm"). A number: that scale for all. A function of (sizes of the layers,
+            size of the error): one scale per layer; a layer that was never trained counts as size
+            1. tinydfa's own law is `distribution="uniform", normalization=tinydfa_scales`.
+        rp_device: where to project; signals go to their activations' devices. None: where the error
+            and all activations are.
         no_training: True starts in mode "shallow".
         feedback_points_handling: see `FeedbackPointsHandling`.
-        batch_dims: the output's batch dimensions, and the default of the layers; the output's
-            others, flattened, are the error. Their order is that of the rows, which a layer's must
-            follow: (1, 0) for [time, batch, features] beside an output of [batch, time, n] or
-            [batch, n]. A layer may have k consecutive rows for each of the error, as [batch, k,
-            features] beside [batch, n]: each row of the error then serves k, scaled by 1/sqrt(k).
-        seed, distribution, backend: as for `dfa_kernels.project`.
+        batch_dims: the output's batch dimensions; its others, flattened, are the error. The layers'
+            default too. They count in the order given, in which a layer's must follow: (1, 0) for
+            [time, batch, features] beside an output of [batch, time, n] or [batch, n]. A layer may
+            have k consecutive rows for each of the error, as [batch, k, features] beside
+            [batch, n]: each row of the error then serves k, scaled by 1/sqrt(k).
+        seed, distribution, backend: as for `dfa_kernels.project`. Beside `matrix` they make
+            nothing.
         shared: True: one matrix, sliced for every layer (eq. 8). False: rows of its own for every
-            layer.
-        matrix: stored matrices instead of a seed, of unit variance, normalized like a seed's: one
+            layer. Stored matrices decide it by their number.
+        matrix: what makes the signals instead of a seed. Stored matrices of unit variance: one
             [at least l_max, n], sliced for every layer, or a sequence with one [at least l_i, n]
-            for each. They move once to where the projection runs, keep their dtype (that of the
-            products), and are not in the state_dict: saving them is up to you.
-        error_transform: function of the error [M, n] before projection, of its shape; torch.sign,
-            a ternary rounding, or for cross-entropy `lambda e: -(e < 0).to(e.dtype)`, the target.
-            The last layer gets the error itself.
+            for each. They are normalized like a seed's, move once to where the projection runs, and
+            multiply in their own dtype. The state_dict does not hold them: save them yourself. Or a
+            `dfa_kernels.nn.Source` of your own, an object with `project(error, layers, dtype)` and
+            `describe()`; what it describes is in the state_dict. One that is an `nn.Module` becomes
+            a submodule.
+        error_transform: function of the error [M, n] before projection, of its shape: torch.sign, a
+            ternary rounding, or for cross-entropy `lambda e: -(e < 0).to(e.dtype)`, the target. The
+            last layer gets the error itself.
         mask: fixed tensors to multiply signals by: a mapping from layers' names or indices, or a
             sequence with a tensor or None for each. Each broadcasts to the activation's dimensions
             that are not batch dimensions, and moves once to the activation's device.
-        lean: True keeps one [M, l_max] signal and scales it for each layer when autograd gets
-            there, where False makes all signals at once. Needs one shared matrix. Without effect
-            under torch.compile, which plans memory itself.
+        lean: False makes all signals at once. True keeps one [M, l_max] signal, which it scales for
+            each layer when autograd gets there; needs one shared matrix. Without effect under
+            torch.compile, which plans memory itself.
+
+    Attributes:
+        source: the `Source` of the signals; another one takes effect with the next signal.
+        seed, distribution, backend, matrices, row_offsets, normalization: as they are in force;
+            read-only.
+        mode, no_training, feedback_points_handling, batch_dims: may be set between passes.
 
     Raises:
         TypeError, ValueError, RuntimeError: naming the argument and what was got, when built or in
             the forward pass.
 
-    A forward pass that is aborted between a layer and the `DFA` (by an exception, by Ctrl-C in a
-    notebook) leaves activations behind. The next pass replaces those of the layers it calls; ones
-    that it skips, and under REDUCE all, would be trained by it. `watch(model)` rules that out.
+    An exception or Ctrl-C between a layer and the `DFA` leaves activations behind. The next forward
+    pass replaces those of the layers that it calls. It would train those of layers that it skips,
+    and under REDUCE all. `watch(model)` rules that out.
 
-    Layers wait for the next call of this module: a model runs one forward pass at a time (no
-    threads, no nn.DataParallel; DistributedDataParallel is fine) with one call of it, at the end. A
-    second call in the same pass, as for a second head, trains the last layer before it only. A
-    forward pass inside a backward pass is taken for activation checkpointing's and trains no layer.
+    A model runs one forward pass at a time, because layers wait for the next call of this module:
+    no threads and no nn.DataParallel; DistributedDataParallel is fine. It calls this module once,
+    at its end. A second call in the same pass, as for a second head, trains the last layer before
+    it only. A forward pass inside a backward pass counts as activation checkpointing's and trains
+    no layer.
     """
 
     def __init__(
@@ -227,7 +238,7 @@ class DFA(nn.Module):
 
     @property
     def feedback_points_handling(self) -> FeedbackPointsHandling:
-        """As given; takes effect with the next forward pass."""
+        """As given; a change takes effect with the next forward pass."""
         return self._group.handling
 
     @feedback_points_handling.setter
@@ -240,7 +251,7 @@ class DFA(nn.Module):
 
     @property
     def batch_dims(self) -> tuple[int, ...]:
-        """As given; takes effect with the next forward pass."""
+        """As given; a change takes effect with the next forward pass."""
         return self._group.batch_dims
 
     @batch_dims.setter
@@ -248,11 +259,11 @@ class DFA(nn.Module):
         self._group.batch_dims = check_dims("DFA", dims)
 
     def watch(self, model: nn.Module) -> tuple[RemovableHandle, ...]:
-        """Begin and end every forward pass of `model` with no activation left from an aborted one.
+        """Drop what an aborted forward pass of `model` left, before and after every pass.
 
-        A pass that ends well although its last activations never reached this module warns.
-        `model` holds this module and its layers and does not call itself; `self.dfa.watch(self)` at
-        the end of a model's `__init__` does it. Returns the hooks' handles.
+        Warns where a pass ends and its last activations never reached this module. `model` holds
+        this module and its layers, and does not call itself: write `self.dfa.watch(self)` at the
+        end of its `__init__`. Returns the hooks' handles.
         """
         return (
             model.register_forward_pre_hook(self._group.forget),
@@ -261,7 +272,7 @@ class DFA(nn.Module):
         )
 
     def forward(self, output: Tensor) -> Tensor:
-        """`output`, tied to the activations that wait."""
+        """`output`, tied to the activations that wait for it."""
         if not isinstance(output, Tensor):
             raise TypeError(f"DFA: output must be a tensor, got {type(output).__name__}")
         waiting = self._group.take()
@@ -296,7 +307,7 @@ class DFA(nn.Module):
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[Record]:
-        """Forward passes within are those of backpropagation; the last stays in the record."""
+        """Runs forward passes as backpropagation does; the record keeps the last."""
         waiting = self._group.take()
         self._group.record = Record()
         try:
@@ -328,7 +339,7 @@ class DFA(nn.Module):
         return state.Facts(source, self.row_offsets, self.normalization, layers)
 
     def extra_repr(self) -> str:
-        """What tells this module's signals from another's."""
+        """The number of layers and the source of the signals."""
         if isinstance(self.source, Seeded):
             source = f"seed={self.seed}, distribution={self.distribution!r}"
         elif isinstance(self.source, Stored):
@@ -352,7 +363,7 @@ class DFA(nn.Module):
         return rows.to(self.rp_device)
 
     def _places(self, waiting: Sequence[Waiting], output: Tensor) -> tuple[Layers, list[Place]]:
-        """Where the signal of every waiting activation goes, and the layers that make them."""
+        """The distinct layers of a forward pass, and where the signal of each activation goes."""
         batch, rest = split_shape(output.shape, self.batch_dims, "DFA")
         error_size = math.prod(rest)
         if error_size == 0:
@@ -404,8 +415,8 @@ class DFA(nn.Module):
     def _split(self, item: Waiting) -> tuple[list[int], int]:
         """The batch sizes and l_i of an activation, which must have units beside its batch.
 
-        Without any it is, most likely, one sample in a model for batches: its units would be taken
-        for rows, and could even line up with the output's.
+        Without any it most likely is one sample in a model for batches. Its units would count as
+        its batch, and could even line up with the output's.
         """
         dims, shape = self.dfa_layers[item.layer].row_dims, item.activation.shape
         where = f"DFA: dfa_layers[{item.layer}]"
@@ -421,7 +432,7 @@ class DFA(nn.Module):
     def _longest(
         self, waiting: Sequence[Waiting], layers: Layers, places: Sequence[Place]
     ) -> Layers:
-        """The one layer that serves all places; every place's factor makes its own signal of it."""
+        """The one layer whose signal serves all places, each by its own factor, set here."""
         scale = max(abs(scale) for scale in layers.scales) or 1.0
         for item, place in zip(waiting, places, strict=True):
             assert item.factor is not None

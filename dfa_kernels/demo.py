@@ -1,4 +1,4 @@
-"""The demo: the paper's kind of fully connected network, on real data, trained in three ways.
+"""The demo trains the paper's kind of fully connected network on real data in three ways.
 
 Needs the `demo` extra (scikit-learn for the digits, rich, matplotlib).
 """
@@ -36,7 +36,7 @@ LABELS = {"backprop": "backpropagation", "dfa": "DFA", "shallow": "hidden layers
 
 
 class Perceptron(nn.Module):
-    """Fully connected, tanh, a `DFALayer` after every hidden layer and a `DFA` after the last."""
+    """Fully connected, tanh; a `DFALayer` after every hidden layer, a `DFA` after the last."""
 
     def __init__(self, inputs: int, mode: str, seed: int, backend: str | None):
         super().__init__()
@@ -57,7 +57,7 @@ class Perceptron(nn.Module):
 
 @dataclass
 class Data:
-    """The digits: 8x8 images in [-1, 1], flattened, and their classes; a third is held out."""
+    """The digits: 8x8 images in [-1, 1], flattened, and their classes. A third is held out."""
 
     train_x: Tensor
     train_y: Tensor
@@ -82,7 +82,7 @@ class Data:
 
 @dataclass
 class Run:
-    """What one way of training did."""
+    """The results of one way of training."""
 
     accuracies: list[float] = field(default_factory=list)  # on the test set, after each epoch
     step_seconds: list[float] = field(default_factory=list)
@@ -92,7 +92,7 @@ class Run:
 def train(
     mode: str, data: Data, epochs: int, seed: int, backend: str | None, run: Run
 ) -> Iterator[None]:
-    """Train one network in one mode, an epoch at a time; `run` takes what it does."""
+    """Train one network in one mode, yielding after every epoch; results go into `run`."""
     torch.manual_seed(seed)
     model = Perceptron(data.train_x.shape[1], mode, seed, backend).to(data.train_x.device)
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
@@ -152,9 +152,9 @@ def draw(runs: dict[str, Run], figure: Path) -> None:
 def run(
     epochs: int, seed: int, backend: str | None, device: torch.device, figure: Path
 ) -> dict[str, Run]:
-    """Train in the three ways, print the tables, write the figure; returns what each way did.
+    """Train in the three ways, print the tables, write the figure; returns their results.
 
-    The ways take turns, epoch by epoch, so that their times are those of the same conditions.
+    The ways take turns, epoch by epoch, so background load affects all alike.
     """
     console = Console()
     data = Data.load(device)
@@ -163,7 +163,7 @@ def run(
     with Progress(*columns, console=console) as progress:
         tasks = [progress.add_task(label, total=epochs) for label in LABELS.values()]
         ways = [train(mode, data, epochs, seed, backend, run) for mode, run in runs.items()]
-        for _ in zip(*ways, strict=True):  # all to their end, where alignment is measured
+        for _ in zip(*ways, strict=True):  # strict: each runs to its end and measures alignment
             for task in tasks:
                 progress.advance(task)
     for table in report(runs):

@@ -4,9 +4,10 @@
 """
 
 from dfa_kernels.nn.angles import Alignment, alignment
-from dfa_kernels.nn.dfa import DFA, INDEPENDENT_ROWS, MODES, tinydfa_scales
+from dfa_kernels.nn.dfa import DFA, MODES
 from dfa_kernels.nn.hooks import Attachment, attach
 from dfa_kernels.nn.layer import DFALayer, FeedbackPointsHandling
+from dfa_kernels.nn.sources import INDEPENDENT_ROWS, Source, tinydfa_scales
 
 __all__ = [
     "DFA",
@@ -16,6 +17,7 @@ __all__ = [
     "Attachment",
     "DFALayer",
     "FeedbackPointsHandling",
+    "Source",
     "alignment",
     "attach",
     "tinydfa_scales",

@@ -24,22 +24,22 @@ class Alignment(NamedTuple):
 def alignment(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Alignment]:
     """The alignment cosine of every DFA layer, by one backpropagation pass.
 
-    This is eq. 6 of Launay, Poli, Krzakala 2019: cos(beta_i) is taken between B_i e and the
-    gradient that backpropagation gives the same activation, after the non-linearity, row by row; a
-    row where either is zero has no angle and does not count. Parameters, their gradients, buffers
-    and torch's random number generators stay as they are, whatever the mode, also between a forward
-    pass and its backward pass. Compiled models run uncompiled.
+    cos(beta_i) (Launay, Poli, Krzakala 2019, eq. 6) is that of the angle between B_i e and the
+    gradient that backpropagation gives the same activation, after the non-linearity, for each row
+    of the batch. A row where either is zero has no angle and does not count. Works in every mode,
+    also between a forward pass and its backward pass: parameters, their gradients, buffers and
+    torch's random number generators stay as they are. Compiled models run uncompiled.
 
     Args:
-        model: holds one `DFA`, or has one attached; any module around it, or the `DFA` itself where
-            it alone has random layers and buffers. Not wrapped in DistributedDataParallel, which
-            awaits a backward pass of the whole: pass its `.module`, and use that in `loss`.
+        model: any module that holds one `DFA` or has one attached. The `DFA` itself will do where
+            nothing outside it is random or has buffers. Of DistributedDataParallel, which awaits a
+            backward pass of the whole, pass the `.module`, and use that in `loss`.
         loss: runs the model forward on a batch and returns the scalar loss, as in
             `lambda: F.cross_entropy(model(x), y)`.
 
     Returns:
-        By layer, in order: its name in `DFALayer(name=...)`, else its index in the `DFA`. A layer
-        without a single angle has nan. Layers that the pass skips are left out.
+        By layer, in order, under its name in `DFALayer(name=...)` or else its index in the `DFA`.
+        nan for a layer without a single angle. Without the layers that the pass skips.
 
     Raises:
         ValueError: the model holds no `DFA` or several, or the loss did not reach it.
@@ -49,7 +49,7 @@ def alignment(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Alignme
     if len(found) != 1:
         raise ValueError(f"alignment: model must hold one DFA, got {len(found)}")
     dfa = found[0]
-    # In a compiled graph the activations are outputs only, on no path from the loss.
+    # A compiled graph returns the activations, but has no path from the loss to them.
     eager = torch.compiler.set_stance("force_eager")
     with torch.enable_grad(), eager, _undisturbed(model), dfa.recording() as record:
         value = loss()
@@ -67,9 +67,9 @@ def alignment(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Alignme
         )
     cosines: dict[str, list[Tensor]] = {}
     with torch.no_grad():
-        signals = dfa.signals(record.places, error)
+        signals = dfa.signals(record.layers, record.places, error)
         for index, place, signal, gradient in zip(
-            record.layers, record.places, signals, gradients, strict=True
+            record.indices, record.places, signals, gradients, strict=True
         ):
             ours, theirs = (
                 to_rows(tensor, place.batch_dims, "alignment").double()
@@ -90,7 +90,7 @@ def _summary(cosines: Tensor) -> Alignment:
 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Buffers and random number generators come out as they went in."""
+    """Restores buffers and random number generators."""
     buffers = [
         (module, name, buffer, None if buffer is None else buffer.clone())
         for module in model.modules()
@@ -104,6 +104,6 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, buffer, saved in buffers:
             if buffer is not None and saved is not None:
-                # By `.data`: a pending backward pass may hold the buffer, whose values come back.
+                # By `.data`: a pending backward pass may hold the buffer, and its values are back.
                 buffer.data.copy_(saved)
             module._buffers[name] = buffer

@@ -1,4 +1,4 @@
-"""The trainer's glue: `DFALayer` marks an activation, `DFA` trains what is marked.
+"""`DFA` trains the activations that `DFALayer`s mark.
 
     self.dfa1, self.dfa2 = DFALayer(), DFALayer()
     self.dfa = DFA([self.dfa1, self.dfa2])
@@ -7,9 +7,9 @@
     x = self.dfa2(torch.tanh(self.fc2(x)))
     x = self.dfa(self.fc3(x))
 
-A `DFALayer` passes its activation on detached and not requiring a gradient, so that no product is
-computed to carry one back through the next layer. The activation itself waits until the forward
-pass reaches the `DFA`, which ties all of them to the output in one autograd Function.
+A `DFALayer` passes its activation on detached, so no product carries a gradient back through the
+next layer. The activation itself waits until the forward pass reaches the `DFA`, which ties all of
+them to the output in one autograd Function.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dfa_kernels import checks
 from dfa_kernels.backends import registry
+from dfa_kernels.layers import Layers
 from dfa_kernels.nn import signals as delivery
 from dfa_kernels.nn import state
 from dfa_kernels.nn.functions import Feedback
@@ -39,87 +39,86 @@ from dfa_kernels.nn.layer import (
     check_dims,
     recomputing,
 )
-from dfa_kernels.nn.rows import beside_rows, count_rows, row_ratio, to_rows
-from dfa_kernels.nn.signals import (
-    Block,
-    Place,
+from dfa_kernels.nn.rows import beside_rows, row_ratio, split_shape, to_rows
+from dfa_kernels.nn.signals import Place, check_masks
+from dfa_kernels.nn.sources import (
+    INDEPENDENT_ROWS,
     Scales,
     Seeded,
+    Slicing,
+    Source,
     Stored,
-    check_masks,
-    check_matrices,
+    check_matrix,
     check_normalization,
 )
 
 MODES = ("dfa", "backprop", "shallow")
-# With independent matrices, layer i's rows of U begin at i times this.
-INDEPENDENT_ROWS = 2**40
-
-
-def tinydfa_scales(sizes: list[int], error_size: int) -> list[float]:
-    """tinydfa's normalization: with `distribution="uniform"`, entries in (-1, 1) over sqrt(l_max).
-
-    The library's uniform entries have unit variance, hence a further 1/sqrt(3).
-    """
-    return [1 / math.sqrt(3 * max(sizes))] * len(sizes)
-
-
-tinydfa_scales.__module__ = "dfa_kernels.nn"  # its public name, which states hold
 
 
 class DFA(nn.Module):
     """Trains the given layers by Direct Feedback Alignment; goes after the network's last layer.
 
     In the backward pass every marked activation gets B_i e as its gradient (Launay, Poli, Krzakala
-    2019, eq. 3), where e is the gradient of the loss by this module's output and B_i is made from
-    the seed. What lies between an activation and the `DFALayer` before it is trained through that
-    gradient by autograd.
+    2019, eq. 3). The error e is the gradient of the loss by this module's output; the feedback
+    matrix B_i comes from a seed. Autograd carries that gradient back as far as the `DFALayer`
+    before. The last layer is trained as by backpropagation.
 
     Args:
         dfa_layers: the network's `DFALayer`s.
-        normalization: True or "layer": 1/sqrt(l_i n) (eq. 8). False or "shared": 1/sqrt(l_max n)
-            for all (eq. 7, the paper's "no norm"). A number: that scale for all. A function of
-            (sizes of the layers, size of the error): one scale per layer; a layer that was never
-            trained counts as size 1. tinydfa's own law is `distribution="uniform",
-            normalization=tinydfa_scales`.
-        rp_device: where to project; signals go to their activations' devices. None: where all of
-            them and the error are.
+        normalization: the layers' scales, for layer i of size l_i and an error of size n. True or
+            "layer": 1/sqrt(l_i n) (eq. 8). False or "shared": 1/sqrt(l_max n) for all (eq. 7, the
+            paper's "no norm"). A number: that scale for all. A function of (sizes of the layers,
+            size of the error): one scale per layer; a layer that was never trained counts as size
+            1. tinydfa's own law is `distribution="uniform", normalization=tinydfa_scales`.
+        rp_device: where to project; signals go to their activations' devices. None: where the error
+            and all activations are.
         no_training: True starts in mode "shallow".
         feedback_points_handling: see `FeedbackPointsHandling`.
-        batch_dims: the output's batch dimensions, and the default of the layers; the output's
-            others, flattened, are the error. Their order is that of the rows, which a layer's must
-            follow: (1, 0) for [time, batch, features] beside an output of [batch, time, n] or
-            [batch, n]. A layer may have k consecutive rows for each of the error, as [batch, k,
-            features] beside [batch, n]: each row of the error then serves k, scaled by 1/sqrt(k).
-        seed, distribution, backend: as for `dfa_kernels.project`.
+        batch_dims: the output's batch dimensions; its others, flattened, are the error. The layers'
+            default too. They count in the order given, in which a layer's must follow: (1, 0) for
+            [time, batch, features] beside an output of [batch, time, n] or [batch, n]. A layer may
+            have k consecutive rows for each of the error, as [batch, k, features] beside
+            [batch, n]: each row of the error then serves k, scaled by 1/sqrt(k).
+        seed, distribution, backend: as for `dfa_kernels.project`. Beside `matrix` they make
+            nothing.
         shared: True: one matrix, sliced for every layer (eq. 8). False: rows of its own for every
-            layer.
-        matrix: stored matrices instead of a seed, of unit variance, normalized like a seed's: one
+            layer. Stored matrices decide it by their number.
+        matrix: what makes the signals instead of a seed. Stored matrices of unit variance: one
             [at least l_max, n], sliced for every layer, or a sequence with one [at least l_i, n]
-            for each. They move once to where the projection runs, keep their dtype (that of the
-            products), and are not in the state_dict: saving them is up to you.
-        error_transform: function of the error [M, n] before projection, of its shape; torch.sign,
-            a ternary rounding, or for cross-entropy `lambda e: -(e < 0).to(e.dtype)`, the target.
-            The last layer gets the error itself.
+            for each. They are normalized like a seed's, move once to where the projection runs, and
+            multiply in their own dtype. The state_dict does not hold them: save them yourself. Or a
+            `dfa_kernels.nn.Source` of your own, an object with `project(error, layers, dtype)` and
+            `describe()`; what it describes is in the state_dict. One that is an `nn.Module` becomes
+            a submodule.
+        error_transform: function of the error [M, n] before projection, of its shape: torch.sign, a
+            ternary rounding, or for cross-entropy `lambda e: -(e < 0).to(e.dtype)`, the target. The
+            last layer gets the error itself.
         mask: fixed tensors to multiply signals by: a mapping from layers' names or indices, or a
             sequence with a tensor or None for each. Each broadcasts to the activation's dimensions
             that are not batch dimensions, and moves once to the activation's device.
-        lean: True keeps one [M, l_max] signal and scales it for each layer when autograd gets
-            there, where False makes all signals at once. Needs one shared matrix. Without effect
-            under torch.compile, which plans memory itself.
+        lean: False makes all signals at once. True keeps one [M, l_max] signal, which it scales for
+            each layer when autograd gets there; needs one shared matrix. Without effect under
+            torch.compile, which plans memory itself.
+
+    Attributes:
+        source: the `Source` of the signals; another one takes effect with the next signal.
+        seed, distribution, backend, matrices, row_offsets, normalization: as they are in force;
+            read-only.
+        mode, no_training, feedback_points_handling, batch_dims: may be set between passes.
 
     Raises:
         TypeError, ValueError, RuntimeError: naming the argument and what was got, when built or in
             the forward pass.
 
-    A forward pass that is aborted between a layer and the `DFA` (by an exception, by Ctrl-C in a
-    notebook) leaves activations behind. The next pass replaces those of the layers it calls; ones
-    that it skips, and under REDUCE all, would be trained by it. `watch(model)` rules that out.
+    An exception or Ctrl-C between a layer and the `DFA` leaves activations behind. The next forward
+    pass replaces those of the layers that it calls. It would train those of layers that it skips,
+    and under REDUCE all. `watch(model)` rules that out.
 
-    Layers wait for the next call of this module: a model runs one forward pass at a time (no
-    threads, no nn.DataParallel; DistributedDataParallel is fine) with one call of it, at the end. A
-    second call in the same pass, as for a second head, trains the last layer before it only. A
-    forward pass inside a backward pass is taken for activation checkpointing's and trains no layer.
+    A model runs one forward pass at a time, because layers wait for the next call of this module:
+    no threads and no nn.DataParallel; DistributedDataParallel is fine. It calls this module once,
+    at its end. A second call in the same pass, as for a second head, trains the last layer before
+    it only. A forward pass inside a backward pass counts as activation checkpointing's and trains
+    no layer.
     """
 
     def __init__(
@@ -134,7 +133,7 @@ class DFA(nn.Module):
         seed: int = 0,
         distribution: str = "normal",
         shared: bool = True,
-        matrix: Tensor | Sequence[Tensor] | None = None,
+        matrix: Tensor | Sequence[Tensor] | Source | None = None,
         error_transform: Callable[[Tensor], Tensor] | None = None,
         mask: Mapping[str | int, Tensor] | Sequence[Tensor | None] | None = None,
         lean: bool = False,
@@ -153,11 +152,8 @@ class DFA(nn.Module):
             got = type(dfa_layers).__name__
             raise TypeError(f"DFA: dfa_layers must be a sequence of DFALayers, got {got}")
         self.dfa_layers = tuple(layers)
-        self.normalization = check_normalization(normalization)
+        normalization = check_normalization(normalization)
         self.rp_device = None if rp_device is None else torch.device(rp_device)
-        self.seed = operator.index(seed)  # numpy's integers are no JSON
-        self.distribution = distribution
-        self.backend = backend
         self.error_transform = error_transform
         for index, layer in enumerate(self.dfa_layers):
             if not isinstance(layer, DFALayer):
@@ -170,14 +166,13 @@ class DFA(nn.Module):
         if len(set(names)) < len(names):
             raise ValueError(f"DFA: dfa_layers must have distinct names, got {names}")
         count = len(self.dfa_layers)
-        self.matrices = check_matrices(matrix, count, self.rp_device)
-        if isinstance(matrix, Tensor):
-            shared = True
-        elif matrix is not None:
-            shared = False
+        seeded = Seeded(operator.index(seed), distribution, backend)  # numpy's ints are no JSON
+        source, shared = check_matrix(matrix, shared, seeded, count, self.rp_device)
+        self.source = source
         if lean and not shared:
             raise ValueError("DFA: lean needs one matrix for all layers, got independent ones")
-        self.row_offsets = [0 if shared else index * INDEPENDENT_ROWS for index in range(count)]
+        row_offsets = tuple(0 if shared else index * INDEPENDENT_ROWS for index in range(count))
+        self._slicing = Slicing(row_offsets, normalization)
         self.masks = check_masks(mask, [layer.name for layer in self.dfa_layers])
         mode = "shallow" if no_training else "dfa"
         self._group = Group(mode, FeedbackPointsHandling.LAST, (0,), lean)
@@ -185,6 +180,36 @@ class DFA(nn.Module):
         self.batch_dims = batch_dims
         for index, layer in enumerate(self.dfa_layers):
             layer._group, layer._index = self._group, index
+
+    @property
+    def seed(self) -> int | None:
+        """The source's, if it has one; a loaded state changes it."""
+        return getattr(self.source, "seed", None)
+
+    @property
+    def distribution(self) -> str | None:
+        """The source's, if it has one; a loaded state changes it."""
+        return getattr(self.source, "distribution", None)
+
+    @property
+    def backend(self) -> str | None:
+        """As given, where a seed makes the signals."""
+        return getattr(self.source, "backend", None)
+
+    @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """The stored matrices, if those make the signals."""
+        return self.source.matrices if isinstance(self.source, Stored) else ()
+
+    @property
+    def row_offsets(self) -> tuple[int, ...]:
+        """Where each layer's rows of U begin; a loaded state changes it."""
+        return self._slicing.row_offsets
+
+    @property
+    def normalization(self) -> str | float | Scales:
+        """The law's name, the scale or the function; a loaded state changes it."""
+        return self._slicing.normalization
 
     @property
     def mode(self) -> str:
@@ -214,7 +239,7 @@ class DFA(nn.Module):
 
     @property
     def feedback_points_handling(self) -> FeedbackPointsHandling:
-        """As given; takes effect with the next forward pass."""
+        """As given; a change takes effect with the next forward pass."""
         return self._group.handling
 
     @feedback_points_handling.setter
@@ -227,7 +252,7 @@ class DFA(nn.Module):
 
     @property
     def batch_dims(self) -> tuple[int, ...]:
-        """As given; takes effect with the next forward pass."""
+        """As given; a change takes effect with the next forward pass."""
         return self._group.batch_dims
 
     @batch_dims.setter
@@ -235,11 +260,11 @@ class DFA(nn.Module):
         self._group.batch_dims = check_dims("DFA", dims)
 
     def watch(self, model: nn.Module) -> tuple[RemovableHandle, ...]:
-        """Begin and end every forward pass of `model` with no activation left from an aborted one.
+        """Drop what an aborted forward pass of `model` left, before and after every pass.
 
-        A pass that ends well although its last activations never reached this module warns.
-        `model` holds this module and its layers and does not call itself; `self.dfa.watch(self)` at
-        the end of a model's `__init__` does it. Returns the hooks' handles.
+        Warns where a pass ends and its last activations never reached this module. `model` holds
+        this module and its layers, and does not call itself: write `self.dfa.watch(self)` at the
+        end of its `__init__`. Returns the hooks' handles.
         """
         return (
             model.register_forward_pre_hook(self._group.forget),
@@ -248,7 +273,7 @@ class DFA(nn.Module):
         )
 
     def forward(self, output: Tensor) -> Tensor:
-        """`output`, tied to the activations that wait."""
+        """`output`, tied to the activations that wait for it."""
         if not isinstance(output, Tensor):
             raise TypeError(f"DFA: output must be a tensor, got {type(output).__name__}")
         waiting = self._group.take()
@@ -257,31 +282,33 @@ class DFA(nn.Module):
             return output
         if recomputing("DFA") or not waiting:
             return output
-        places = self._places(waiting, output)
+        layers, places = self._places(waiting, output)
         activations = [item.activation for item in waiting]
         if record is not None:
-            record.output, record.activations, record.places = output, activations, places
-            record.layers = [item.layer for item in waiting]
+            record.output, record.activations = output, activations
+            record.indices = [item.layer for item in waiting]
+            record.layers, record.places = layers, places
             return output
         if any(item.factor is not None for item in waiting):
-            signals = functools.partial(
-                self.lean_signals, places, self._lean_block(waiting, places)
-            )
+            longest = self._longest(waiting, layers, places)
+            signals = functools.partial(self.lean_signals, layers, places, longest)
         else:
-            signals = functools.partial(self.signals, places)
+            signals = functools.partial(self.signals, layers, places)
         return Feedback.apply(signals, output, *activations)
 
-    def signals(self, places: Sequence[Place], error: Tensor) -> list[Tensor]:
+    def signals(self, layers: Layers, places: Sequence[Place], error: Tensor) -> list[Tensor]:
         """B_i e for every place, by one projection, each of its activation's shape and dtype."""
-        return delivery.deliver(self._source(), self._rows(error), places, self.masks)
+        return delivery.deliver(self.source, self._rows(error), layers, places, self.masks)
 
-    def lean_signals(self, places: Sequence[Place], block: Block, error: Tensor) -> list[Tensor]:
+    def lean_signals(
+        self, layers: Layers, places: Sequence[Place], longest: Layers, error: Tensor
+    ) -> list[Tensor]:
         """The same before each layer's own scale and mask, as views of one signal."""
-        return delivery.deliver_views(self._source(), self._rows(error), places, block)
+        return delivery.deliver_views(self.source, self._rows(error), layers, places, longest)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[Record]:
-        """Forward passes within are those of backpropagation; the last stays in the record."""
+        """Runs forward passes as backpropagation does; the record keeps the last."""
         waiting = self._group.take()
         self._group.record = Record()
         try:
@@ -291,21 +318,36 @@ class DFA(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """What makes the same signals again, in a few bytes; see `state`."""
-        return state.pack(self)
+        return state.pack(self._facts())
 
     def set_extra_state(self, packed: Tensor) -> None:
         """Take the seed, distribution, normalization and row offsets of a state; see `state`."""
-        state.unpack(self, packed)
+        fixed = self._group.lean or not isinstance(self.source, Seeded)
+        facts = state.unpack(packed, self._facts(), rows_are_fixed=fixed)
+        if isinstance(self.source, (Seeded, Stored)):
+            self.source = self.source._replace(
+                seed=facts.source["seed"], distribution=facts.source["distribution"]
+            )
+        self._slicing = Slicing(tuple(facts.row_offsets), facts.normalization)
+        for layer, (_, size) in zip(self.dfa_layers, facts.layers, strict=True):
+            layer.size = size
+
+    def _facts(self) -> state.Facts:
+        source = self.source.describe()
+        if not isinstance(self.source, (Seeded, Stored)):
+            source = {"source": source}
+        layers = [[layer.name, layer.size] for layer in self.dfa_layers]
+        return state.Facts(source, self.row_offsets, self.normalization, layers)
 
     def extra_repr(self) -> str:
-        """What tells this module's signals from another's."""
-        source = f"seed={self.seed}, distribution={self.distribution!r}"
-        return f"{len(self.dfa_layers)} layers, {source if not self.matrices else 'stored matrix'}"
-
-    def _source(self) -> Seeded | Stored:
-        if self.matrices:
-            return Stored(self.matrices)
-        return Seeded(self.seed, self.distribution, self.backend)
+        """The number of layers and the source of the signals."""
+        if isinstance(self.source, Seeded):
+            source = f"seed={self.seed}, distribution={self.distribution!r}"
+        elif isinstance(self.source, Stored):
+            source = "stored matrix"
+        else:
+            source = type(self.source).__name__
+        return f"{len(self.dfa_layers)} layers, {source}"
 
     def _rows(self, error: Tensor) -> Tensor:
         """The error as it is projected: [M, n], transformed, where the projection runs."""
@@ -321,83 +363,82 @@ class DFA(nn.Module):
             rows = transformed
         return rows.to(self.rp_device)
 
-    def _scales(self, sizes: list[int], error_size: int) -> list[float]:
-        normalization: Any = self.normalization
-        if callable(normalization):
-            normalization = normalization(sizes, error_size)
-        return checks.scales("DFA", normalization, sizes, error_size)
-
-    def _places(self, waiting: Sequence[Waiting], output: Tensor) -> list[Place]:
-        """Where the signal of every waiting activation comes from and goes to."""
-        _, error_size = count_rows(output.shape, self._group.batch_dims, "DFA")
+    def _places(self, waiting: Sequence[Waiting], output: Tensor) -> tuple[Layers, list[Place]]:
+        """The distinct layers of a forward pass, and where the signal of each activation goes."""
+        batch, rest = split_shape(output.shape, self.batch_dims, "DFA")
+        error_size = math.prod(rest)
         if error_size == 0:
             raise ValueError(
                 f"DFA: output must have at least one element a row, got {tuple(output.shape)}"
             )
-        device = self.rp_device or output.device
-        if any(matrix.device != device for matrix in self.matrices):
-            self.matrices = tuple(matrix.to(device) for matrix in self.matrices)
-        widths = [self._width(item) for item in waiting]
-        own = {item.layer: width for item, width in zip(waiting, widths, strict=True)}
+        split = [self._split(item) for item in waiting]
+        own = {item.layer: size for item, (_, size) in zip(waiting, split, strict=True)}
         if self._group.record is None:
-            for index, width in own.items():
-                self.dfa_layers[index].size = width
+            for index, size in own.items():
+                self.dfa_layers[index].size = size
         sizes = [own.get(i, layer.size or 1) for i, layer in enumerate(self.dfa_layers)]
-        scales = self._scales(sizes, error_size)
+        scales = self._slicing.scales(sizes, error_size)
+        distinct: dict[tuple[int, int, float], int] = {}
         places = []
-        for (index, activation, _), size in zip(waiting, widths, strict=True):
-            dims = self.dfa_layers[index].row_dims
-            if self.rp_device is None and activation.device != output.device:
+        for (index, activation, _), (own_batch, size) in zip(waiting, split, strict=True):
+            shape, dtype, device = activation.shape, activation.dtype, activation.device
+            if self.rp_device is None and device != output.device:
                 raise ValueError(
-                    f"DFA: dfa_layers[{index}] is on {activation.device}, the output on "
+                    f"DFA: dfa_layers[{index}] is on {device}, the output on "
                     f"{output.device}; give rp_device to say where to project"
                 )
-            where = f"DFA: dfa_layers[{index}]"
-            repeats = row_ratio(activation.shape, dims, output.shape, self.batch_dims, where)
+            repeats = row_ratio(own_batch, batch, f"DFA: dfa_layers[{index}]")
             scale = scales[index]
             if size != sizes[index]:  # the layer was called again, with another size
                 others = [*sizes[:index], size, *sizes[index + 1 :]]
-                scale = self._scales(others, error_size)[index]
-            block = Block(
-                matrix=index if len(self.matrices) > 1 else 0,
-                first=self.row_offsets[index],
-                size=size,
-                scale=scale / math.sqrt(repeats),
-            )
-            if self.matrices:
-                Stored(self.matrices).check(block, error_size)
-            shape, dtype, device = activation.shape, activation.dtype, activation.device
+                scale = self._slicing.scales(others, error_size)[index]
+            layer = (self._slicing.row_offsets[index], size, scale / math.sqrt(repeats))
+            dims = self.dfa_layers[index].row_dims
             mask = index if index in self.masks else None
             if mask is not None:
                 beside_rows(self.masks[mask], shape, dims, f"DFA: mask[{index}]")
                 if self.masks[mask].device != device:
                     self.masks[mask] = self.masks[mask].to(device)
-            places.append(Place(block, shape, dims, dtype, device, mask))
-        return places
+            position = distinct.setdefault(layer, len(distinct))
+            places.append(Place(position, shape, dims, dtype, device, mask))
+        layers = Layers(*zip(*distinct, strict=True))
+        self._check_stored(layers, error_size, self.rp_device or output.device)
+        return layers, places
 
-    def _width(self, item: Waiting) -> int:
-        """l_i of an activation, whose shape has dimensions of its own beside those of the rows.
+    def _check_stored(self, layers: Layers, error_size: int, device: torch.device) -> None:
+        """Check stored matrices against a pass, and move them to where it projects."""
+        source = self.source
+        if isinstance(source, Stored):
+            source.check(layers, error_size)
+            if any(matrix.device != device for matrix in source.matrices):
+                self.source = source.to(device)
 
-        Without any it is, most likely, one sample in a model for batches: its units would be taken
-        for rows, and could even line up with the output's.
+    def _split(self, item: Waiting) -> tuple[list[int], int]:
+        """The batch sizes and l_i of an activation, which must have units beside its batch.
+
+        Without any it most likely is one sample in a model for batches. Its units would count as
+        its batch, and could even line up with the output's.
         """
-        dims, shape = self.dfa_layers[item.layer].row_dims, tuple(item.activation.shape)
+        dims, shape = self.dfa_layers[item.layer].row_dims, item.activation.shape
         where = f"DFA: dfa_layers[{item.layer}]"
-        _, width = count_rows(shape, dims, where)
-        if width == 0 or len({dim % len(shape) for dim in dims}) == len(shape):
+        batch, rest = split_shape(shape, dims, where)
+        size = math.prod(rest)
+        if size == 0 or not rest:
             raise ValueError(
-                f"{where} must have units beside its batch_dims {dims}, got shape {shape}; "
+                f"{where} must have units beside its batch_dims {dims}, got shape {tuple(shape)}; "
                 "unsqueeze(-1) is for a layer of one unit, batch_dims=() for one sample alone"
             )
-        return width
+        return batch, size
 
-    def _lean_block(self, waiting: Sequence[Waiting], places: Sequence[Place]) -> Block:
-        """The one signal that serves all places; every place's factor makes its own from it."""
-        scale = max(abs(place.block.scale) for place in places) or 1.0
+    def _longest(
+        self, waiting: Sequence[Waiting], layers: Layers, places: Sequence[Place]
+    ) -> Layers:
+        """The one layer whose signal serves all places, each by its own factor, set here."""
+        scale = max(abs(scale) for scale in layers.scales) or 1.0
         for item, place in zip(waiting, places, strict=True):
             assert item.factor is not None
-            ratio = place.block.scale / scale
+            ratio = layers.scales[place.layer] / scale
             item.factor.value = (
                 ratio if place.mask is None else delivery.mask_for(place, self.masks) * ratio
             )
-        return Block(0, places[0].block.first, max(place.block.size for place in places), scale)
+        return Layers(layers.row_offsets[:1], (max(layers.sizes),), (scale,))

@@ -1,4 +1,7 @@
-"""The trainer's autograd Functions: `Feedback` ties activations to the output, `Scaled` scales."""
+"""The trainer's autograd Functions.
+
+`Feedback` ties activations to the output; `Scaled` scales a shared signal.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,20 @@ Signals = Callable[[Tensor], Sequence[Tensor | None]]
 
 
 class Feedback(torch.autograd.Function):
-    """Identity on the network's output that gives hidden activations their feedback signals.
+    """Identity on the network's output; its backward sends feedback signals to the activations.
 
-    forward(signals, output, *activations) returns the output. backward(error) returns the error for
-    the output, which trains the last layer as backpropagation does, and signals(error) for the
-    activations, which trains the hidden layers (Launay, Poli, Krzakala 2019, eq. 3). Only shapes
-    are kept, no activation.
+    forward(signals, output, *activations) returns the output. backward(error) gives the output the
+    error, which trains the last layer as backpropagation does, and the activations signals(error),
+    which trains the hidden layers (Launay, Poli, Krzakala 2019, eq. 3). It keeps shapes only, no
+    activation.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(signals: Signals, output: Tensor, *activations: Tensor) -> Tensor:
-        """`output`, from now on tied to the activations."""
-        return output.detach()  # no view: a custom Function's views cannot be changed in place
+        """`output`, tied to the activations."""
+        return output.detach()  # no view: those of a custom Function cannot be changed in place
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -47,8 +50,8 @@ class Factor:
 class Scaled(torch.autograd.Function):
     """Identity whose backward multiplies the gradient by `factor.value`.
 
-    Made right after the activation, it runs right before the activation's own backward, so that a
-    scaled copy of a shared signal lives only while its layer is being trained.
+    It is made right after the activation, so it runs right before the activation's own backward:
+    the scaled copy of a shared signal lives only while its layer is trained.
     """
 
     generate_vmap_rule = True

@@ -1,4 +1,4 @@
-"""`attach`: Direct Feedback Alignment for a model as it is, by forward hooks."""
+"""`attach` trains a model by Direct Feedback Alignment without editing it, by forward hooks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dfa_kernels.nn.layer import DFALayer
 class Hook:
     """A forward hook that passes a module's output through a `DFALayer` or a `DFA`.
 
-    An object and no closure, so that a copied or pickled model has hooks of its own.
+    An object, not a closure: a copied or pickled model gets hooks of its own.
     """
 
     def __init__(self, name: str, target: DFALayer | DFA):
@@ -35,8 +35,8 @@ class Hook:
 def through(function: Callable[[Tensor], Tensor], output: Any, name: str) -> Any:
     """`output` with the tensor in it passed through `function`.
 
-    That is the output itself, the first element of a tuple or list (transformer blocks), or the
-    entry "logits" of a mapping (Hugging Face).
+    The tensor is the output itself, the first element of a tuple or list (transformer blocks), or
+    the entry "logits" of a mapping (Hugging Face).
     """
     if isinstance(output, Tensor):
         return function(output)
@@ -69,8 +69,7 @@ class Attachment:
     """A model trained by Direct Feedback Alignment until `detach()`.
 
     Attributes:
-        dfa: the `DFA`; it is no part of the model, whose state_dict stays as it is, and has a
-            state_dict of its own.
+        dfa: the `DFA`. It is no part of the model, whose state_dict stays as it is; it has its own.
     """
 
     def __init__(
@@ -95,7 +94,7 @@ class Attachment:
         self.dfa.mode = mode
 
     def detach(self) -> None:
-        """Undo `attach`: the model is as it was, with what it has learned."""
+        """Undo `attach`; the model keeps what it has learned."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -114,28 +113,28 @@ def attach(
         handle.detach()
 
     Args:
-        model: any module, before its first compiled call; a model that ran compiled needs
-            `torch.compiler.reset()` first, or it goes on as it was.
-        points: the submodules after whose forward pass gradients are cut, by name or as modules,
-            in any order; each should end in its non-linearity or residual sum. What lies between
-            two points is trained by backpropagation from the signal of the second. A mapping gives
-            each name the batch dimensions of its output. A submodule's output may be a tensor, or a
-            tuple or list that begins with it.
-            A module that is called several times has one place: see `FeedbackPointsHandling`.
+        model: any module, before its first compiled call. One that already ran compiled needs
+            `torch.compiler.reset()` first, or it goes on as before.
+        points: the submodules whose outputs are trained by a signal, by name or as modules, in any
+            order. Each should end in its non-linearity or residual sum, and returns a tensor, or a
+            tuple or list that begins with it. Gradients end there: what lies between two points is
+            trained by backpropagation from the signal of the second. A mapping gives each name the
+            batch dimensions of its output. For one that is called several times in a forward pass
+            see `FeedbackPointsHandling`.
         output: the submodule that makes the output whose gradient is the error, such as the last
-            linear layer of a model that returns its loss; it runs after all points. None: the model
+            linear layer of a model that returns its loss. It runs after all points. None: the model
             itself, which returns a tensor, a tuple or list that begins with it, or a mapping with
             "logits".
         arguments: those of `DFA` from `normalization` on. `mask` goes by the points' names.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got; also where the model has a DFA,
-            and in a forward pass that returns its loss where `output` is not given.
+        TypeError, ValueError: naming the argument and what was got; also where the model already
+            has a DFA, and where it returns its loss and `output` is not given.
 
     Warns where a forward pass ends with points that no `output` came after.
 
-    A copy of the model alone has its hooks, but no handle to detach them by: copy or pickle
-    (model, handle) together.
+    A copy of the model alone has its hooks but no handle to detach them: copy or pickle (model,
+    handle) together.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach: model must be a module, got {type(model).__name__}")
@@ -163,7 +162,7 @@ def attach(
 
 
 def find_dfas(model: nn.Module) -> list[DFA]:
-    """The `DFA`s that train a model, be they submodules or attached."""
+    """The `DFA`s that train a model, as submodules or attached."""
     found: dict[DFA, None] = {}
     for module in model.modules():
         if isinstance(module, DFA):
@@ -175,7 +174,7 @@ def find_dfas(model: nn.Module) -> list[DFA]:
 
 
 def _name(model: nn.Module, argument: str, point: str | nn.Module) -> str:
-    """The name of a submodule in its model: the first, where it has several."""
+    """The name of a submodule in its model; the first if it has several."""
     module = point
     if isinstance(point, str) and point:
         module = dict(model.named_modules(remove_duplicate=False)).get(point, point)

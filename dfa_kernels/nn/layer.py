@@ -1,4 +1,4 @@
-"""`DFALayer`, and what the layers of one `DFA` share while a forward pass is under way."""
+"""`DFALayer`, and what the layers of one `DFA` share during a forward pass."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dfa_kernels import checks
+from dfa_kernels.layers import Layers
 from dfa_kernels.nn.functions import Factor, Scaled
 from dfa_kernels.nn.signals import Place
 
@@ -19,9 +20,9 @@ from dfa_kernels.nn.signals import Place
 class FeedbackPointsHandling(enum.Enum):
     """Which activations are trained when a `DFALayer` is called more than once in a forward pass.
 
-    LAST: the last one. REDUCE: all of them, each by its own signal. MINIBATCH is LAST: tinydfa
-    needs it where several forward passes precede their backward passes, which works here in every
-    mode.
+    LAST: the last one. REDUCE: all of them, each by its own signal. MINIBATCH: the same as LAST. In
+    tinydfa it is for several forward passes before their backward passes; here those work with all
+    three.
     """
 
     LAST = "LAST"
@@ -30,7 +31,7 @@ class FeedbackPointsHandling(enum.Enum):
 
 
 class Waiting(NamedTuple):
-    """A layer's activation on its way to the output; the factor is the lean mode's."""
+    """A layer's activation until the forward pass reaches the output; only lean has a factor."""
 
     layer: int
     activation: Tensor
@@ -39,15 +40,17 @@ class Waiting(NamedTuple):
 
 @dataclasses.dataclass
 class Record:
-    """A forward pass under `DFA.recording`: the output, and the activations it would train.
+    """A forward pass under `DFA.recording`: its output, and the activations it would train.
 
-    Each activation has its layer's index and its place.
+    `indices` has the index of each activation's `DFALayer`, `places` its place, and `layers` what
+    makes the signals of the places.
     """
 
     output: Tensor | None = None
     activations: Sequence[Tensor] = ()
-    layers: Sequence[int] = ()
+    indices: Sequence[int] = ()
     places: Sequence[Place] = ()
+    layers: Layers = dataclasses.field(default_factory=lambda: Layers((), (), ()))
 
 
 @dataclasses.dataclass
@@ -72,16 +75,16 @@ class Group:
         self.waiting.append(Waiting(layer, activation, factor))
 
     def take(self) -> list[Waiting]:
-        """What waits, in the order of the layers; it waits no longer."""
+        """Hand over what waits, in the order of the layers."""
         waiting, self.waiting = self.waiting, []
         return sorted(waiting, key=lambda item: item.layer)
 
     def forget(self, *_: Any) -> None:
-        """Nothing waits any longer. Takes a forward hook's arguments."""
+        """Drop what waits. Takes a forward hook's arguments."""
         self.waiting = []
 
     def warn_of_waiting(self, *_: Any) -> None:
-        """Warn of layers that nothing will train, at the end of a forward pass. A forward hook."""
+        """Warn at the end of a forward pass of layers that nothing will train. A forward hook."""
         if self.waiting:
             indices = sorted({item.layer for item in self.waiting})
             warnings.warn(
@@ -91,7 +94,7 @@ class Group:
             )
 
     def __getstate__(self) -> dict:
-        # What waits belongs to a forward pass, not to a copy.
+        # A copy takes no part in the forward pass under way.
         return {**self.__dict__, "waiting": [], "record": None}
 
 
@@ -100,13 +103,14 @@ class DFALayer(nn.Module):
 
     Args:
         name: for messages and tables.
-        batch_dims: the activation's batch dimensions; the others, flattened, are the layer. None:
-            those of the `DFA`. (0,) for [batch, features] and [batch, channels, height, width];
-            (0, 1) for [batch, tokens, features], (1, 0) for [tokens, batch, features].
-        passthrough: True lets backpropagation through; no signal is sent.
+        batch_dims: the activation's batch dimensions; the others, flattened, are the layer. (0,)
+            for [batch, features] and [batch, channels, height, width]; (0, 1) for [batch, tokens,
+            features], (1, 0) for [tokens, batch, features]. None: those of the `DFA`.
+        passthrough: True lets backpropagation through and sends no signal.
 
     Attributes:
-        size: l_i in the last forward pass that trained it, here or before a state was loaded.
+        size: l_i in the last forward pass that trained the layer, or in a loaded state. None before
+            both.
     """
 
     def __init__(
@@ -124,7 +128,7 @@ class DFALayer(nn.Module):
         self._index = 0
 
     def forward(self, activation: Tensor) -> Tensor:
-        """`activation` detached, or as it is where backpropagation is wanted."""
+        """`activation`, detached unless backpropagation is to pass."""
         if not isinstance(activation, Tensor):
             raise TypeError(
                 f"DFALayer: activation must be a tensor, got {type(activation).__name__}"
@@ -154,21 +158,21 @@ class DFALayer(nn.Module):
         return self._group.batch_dims if self._group is not None else (0,)
 
     def extra_repr(self) -> str:
-        """The arguments that were given."""
+        """The arguments that differ from their defaults."""
         facts = {"name": self.name, "batch_dims": self.batch_dims, "passthrough": self.passthrough}
         return ", ".join(f"{key}={value!r}" for key, value in facts.items() if value)
 
 
 def check_dims(function: str, dims: Sequence[int]) -> tuple[int, ...]:
-    """The argument `batch_dims` as a tuple; whether a tensor has them is seen in a pass."""
+    """The argument `batch_dims` as a tuple; a forward pass checks that tensors have them."""
     return tuple(checks.integers(function, "batch_dims", dims, low=-64, high=63))
 
 
 def recomputing(function: str) -> bool:
-    """Whether activation checkpointing repeats a forward pass that was registered already.
+    """Whether activation checkpointing is repeating a forward pass.
 
-    Raises RuntimeError in a reentrant checkpoint, whose first forward pass builds no graph that a
-    signal could train.
+    Raises RuntimeError in a reentrant checkpoint: its first forward pass builds no graph, so no
+    signal could train it.
     """
     if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
         return False

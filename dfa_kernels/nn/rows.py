@@ -1,6 +1,7 @@
-"""Tensors as rows: batch dimensions flattened in front, the others flattened into a row.
+"""Activations and errors as matrices: one row for each element of the batch.
 
-Batch dimensions count in the order given: (1, 0) takes [time, batch, features] sample by sample.
+The batch dimensions are flattened in front, in the order given: (1, 0) takes [time, batch,
+features] sample by sample. The others, flattened, make a row.
 """
 
 from __future__ import annotations
@@ -27,28 +28,24 @@ def _order(
     return batch, [dim for dim in range(len(shape)) if dim not in batch]
 
 
-def count_rows(shape: Sequence[int], batch_dims: Sequence[int], function: str) -> tuple[int, int]:
-    """Number of rows and size of a row of a tensor of `shape`."""
+def split_shape(
+    shape: Sequence[int], batch_dims: Sequence[int], function: str
+) -> tuple[list[int], list[int]]:
+    """The sizes of the batch dimensions in the order given, and of the others."""
     batch, rest = _order(shape, batch_dims, function)
-    return math.prod([shape[dim] for dim in batch]), math.prod([shape[dim] for dim in rest])
+    return [shape[dim] for dim in batch], [shape[dim] for dim in rest]
 
 
-def row_ratio(
-    shape: Sequence[int],
-    batch_dims: Sequence[int],
-    error_shape: Sequence[int],
-    error_dims: Sequence[int],
-    function: str,
-) -> int:
-    """How many consecutive rows a tensor of `shape` has for each row of the error.
+def row_ratio(ours: list[int], theirs: list[int], function: str) -> int:
+    """How many consecutive rows an activation has for each row of the error.
 
-    Its batch shape must begin with the error's, or one of the two be flattened. Leading dimensions
-    that both have cancel first: torch.compile then knows the ratio although it may not know the
-    batch size.
+    Takes the sizes of the batch dimensions of both. The activation's must begin with the error's,
+    or one of the two be flattened. Leading dimensions that both have cancel first: torch.compile
+    then knows the ratio although it may not know the batch size.
     """
-    ours = [shape[dim] for dim in _order(shape, batch_dims, function)[0]]
-    theirs = [error_shape[dim] for dim in _order(error_shape, error_dims, function)[0]]
-    wanted, got = list(theirs), list(ours)
+    if ours == theirs:
+        return 1
+    wanted, got = theirs, ours
     while ours and theirs and ours[0] == theirs[0]:
         ours, theirs = ours[1:], theirs[1:]
     rows, error_rows = math.prod(ours), math.prod(theirs)
@@ -65,7 +62,9 @@ def row_ratio(
 def to_rows(tensor: Tensor, batch_dims: Sequence[int], function: str) -> Tensor:
     """[rows, size] of a tensor; a view where its strides allow one."""
     batch, rest = _order(tensor.shape, batch_dims, function)
-    return tensor.permute(batch + rest).reshape(count_rows(tensor.shape, batch_dims, function))
+    rows = math.prod([tensor.shape[dim] for dim in batch])
+    size = math.prod([tensor.shape[dim] for dim in rest])
+    return tensor.permute(batch + rest).reshape(rows, size)
 
 
 def from_rows(rows: Tensor, shape: torch.Size, batch_dims: Sequence[int], function: str) -> Tensor:
@@ -74,7 +73,7 @@ def from_rows(rows: Tensor, shape: torch.Size, batch_dims: Sequence[int], functi
     Where that has k times as many rows, each given row serves k consecutive ones.
     """
     batch, rest = _order(shape, batch_dims, function)
-    count, _ = count_rows(shape, batch_dims, function)
+    count = math.prod([shape[dim] for dim in batch])
     if rows.shape[0] != count:
         rows = rows[:, None, :].expand(-1, count // rows.shape[0], -1)
     dims = batch + rest

@@ -111,6 +111,22 @@ class Stack(nn.Module):
         return {"logits": logits, "loss": loss}
 
 
+class Multiplied:
+    """Imitates stored matrices: B for shared rows, one of each for independent ones."""
+
+    def __init__(self, *matrices, name="mine"):
+        self.matrices, self.name = matrices, name
+
+    def project(self, error, layers, dtype):
+        return [
+            (error @ self.matrices[first // INDEPENDENT_ROWS][:size].T * scale).to(dtype)
+            for first, size, scale in zip(*layers, strict=True)
+        ]
+
+    def describe(self):
+        return {"name": self.name, "shapes": [tuple(matrix.shape) for matrix in self.matrices]}
+
+
 def perceptron(seed=0, dtype=torch.float32, **arguments):
     """A `Perceptron` with the weights of torch's seed 0."""
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dfa_kernels import DFA, DFALayer, alignment, attach, feedback_matrix
+from dfa_kernels.nn.sources import Stored
 from tests.nn.networks import Perceptron, assert_equal, backward, batch, gradients, perceptron
 
 
@@ -59,7 +60,7 @@ def test_backprops_own_matrix_is_perfectly_aligned():
     """One hidden layer: with B = the transposed output weights, DFA is backpropagation."""
     x, y = batch()
     model = perceptron(widths=(16,))
-    model.dfa.matrices = (model.output.weight.detach().T,)
+    model.dfa.source = Stored((model.output.weight.detach().T,))
     (found,) = alignment(model, loss_of(model, x, y)).values()
     assert found.mean == pytest.approx(1, abs=1e-6)
     assert found.std < 1e-6

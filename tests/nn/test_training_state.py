@@ -198,7 +198,7 @@ def test_a_measuring_pass_is_normalized_by_its_own_sizes():
             model(torch.randn(6, 2, 12, 12)).sum().backward()
         with model.dfa.recording() as record:
             model(images)
-        scales.append([place.block.scale for place in record.places])
+        scales.append([record.layers.scales[place.layer] for place in record.places])
     assert scales[0] == scales[1] == [1 / (3 * 7 * 7 * 5) ** 0.5] * 2
 
 

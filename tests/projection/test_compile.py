@@ -10,8 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dfa_kernels import DFA, DFALayer, alignment, attach
-from tests.nn.networks import Calls, assert_equal, backward, batch, perceptron
+from dfa_kernels import DFA, DFALayer, alignment, attach, feedback_matrix
+from tests.nn.networks import (
+    CLASSES,
+    Calls,
+    Multiplied,
+    assert_equal,
+    backward,
+    batch,
+    perceptron,
+)
 
 # torch's own, from inside its compiler.
 pytestmark = [
@@ -43,6 +51,10 @@ def masked():
     return perceptron(seed=3, mask={"h1": torch.eye(12)[0]}, error_transform=torch.sign)
 
 
+def own_source():
+    return perceptron(matrix=Multiplied(feedback_matrix(16, CLASSES)))
+
+
 def attached():
     model = perceptron()
     layers = [module for linear in model.linears for module in (linear, nn.Tanh())]
@@ -51,13 +63,25 @@ def attached():
     return model
 
 
-@pytest.mark.parametrize("build", [wired, watched, lean, masked, attached])
+@pytest.mark.parametrize("build", [wired, watched, lean, masked, own_source, attached])
 def test_compiled_forward_is_one_graph_and_its_first_step_is_eagers(compiler, build):
     x, y = batch()
     expected = backward(build(), x, y)
     model = build()
     found = backward(model, x, y, call=compiler(model, fullgraph=True))
     assert_equal(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_compiled_model_takes_the_source_of_a_state(compiler):
+    """A seed beyond int64, and rows of its own for every layer."""
+    x, y = batch()
+    other = perceptron(seed=2**64 - 3, distribution="uniform", shared=False)
+    expected = backward(other, x, y)
+    model = perceptron(seed=1)
+    compiled = compiler(model, fullgraph=True)
+    backward(model, x, y, call=compiled)
+    model.load_state_dict(other.state_dict())
+    assert_equal(backward(model, x, y, call=compiled), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_compiled_step_trains_as_eager_from_the_first_step(compiler):

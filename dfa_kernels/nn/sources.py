@@ -1,0 +1,252 @@
+"""Where the feedback signals come from, and how the layers share one matrix.
+
+A `Source` projects the error: `Seeded` from a seed, `Stored` by stored matrices, or a user's own.
+`Slicing` says which rows of the matrix each layer reads and by what factor it scales them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any, NamedTuple, Protocol, TypeGuard
+
+import torch
+from torch import Tensor
+
+from dfa_kernels import checks, functional
+from dfa_kernels.layers import Layers
+
+# With a matrix of its own for every layer, layer i's rows of U begin at i times this.
+INDEPENDENT_ROWS = 2**40
+
+# scales(sizes of the layers, size of the error) -> one scale per layer
+Scales = Callable[[list[int], int], Sequence[float]]
+
+
+class Source(Protocol):
+    """What makes the feedback signals: the argument `matrix` of a `DFA`.
+
+    A source of your own has these two methods; it needs no base class. This one stores no matrix
+    and has entries of +1 and -1, the signs of a seed's:
+
+        class Signs:
+            def __init__(self, seed):
+                self.seed = seed
+
+            def project(self, error, layers, dtype):
+                signals = []
+                for row_offset, size, scale in zip(*layers):
+                    U = feedback_matrix(
+                        size, error.shape[1], seed=self.seed, row_offset=row_offset,
+                        dtype=error.dtype, device=error.device,
+                    )
+                    signals.append((scale * error @ U.sign().T).to(dtype))
+                return signals
+
+            def describe(self):
+                return {"signs": self.seed}
+
+        dfa = DFA(dfa_layers, matrix=Signs(seed=1))
+    """
+
+    def project(self, error: Tensor, layers: Layers, dtype: torch.dtype) -> list[Tensor]:
+        """The signal of every layer in `layers`, which are distinct.
+
+        torch.compile traces it with the model, so there it must change nothing outside itself.
+
+        Args:
+            error: [M, n], on the device where to project; M is the batch.
+            layers: `row_offsets`, `sizes` and `scales`, a tuple each. Layer i's signal is
+                scales[i] * error @ U[row_offsets[i] : row_offsets[i] + sizes[i]].T, with U of unit
+                variance. All offsets are 0 where the layers share one matrix; with independent ones
+                layer i of the `DFA` has i * `INDEPENDENT_ROWS`.
+            dtype: of the signals.
+
+        Returns:
+            One tensor [M, sizes[i]] per layer, no two of which share memory.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What tells this source from another, in JSON values that training does not change.
+
+        The state_dict holds it, and loads only into a `DFA` whose source describes itself alike.
+        """
+        ...
+
+
+class Seeded(NamedTuple):
+    """The matrix of a seed, which is made while it multiplies and never stored."""
+
+    seed: int
+    distribution: str
+    backend: str | None
+
+    def project(self, error: Tensor, layers: Layers, dtype: torch.dtype) -> list[Tensor]:
+        """All signals by one projection."""
+        return functional.project(
+            error,
+            layers.sizes,
+            seed=self.seed,
+            distribution=self.distribution,
+            normalization=layers.scales,
+            row_offsets=layers.row_offsets,
+            dtype=dtype,
+            backend=self.backend,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What a state restores."""
+        return {"seed": self.seed, "distribution": self.distribution, "stored": False}
+
+
+class Stored(NamedTuple):
+    """Explicit matrices [rows, n], of unit variance like a seed's.
+
+    Layers with a row offset of i * `INDEPENDENT_ROWS` multiply by the first rows of matrix i. The
+    seed and the distribution make nothing; states have always held them.
+    """
+
+    matrices: tuple[Tensor, ...]
+    seed: int = 0
+    distribution: str = "normal"
+
+    def to(self, device: torch.device | None) -> Stored:
+        """The same with its matrices on `device`; None leaves them where they are."""
+        moved = tuple(matrix.to(device) for matrix in self.matrices)
+        return Stored(moved, self.seed, self.distribution)
+
+    def check(self, layers: Layers, error_size: int) -> None:
+        """Raise where a matrix is too small for its layers or for an error of that size."""
+        for row_offset, size in zip(layers.row_offsets, layers.sizes, strict=True):
+            rows, columns = self.matrices[row_offset // INDEPENDENT_ROWS].shape
+            if rows < size or columns != error_size:
+                raise ValueError(
+                    f"DFA: matrix must have at least {size} rows (the layer's size) and exactly "
+                    f"{error_size} columns (the error's size), got {[rows, columns]}"
+                )
+
+    def project(self, error: Tensor, layers: Layers, dtype: torch.dtype) -> list[Tensor]:
+        """One product for each matrix, in that matrix's dtype, sliced and scaled for its layers."""
+        of_matrix: dict[int, list[int]] = {}
+        for layer, row_offset in enumerate(layers.row_offsets):
+            of_matrix.setdefault(row_offset // INDEPENDENT_ROWS, []).append(layer)
+        signals: dict[int, Tensor] = {}
+        for index, ours in of_matrix.items():
+            matrix = self.matrices[index]
+            width = max([layers.sizes[layer] for layer in ours])
+            scale = max([abs(layers.scales[layer]) for layer in ours]) or 1.0
+            nothing = matrix.new_zeros(())
+            product = torch.addmm(
+                nothing, error.to(matrix.dtype), matrix[:width].T, beta=0, alpha=scale
+            )
+            for layer in ours:
+                signal, size, own = product, layers.sizes[layer], layers.scales[layer]
+                if size != width or own != scale:
+                    signal = product[:, :size] * (own / scale)
+                signals[layer] = signal.to(dtype)
+        return [signals[layer] for layer in range(len(layers.sizes))]
+
+    def describe(self) -> dict[str, Any]:
+        """What a state holds: no matrix."""
+        return {"seed": self.seed, "distribution": self.distribution, "stored": True}
+
+
+class Slicing(NamedTuple):
+    """Which rows of the feedback matrix each layer of a `DFA` reads, and how it is scaled.
+
+    Layer i's rows begin at row_offsets[i]. `normalization` is "layer", "shared", a number or a
+    function, as for `DFA`.
+    """
+
+    row_offsets: tuple[int, ...]
+    normalization: str | float | Scales
+
+    def scales(self, sizes: list[int], error_size: int) -> list[float]:
+        """The scale of each layer."""
+        normalization: Any = self.normalization
+        if callable(normalization):
+            normalization = normalization(sizes, error_size)
+        return checks.scales("DFA", normalization, sizes, error_size)
+
+
+def tinydfa_scales(sizes: list[int], error_size: int) -> list[float]:
+    """tinydfa's normalization: with `distribution="uniform"`, entries in (-1, 1) over sqrt(l_max).
+
+    The library's uniform entries have unit variance, hence a further 1/sqrt(3).
+    """
+    return [1 / math.sqrt(3 * max(sizes))] * len(sizes)
+
+
+tinydfa_scales.__module__ = "dfa_kernels.nn"  # its public name, which states hold
+
+
+def check_normalization(normalization: bool | str | float | Scales) -> str | float | Scales:
+    """`DFA`'s argument `normalization` as a name, a float or a function."""
+    if isinstance(normalization, bool):
+        return "layer" if normalization else "shared"
+    if isinstance(normalization, (str, Real)):
+        (scale,) = checks.scales("DFA", normalization, [1], 1)
+        return normalization if isinstance(normalization, str) else scale
+    if not callable(normalization):
+        raise TypeError(
+            "DFA: normalization must be a name, a number or a function, "
+            f"got {type(normalization).__name__} {normalization!r}"
+        )
+    return normalization
+
+
+def check_matrix(
+    matrix: Tensor | Sequence[Tensor] | Source | None,
+    shared: bool,
+    seeded: Seeded,
+    layers: int,
+    device: torch.device | None,
+) -> tuple[Source, bool]:
+    """`DFA`'s argument `matrix` as a source, and whether the layers share one matrix.
+
+    Without one the source is `seeded`. Stored matrices are moved to `device`.
+    """
+    if matrix is None:
+        return seeded, shared
+    if isinstance(matrix, Stored):  # of another DFA
+        matrix = matrix.matrices[0] if len(matrix.matrices) == 1 else matrix.matrices
+    elif not isinstance(matrix, Tensor) and _is_source(matrix):
+        return matrix, shared
+    matrices = [matrix] if isinstance(matrix, Tensor) else checks.listed(matrix)
+    if matrices is None or (not isinstance(matrix, Tensor) and len(matrices) != layers):
+        got = type(matrix).__name__ if matrices is None else len(matrices)
+        raise ValueError(f"DFA: matrix must be one tensor or one per layer ({layers}), got {got}")
+    for one in matrices:
+        if not isinstance(one, Tensor):
+            raise TypeError(f"DFA: matrix must be made of tensors, got {type(one).__name__}")
+        checks.dtype("DFA", "matrix", one.dtype)
+        if one.dim() != 2:
+            raise ValueError(f"DFA: matrix must be [rows, n], got {list(one.shape)}")
+    stored = Stored(tuple(one.detach() for one in matrices), seeded.seed, seeded.distribution)
+    return stored.to(device), isinstance(matrix, Tensor)
+
+
+def _is_source(matrix: Any) -> TypeGuard[Source]:
+    """Whether an object is a `Source`; raises where it is half of one."""
+    methods = ("project", "describe")
+    missing = [name for name in methods if not callable(getattr(matrix, name, None))]
+    if len(missing) == 1:
+        raise TypeError(
+            f"DFA: matrix must have the methods project and describe to be a source of signals, "
+            f"got {type(matrix).__name__} without {missing[0]}"
+        )
+    if missing:
+        return False
+    facts = matrix.describe()
+    try:
+        json.dumps(facts)
+    except (TypeError, ValueError):
+        fits = False
+    else:
+        fits = isinstance(facts, dict)
+    if not fits:
+        raise TypeError(f"DFA: matrix.describe() must return a dict of JSON values, got {facts!r}")
+    return True

@@ -1,0 +1,101 @@
+"""The package's modules import downwards only: no circles, the trainer above the projection."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+import dfa_kernels
+
+PACKAGE = Path(__file__).parents[2] / "dfa_kernels"
+
+# From the top: nothing below imports a floor above it. What is not named lies between the last two.
+FLOORS = (
+    {"dfa_kernels", "__main__", "cli", "demo"},
+    {"nn"},
+    {"functional", "verify", "cases", "derivatives", "ops", "backends", "checks"},
+    {"stream", "layers", "version"},
+)
+
+
+def module_of(file):
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_of(file): file for file in PACKAGE.rglob("*.py")}
+
+
+def imports(source):
+    """The package's modules that a source imports, wherever in it: also in functions and for types.
+
+    Packages on the way to an imported module do not count.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in FILES else node.module for name in inner}
+    return found & FILES.keys()
+
+
+GRAPH = {module: imports(file.read_text()) for module, file in FILES.items()}
+
+
+def floor(module):
+    name = module.split(".")[1] if "." in module else module
+    return next(level for level, names in enumerate(FLOORS) if name in names)
+
+
+def test_imports_are_found():
+    source = """
+import dfa_kernels.stream
+from dfa_kernels.nn import dfa, DFA
+if TYPE_CHECKING:
+    from dfa_kernels import checks
+def later():
+    from dfa_kernels.nn.rows import to_rows
+"""
+    found = {"stream", "nn.dfa", "nn", "checks", "nn.rows"}
+    assert imports(source) == {f"dfa_kernels.{name}" for name in found}
+
+
+def test_no_circles():
+    graphlib.TopologicalSorter(GRAPH).prepare()
+
+
+def test_a_circle_would_be_found():
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(
+            {**GRAPH, "dfa_kernels.stream": {"dfa_kernels.checks"}}
+        ).prepare()
+
+
+def test_every_module_has_a_floor():
+    names = {module.split(".")[1] if "." in module else module for module in FILES}
+    assert names == set().union(*FLOORS)
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_nothing_imports_what_is_above(module):
+    assert [name for name in GRAPH[module] if floor(name) < floor(module)] == []
+
+
+def test_the_trainers_modules_are_in_this_order():
+    """Each imports those before it only."""
+    order = ["rows", "functions", "state", "sources", "signals", "layer", "dfa", "hooks", "angles"]
+    modules = [f"dfa_kernels.nn.{name}" for name in order]
+    assert {*modules, "dfa_kernels.nn"} == {name for name in FILES if floor(name) == 1}
+    for position, module in enumerate(modules):
+        assert GRAPH[module] & {"dfa_kernels.nn", *modules[position:]} == set()
+
+
+@pytest.mark.parametrize("name", dfa_kernels.__all__)
+def test_no_public_name_hides_a_module(name):
+    """`dfa_kernels.backends` is one by design: the package itself is callable."""
+    assert f"dfa_kernels.{name}" not in FILES or name == "backends"
+    assert getattr(dfa_kernels, name) is not None

@@ -55,6 +55,9 @@ _library.define(f"cuda_entries{_SCHEMAS['feedback_matrix']}, bool lattice) -> Te
 _library.define(
     "cuda_tiles(str distribution, ScalarType dtype, int terms, Device device) -> (int[], str[])"
 )
+# To find them anew takes each call a microsecond.
+_projections = torch.ops.dfa_kernels.project
+_matrices = torch.ops.dfa_kernels.feedback_matrix
 
 
 # --- project ---
@@ -72,15 +75,14 @@ def project(
     differentiable = error.requires_grad and torch.is_grad_enabled()
     # functionalize alone hides whether what is around it differentiates.
     if not backend or differentiable or torch._C._are_functorch_transforms_active():
-        operator = torch.ops.dfa_kernels.project.default
-        return operator(error, *layers, *stream, dtype, backend)
-    return getattr(torch.ops.dfa_kernels.project, backend)(error, *layers, *stream, dtype)
+        return _projections.default(error, *layers, *stream, dtype, backend)
+    return getattr(_projections, backend)(error, *layers, *stream, dtype)
 
 
 def _project(error: Tensor, *arguments) -> list[Tensor]:
     *others, backend = arguments
     chosen = choose("project", error.device, backend or None)
-    return getattr(torch.ops.dfa_kernels.project, chosen)(error, *others)
+    return getattr(_projections, chosen)(error, *others)
 
 
 def _project_by(kernel: Callable) -> Callable:
@@ -182,7 +184,7 @@ def _generate(
     dtype: torch.dtype,
 ) -> Tensor:
     seed, column_offset, distribution = stream
-    kernel = getattr(torch.ops.dfa_kernels.feedback_matrix, backend)
+    kernel = getattr(_matrices, backend)
     return kernel(rows, columns, seed, row_offset, column_offset, distribution, dtype, device)
 
 

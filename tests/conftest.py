@@ -91,6 +91,14 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def precision():
+    """Sets the precision of fp32 products, and sets it back."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
 def assert_projected(signals, error, sizes, scales, *, dtype=None, **where):
     """Signals equal the float64 ones within the a priori bound of a sum of n products.
 

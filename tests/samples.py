@@ -1,6 +1,21 @@
-"""Inputs that every operator test goes through."""
+"""Errors, layers and arguments that many tests take."""
+
+import math
 
 import torch
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def random_error(*shape, dtype=torch.float32, seed=0, device="cpu"):
+    """Normal numbers, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+def layer_scales(sizes, n):
+    """What `normalization="layer"` makes of an error of n columns."""
+    return [1 / math.sqrt(size * n) for size in sizes]
 
 
 def project_samples(device="cpu"):

@@ -9,8 +9,8 @@ import torch
 
 from tests import reference
 from tests.conftest import EPSILON
+from tests.reference import DISTRIBUTIONS
 
-DISTRIBUTIONS = ("normal", "uniform", "rademacher")
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # as dfa::Type
 SHARED = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}  # bytes that a block may have
 UNIT = {"normal": 1.0, "uniform": math.sqrt(3), "rademacher": 1.0}
@@ -146,8 +146,3 @@ def run_all(emulator, cases, order=ORDERS["late"], check=True):
             case.check(found[-1][1])
     assert not data
     return found
-
-
-def random_error(rows, columns, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator).to(dtype)

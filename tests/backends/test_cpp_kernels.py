@@ -11,11 +11,11 @@ import dfa_kernels
 from dfa_kernels.backends import cpp
 from tests import reference
 from tests.conftest import EPSILON, assert_projected, needs
+from tests.reference import DISTRIBUTIONS
+from tests.samples import DTYPES
 
 needs("the compiled extension", cpp.unavailable("cpu") is None)
 
-DISTRIBUTIONS = ("normal", "uniform", "rademacher")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CPU = torch.device("cpu")
 
 
@@ -92,7 +92,7 @@ def same(a, b):
 # The entries
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_all_codebook_values(isa, dtype):
     k = reference.indices(64, 4096, seed=5)
     assert np.unique(k).size == 4096
@@ -102,7 +102,7 @@ def test_all_codebook_values(isa, dtype):
     same(out, expected(4096, 64, 5, 0, 0, "normal", dtype).T.contiguous())
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_feedback_matrix(isa, threads, distribution, dtype):
     seed = 0x9E3779B97F4A7C15
@@ -133,7 +133,7 @@ def test_feedback_matrix_in_strips(isa, threads, distribution):
 # The projection
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_projected_identity_is_the_matrix(isa, threads, distribution, dtype):
     """Bit for bit through the other generator: every sum has one term that is not zero."""
@@ -171,7 +171,7 @@ def check_projection(error, offsets, sizes, scales, seed, column_offset, distrib
     assert_projected(outputs, error, sizes, scales, row_offsets=offsets, dtype=dtype, **where)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_projection(isa, threads, distribution, dtype):
     torch.manual_seed(0)
@@ -184,8 +184,8 @@ def test_projection(isa, threads, distribution, dtype):
         )
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("out_dtype", FLOATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out_dtype", DTYPES)
 def test_output_types(isa, dtype, out_dtype):
     torch.manual_seed(0)
     error = torch.randn(5, 33).to(dtype)
@@ -230,7 +230,7 @@ def test_ranges_far_apart(isa):
 
 
 @pytest.mark.parametrize("error_dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_signals_larger_than_the_caches(isa, dtype, error_dtype):
     """Whole cache lines are written past the caches: the same bits, wherever lines begin."""
     sizes, offsets, scales = (
@@ -258,7 +258,7 @@ def test_threads_do_not_change_bits(isa, threads):  # which restores their numbe
         same(a, b)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_errors(isa, dtype, bad):
     error = torch.randn(14, 30).to(dtype)

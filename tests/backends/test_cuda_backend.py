@@ -1,6 +1,5 @@
 """What the "cuda" backend decides in Python."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +8,8 @@ import torch
 from dfa_kernels.backends import cuda, tensor_cores
 from dfa_kernels.layers import Layers
 from dfa_kernels.stream import Stream
-
-DISTRIBUTIONS = ("normal", "uniform", "rademacher")
+from tests import ROOT
+from tests.reference import DISTRIBUTIONS
 
 
 def test_which_way():
@@ -139,7 +138,7 @@ def test_failed_allocations_are_torchs_own_errors(monkeypatch):
 
 
 def test_architectures_without_bf16_are_left_out(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    monkeypatch.syspath_prepend(str(ROOT))
     import setup
 
     assert setup.architectures("8.0;9.0+PTX") == "8.0;9.0+PTX"

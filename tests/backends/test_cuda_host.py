@@ -18,28 +18,28 @@ import torch
 
 from dfa_kernels.cases import Case
 from dfa_kernels.layers import Layers
-from tests import reference
+from tests import ROOT, reference
 from tests.backends.emulation import (
-    DISTRIBUTIONS,
     ORDERS,
     SHARED,
     TYPES,
     UNIT,
     Projection,
     as_tensors,
-    random_error,
     reference_project,
     run,
     run_all,
     words,
 )
 from tests.conftest import EPSILON, needs
+from tests.reference import DISTRIBUTIONS
+from tests.samples import random_error
 
 COMPILER = shutil.which("g++")
 needs("g++", COMPILER is not None)
 
 HOST = Path(__file__).parent / "cuda_host"
-SOURCES = [HOST / "main.cpp", *sorted((HOST.parents[2] / "csrc" / "cuda").glob("*.cu"))]
+SOURCES = [HOST / "main.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
 
 
 @pytest.fixture(scope="module")
@@ -431,7 +431,7 @@ def test_the_emulator_sees_mistakes(tmp_path):
     """
     program = tmp_path / "mistakes"
     flags = ["-std=c++17", "-fsanitize=address,undefined", f"-I{HOST}", f"-I{HOST}"]
-    (tmp_path / "m.cpp").write_text(source.replace("../csrc", str(HOST.parents[2] / "csrc")))
+    (tmp_path / "m.cpp").write_text(source.replace("../csrc", str(ROOT / "csrc")))
     subprocess.run([COMPILER, *flags, tmp_path / "m.cpp", "-o", program], check=True)
     messages = ["copies under way", "different operations", "for ever", "unaligned", "overflow"]
     messages += ["too much shared memory"]

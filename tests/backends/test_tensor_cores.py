@@ -10,14 +10,10 @@ from dfa_kernels.layers import Layers
 from dfa_kernels.stream import Stream
 from tests import reference
 from tests.conftest import assert_projected
+from tests.reference import DISTRIBUTIONS
+from tests.samples import random_error
 
-DISTRIBUTIONS = ("normal", "uniform", "rademacher")
 THOUSAND, SIGNS = Layers((0,), (1000,), (1.0,)), Stream(0, 0, "rademacher")
-
-
-def random_error(rows, columns, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(rows)
-    return torch.randn(rows, columns, generator=generator).to(dtype)
 
 
 @pytest.fixture
@@ -36,14 +32,6 @@ def lattice(made):
         return torch.from_numpy(u).to(dtype)
 
     return generate
-
-
-@pytest.fixture
-def precision():
-    """Sets the precision of fp32 products, and sets it back."""
-    before = torch.get_float32_matmul_precision()
-    yield torch.set_float32_matmul_precision
-    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -3,6 +3,7 @@
 In the interpreter the tiles are as large as on a GPU, so that small shapes test the edges.
 """
 
+import functools
 import logging
 import math
 
@@ -14,6 +15,8 @@ import dfa_kernels
 from dfa_kernels import feedback_matrix, project
 from tests import reference, samples
 from tests.conftest import EPSILON, assert_projected
+from tests.reference import DISTRIBUTIONS
+from tests.samples import DTYPES, layer_scales
 
 pytest.importorskip("triton")
 
@@ -27,32 +30,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DISTRIBUTIONS = ["normal", "uniform", "rademacher"]
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SIZES, OFFSETS = [33, 7, 129, 1, 5, 60], [0, 0, 0, 40, 2**63 - 5, 100]
-
-
-def random_error(*shape, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
-
-
-def layer_scales(sizes, n):
-    return [1 / math.sqrt(size * n) for size in sizes]
+random_error = functools.partial(samples.random_error, device=DEVICE)
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """What a test changes is not kept for another."""
     monkeypatch.setattr(projection, "_ways", plan.Kept())
-
-
-@pytest.fixture
-def precision():
-    """Sets the precision of fp32 products, and sets it back."""
-    before = torch.get_float32_matmul_precision()
-    yield torch.set_float32_matmul_precision
-    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
 """Compiles the Triton kernels for GPUs that need not be here, and prints what came out as JSON.
 
-    TRITON_INTERPRET=0 python tests/backends/triton_compile.py LAUNCHES
+    echo '[90, "normal", "bfloat16", 0, 128, 1, ""]' |
+        TRITON_INTERPRET=0 python tests/backends/triton_compile.py
 
-LAUNCHES: those of test_triton_compile.py as JSON. A program of its own, because Triton's
-interpreter may be on in the process of the tests.
+It answers one line of JSON with another: one of the LAUNCHES of test_triton_compile.py, or
+["others", CAPABILITY], or ["specialisations"]. A program of its own, because Triton's interpreter
+may be on in the process of the tests.
 """
 
 import json
@@ -173,12 +175,17 @@ def specialisations(numbers):
     return [str(one) for one in found[: len(pointers) + len(numbers)]]
 
 
-def main(launches):
-    found = [projection(*one) for one in launches]
-    found += [other for capability in (80, 90) for other in others(capability)]
-    numbers = ([1] * 8, [16] * 8, [7, 33, 17, 5, 2**31, -(2**63), 2**33 + 1, 10**12])
-    print(json.dumps({"kernels": found, "specialisations": list(map(specialisations, numbers))}))
+def answer(request):
+    """For a line of the standard input."""
+    match request:
+        case ["others", capability]:
+            return list(others(capability))
+        case ["specialisations"]:
+            numbers = ([1] * 8, [16] * 8, [7, 33, 17, 5, 2**31, -(2**63), 2**33 + 1, 10**12])
+            return list(map(specialisations, numbers))
+    return projection(*request)
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), flush=True)

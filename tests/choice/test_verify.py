@@ -14,11 +14,11 @@ from dfa_kernels.backends import cpp, cuda, registry
 from dfa_kernels.backends import torch as definition
 from tests import reference
 from tests.conftest import AVAILABLE
+from tests.samples import DTYPES
 
 CPU = torch.device("cpu")
 # What is more than the definition itself.
 COMPILED = [s.name for s in AVAILABLE if s.device == "cpu" and s.name != "torch"]
-FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 @pytest.fixture
@@ -54,8 +54,8 @@ def mistakes(what="signals"):
     return {check.what: check.mistake for check in found if check.mistake}
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("distribution", reference.WIDTH)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("distribution", reference.DISTRIBUTIONS)
 def test_a_case_expects_what_the_reference_gives(distribution, dtype):
     """By the tests' own definition in NumPy: bits of entries, exact sums, and sums in float64."""
     case = cases.Case.of(dtype, distribution, columns=70, unit_rows=30)
@@ -355,7 +355,7 @@ def test_a_device_that_is_not_there_is_refused(capsys):
 
 @pytest.mark.parametrize(
     ("dtype", "precision"),
-    [(dtype, "highest") for dtype in FLOATS] + [(torch.float32, "high"), (torch.float32, "medium")],
+    [(dtype, "highest") for dtype in DTYPES] + [(torch.float32, "high"), (torch.float32, "medium")],
 )
 def test_every_way_on_a_gpu(gpu_backend, dtype, precision):
     """Each tile, each number of terms, and slabs."""

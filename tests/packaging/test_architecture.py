@@ -2,13 +2,13 @@
 
 import ast
 import graphlib
-from pathlib import Path
 
 import pytest
 
 import dfa_kernels
+from tests import ROOT
 
-PACKAGE = Path(__file__).parents[2] / "dfa_kernels"
+PACKAGE = ROOT / "dfa_kernels"
 
 # Nothing imports a floor above its own. What is not named is the projection, on floor 2.
 FLOORS = {

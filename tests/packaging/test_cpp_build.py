@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import reference
+from tests import ROOT, reference
 from tests.conftest import COMPILER, needs
 
-ROOT = Path(__file__).parents[2]
 BINARY = ROOT / "dfa_kernels" / "_C.abi3.so"
 
 

@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import ROOT
 from tests.conftest import needs
+from tests.reference import DISTRIBUTIONS
 
-ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_90a")
-DISTRIBUTIONS = ("normal", "uniform", "rademacher")  # as dfa::Distribution
 # Most instructions per entry in the loop that makes U and multiplies one term, at the largest tile:
 # 2 of them multiply, half of one loads the error.
 MOST = {"normal": 19, "uniform": 12, "rademacher": 8}

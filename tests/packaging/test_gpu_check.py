@@ -18,7 +18,8 @@ import gpu_steps
 import pytest
 from gpu_steps import STAGES, Step
 
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
+
 ORIGIN = {"device": "a GPU", "commit": "f00d", "versions": {}}
 
 

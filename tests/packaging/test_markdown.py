@@ -6,15 +6,14 @@ import json
 import re
 import shlex
 import subprocess
-from pathlib import Path
 
 import provenance
 import pytest
 import readme_tables
 
 from dfa_kernels import cli
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 MAKEFILE = (ROOT / "Makefile").read_text()
 

@@ -12,19 +12,10 @@ from dfa_kernels import feedback_matrix, project
 from dfa_kernels.backends import slabs
 from tests import reference
 from tests.conftest import assert_projected
+from tests.reference import DISTRIBUTIONS
+from tests.samples import DTYPES, layer_scales, random_error
 
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-DISTRIBUTIONS = ["normal", "uniform", "rademacher"]
 SIZES = [33, 7, 33, 1, 129]
-
-
-def layer_scales(sizes, n):
-    return [1 / math.sqrt(size * n) for size in sizes]
-
-
-def random_error(*shape, dtype=torch.float32, seed=0, device="cpu"):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -16,7 +16,6 @@ from scipy import stats
 from dfa_kernels import stream
 
 SEED = 0x0123456789ABCDEF  # chosen before any statistic was looked at
-DISTRIBUTIONS = tuple(stream.DISTRIBUTIONS)
 PLACES = ("first", "row 2^32", "last rows", "last columns", "last corner")
 FORMS = ("tall", "wide", "square")
 LAGS = (*range(1, 17), 32, 64, 128, 256, 512)

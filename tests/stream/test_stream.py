@@ -13,8 +13,8 @@ from dfa_kernels.backends import slabs, tensor_cores
 from dfa_kernels.backends import torch as plain
 from dfa_kernels.layers import Layers
 from tests import reference
+from tests.reference import DISTRIBUTIONS
 
-DISTRIBUTIONS = tuple(stream.DISTRIBUTIONS)
 SEEDS = (0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1)
 CORNERS = [  # (row_offset, column_offset)
     (0, 0),
@@ -32,6 +32,24 @@ def known_lattice(known):
         bits = np.array([[int(v, 16) for v in row] for row in values], dtype=np.uint32) << 16
         return torch.from_numpy(bits.view(np.float32))
     return torch.tensor(values, dtype=torch.float32)
+
+
+def test_the_distributions_are_those_of_the_tests():
+    blocks = {name: facts.block for name, facts in stream.DISTRIBUTIONS.items()}
+    assert blocks == reference.WIDTH
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_the_facts_of_a_distribution(distribution):
+    """Its levels are the factor times lattice values, which are exact in 16 bits."""
+    facts = stream.DISTRIBUTIONS[distribution]
+    lattice = facts.lattice(torch.arange(2**facts.bits, dtype=torch.float32))
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(lattice.to(dtype).double(), lattice.double())
+    levels = stream.levels(distribution, torch.float64, torch.device("cpu"))
+    assert torch.equal(levels, lattice.double() * facts.factor)
+    assert levels.square().mean() == pytest.approx(1, rel=2e-3)
+    assert levels.sum() == 0
 
 
 @pytest.mark.parametrize("vector", reference.KNOWN["philox4x32"])

@@ -55,7 +55,7 @@ SHOWN = 25  # lines of a step's log
 
 def origin() -> dict:
     """The device, the commit and the versions, found by a process that ends and leaves the GPU."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "provenance.py")]
+    command = [sys.executable, str(ROOT / "benchmarks" / "harness" / "provenance.py")]
     environment = gpu_steps.environment()
     return json.loads(subprocess.check_output(command, cwd=ROOT, env=environment, timeout=90))
 

@@ -221,7 +221,7 @@ STAGES: dict[str, tuple[Step, ...]] = {
         ),
         Step(
             "training-step",
-            "{python} benchmarks/training_step.py --device cuda --dtype bfloat16 --seconds 2 "
+            "{python} -m benchmarks.training_step --device cuda --dtype bfloat16 --seconds 2 "
             "--json {output}/training_step.json",
             45,
             70,

@@ -4,7 +4,8 @@ On one thread of a CPU.
 """
 
 import torch
-from shapes import Case, Promise
+
+from benchmarks.harness.shapes import Case, Promise
 
 KINDS = (  # last, how many times faster a CPU has to be
     ("normal", torch.float32, 4.0),

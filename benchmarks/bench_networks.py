@@ -1,7 +1,8 @@
 """How fast, and in how much memory, on the networks that people have?"""
 
 import torch
-from shapes import (
+
+from benchmarks.harness.shapes import (
     ALL,
     DEEP_MLP,
     GPT2_SMALL,

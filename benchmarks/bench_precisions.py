@@ -1,7 +1,8 @@
 """What do bf16 errors, entries of +-1, full fp32 accuracy and short errors change?"""
 
 import torch
-from shapes import Case, Promise, layer_name
+
+from benchmarks.harness.shapes import Case, Promise, layer_name
 
 
 def on_cpu() -> list[Case]:

@@ -3,7 +3,7 @@
 The batch sweeps have one layer so large that its matrix is far beyond any cache.
 """
 
-from shapes import Case, Promise, layer_name
+from benchmarks.harness.shapes import Case, Promise, layer_name
 
 LAYER = {"cpu": 100_000, "cuda": 200_000}
 

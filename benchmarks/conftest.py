@@ -1,9 +1,9 @@
 """Every bench_*.py asks one question: its `cases(device_type, full)` are the shapes, and each
 contender of a shape is a benchmark of pytest-benchmark, in the shape's group.
 
-All contenders of a shape are timed in turn when the first of them comes up (race.py); each
+All contenders of a shape are timed in turn when the first of them comes up (harness/race.py); each
 benchmark then reports its own times, through a clock that goes forward by them. At the end
-everything is held against the machine's limits (roofs.py) and written (report.py, figures.py).
+everything is held against the machine's limits (harness/roofs.py), shown and written (report/).
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from pathlib import Path
 # NumPy is imported, so set before.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
-import contenders
-import provenance
 import pytest
-import race
-import report
 import torch
-from shapes import Case
+
+from benchmarks.harness import contenders, provenance, race
+from benchmarks.harness.shapes import Case
+from benchmarks.report import results, terminal
 
 
 class Clock:
@@ -92,7 +91,7 @@ class Session:
 
     def __init__(self, config: pytest.Config):
         self.config = config
-        self.console = report.console()
+        self.console = terminal.console()
         self.race = race.Race(race.FULL if config.getoption("full") else race.QUICK)
         self.names: dict[str, list[str]] = {}  # of the selected contenders, by case
         self.cases: dict[str, Case] = {}
@@ -116,14 +115,14 @@ class Session:
             self.console.print(f"\n[dim]{elapsed:5.0f} s[/]  {place}  [bold]{case.name}[/]")
             outcome = self.race.run(case, self.names[case.name])
             self.outcomes[case.name], self.cases[case.name] = outcome, case
-            results = report.case_results(case, outcome, self.race.machine[case.threads])
-            self.console.print(report.progress(results))
+            rows = results.case_results(case, outcome, self.race.machine[case.threads])
+            self.console.print(terminal.progress(rows))
             self.save()  # a run that is killed keeps what it has measured
         return self.outcomes[case.name][name]
 
     def save(self) -> dict:
         """Write everything measured so far to the file that was asked for, and return it."""
-        measured = report.measured(self.outcomes, self.cases, self.race.machine)
+        measured = results.measured(self.outcomes, self.cases, self.race.machine)
         measured["full"] = self.config.getoption("full")
         measured["finished"] = len(self.outcomes) == len(self.names)
         measured["seconds"] = time.perf_counter() - self.began
@@ -142,16 +141,16 @@ class Session:
     def pytest_sessionfinish(self):
         for result, extra_info in self.benchmarks:
             machine = self.race.machine[result.case.threads]
-            extra_info.update(report.row(result, machine))
+            extra_info.update(results.row(result, machine))
         yield
         if not self.outcomes:
             return
         measured = self.save()
-        report.show(self.console, measured)
+        terminal.show(self.console, measured)
         path = self.config.getoption("report")
         if path is not None:
             self.console.print(f"written: {path}")
-            report.draw(self.console, measured, path)
+            terminal.draw(self.console, measured, path)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Time of a training step (forward, backward, optimizer) by DFA against backpropagation.
 
-    python benchmarks/training_step.py [--device cpu] [--json FILE]
+    python -m benchmarks.training_step [--device cpu] [--json FILE]
 
 The ways of one case take turns, step by step, so that whatever else the machine does meets all of
 them; the medians and their ratios to backpropagation come from the same run. Beside them, the most
@@ -15,13 +15,14 @@ import statistics
 import time
 from pathlib import Path
 
-import provenance
 import torch
 import torch.nn.functional as F
-from measure import peak_bytes
 from torch import nn
 
-from dfa_kernels import DFA, DFALayer, feedback_matrix, ops
+from benchmarks.harness import provenance
+from benchmarks.harness.measure import peak_bytes
+from dfa_kernels import DFA, DFALayer, feedback_matrix
+from dfa_kernels.backends import registry
 
 CASES = {  # inputs, hidden layers, batch, n
     "8 x 1024, n = 10": (784, [1024] * 8, 512, 10),
@@ -105,7 +106,7 @@ def main():
     arguments = parser.parse_args()
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     origin = provenance.origin(device.type)  # now, so that it is of what is measured
-    backend = ops.choose("training_step", device, None)  # DFA_KERNELS_BACKEND's, if set
+    backend = registry.choose("training_step", device, None)  # DFA_KERNELS_BACKEND's, if set
     print(f"{device}, {dtype}, {torch.get_num_threads()} threads, backend {backend}")
     measured = []
     for name, case in (CASES if device.type == "cpu" else CASES | ACCELERATOR_CASES).items():

@@ -101,7 +101,7 @@ def _quantiles(k: Tensor) -> Tensor:
 
     The coefficients keep every exact value at least 2^-16.77 (relative) away from a bfloat16
     rounding tie, so fp32 evaluation (error near 2^-22) always rounds to the same 4096 numbers
-    (`benchmarks/codebook_guard_band.py`).
+    (`tests/stream/codebook_guard_band.py`).
     """
     p = (2 * k + 1) / CODEBOOK_LEVELS - 1
     w = -torch.log2(1 - p * p)

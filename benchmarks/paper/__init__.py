@@ -10,9 +10,3 @@ The text with tables 1, 2 and 4 was not at hand: rows and claims are those that 
 README reports of them, table 1 has networks of this project's choice, and no number is held
 against theirs.
 """
-
-import sys
-from pathlib import Path
-
-# The modules beside this package go by their bare names, as the scripts among them import them.
-sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -6,16 +6,16 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-import provenance
 import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks.paper import data, figures, report, table1, vgg16
+from benchmarks.harness import provenance
+from benchmarks.paper import data, drawings, table1, tables, vgg16
 from benchmarks.paper.architectures import ARCHITECTURES, STORAGES
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.training import Store
-from dfa_kernels import ops
+from dfa_kernels.backends import registry
 
 RUNS = Path(__file__).parents[2] / "paper-runs"
 CHOICES = ("table1", *EXPERIMENTS, "vgg16")
@@ -65,8 +65,8 @@ def run_experiment(
     task = progress.add_task(experiment.title, total=sum(job.settings.epochs for job in jobs))
     store = Store(options.runs / options.device.type)
     runs = experiment.run(jobs, images, store, lambda n: progress.advance(task, n))
-    summary = report.summarize(experiment, runs)
-    for table in report.tables(summary):
+    summary = tables.summarize(experiment, runs)
+    for table in tables.tables(summary):
         console.print(table)
     return summary
 
@@ -76,7 +76,7 @@ def run_table1(options: argparse.Namespace, console: Console, progress: Progress
     task = progress.add_task("Table 1", total=len(ARCHITECTURES) * len(STORAGES))
     largest = QUICK_BYTES if options.quick else 2**63
     rows = table1.run(options.device, largest, lambda: progress.advance(task))
-    console.print(report.memory_table(rows))
+    console.print(tables.memory_table(rows))
     return {"rows": rows}
 
 
@@ -88,7 +88,7 @@ def run_vgg16(options: argparse.Namespace, console: Console, progress: Progress)
     batch, steps = options.batch or (32 if gpu else 4), 3 if options.quick else 5
     rows = vgg16.run(options.device, resolution, batch, steps, lambda: progress.advance(task))
     summary = {"resolution": resolution, "batch": batch, "steps": steps, "rows": rows}
-    console.print(report.vgg16_table(summary))
+    console.print(tables.vgg16_table(summary))
     return summary
 
 
@@ -111,10 +111,10 @@ def main(arguments: list[str] | None = None) -> None:
                 summary = run_experiment(name, options, console, progress)
             if options.output:
                 how = {"threads": torch.get_num_threads(), "quick": options.quick}
-                how["backend"] = ops.choose("project", options.device, None)
+                how["backend"] = registry.choose("project", options.device, None)
                 results = origin | how | summary
                 provenance.save(options.output / f"paper_{name}.json", results)
-                figures.draw(name, results, options.output)
+                drawings.draw(name, results, options.output)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-import shapes
 from torch import nn
+
+from benchmarks.harness import shapes
 
 
 def vgg16(resolution: int, classes: int) -> tuple[nn.Sequential, list[str]]:

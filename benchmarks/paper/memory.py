@@ -9,7 +9,8 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 
 import torch
-from measure import available_bytes, is_out_of_memory, proc_bytes
+
+from benchmarks.harness.measure import available_bytes, is_out_of_memory, proc_bytes
 
 MISSING = "does not fit"
 

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import provenance
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.harness import provenance
 from benchmarks.paper import networks
 from benchmarks.paper.data import Data
 from benchmarks.paper.networks import Practice

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from shapes import vgg16_sizes
 
+from benchmarks.harness.shapes import vgg16_sizes
 from benchmarks.paper import memory
 from benchmarks.paper.architectures import STORAGES, Architecture, vgg16
 from dfa_kernels import attach, feedback_matrix

@@ -9,11 +9,11 @@ import subprocess
 import sys
 
 import pytest
-import race
 import torch
-from shapes import STORED
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
+from benchmarks.harness import race
+from benchmarks.harness.shapes import STORED
 from dfa_kernels import feedback_matrix, project, stream
 from dfa_kernels.backends import slabs
 from dfa_kernels.layers import Layers

@@ -1,8 +1,8 @@
 """Races between small contenders, for the tests of the benchmarks."""
 
-from race import Limits, Race
-from roofs import Roofs
-from shapes import ALL, Case, Promise
+from benchmarks.harness.race import Limits, Race
+from benchmarks.harness.roofs import Roofs
+from benchmarks.harness.shapes import ALL, Case, Promise
 
 ONCE = Limits(budget=0.0, patience=60.0, few=2, most=2, slowest=60.0)
 SMALL = Case("small", (70, 40, 70), 5, 30, (*ALL, "fill"), promises=(Promise("cpp", "naive", 2.0),))

@@ -8,20 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import contenders
-import figures
-import gate
-import provenance
 import pytest
-import race
-import report
-import speed_tables
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from shapes import ALL, Case, title
 
+from benchmarks.harness import contenders, gate, provenance, race
+from benchmarks.harness.shapes import ALL, Case, title
+from benchmarks.report import figures, speed_tables, terminal
+from benchmarks.report import results as data
 from dfa_kernels import cli
-from dfa_kernels.ops import BACKENDS
+from dfa_kernels.backends.registry import BACKENDS
 from tests.benchmarks.races import SMALL, new_race
 from tests.conftest import needs
 
@@ -61,7 +57,7 @@ def results():
     naive.stored_bytes = 54 * 10**9
     outcomes["small"]["naive"] = race.LeftOut("does not fit into memory", naive)
     outcomes["small"]["stored"] = gate.Wrong("[/of] its norm")
-    measured = report.measured(outcomes, {case.name: case for case in cases}, runner.machine)
+    measured = data.measured(outcomes, {case.name: case for case in cases}, runner.machine)
     return json.loads(json.dumps(provenance.origin("cpu") | measured | {"full": False}))
 
 
@@ -77,18 +73,18 @@ def test_results_say_what_was_reached(results):
 
 def test_ratios_are_of_the_same_rounds():
     case = {"contenders": {"cpp": {"times": [1.0, 2.0, 8.0]}, "naive": {"times": [3.0, 8.0, 8.0]}}}
-    assert report.ratio(case, "cpp", "naive") == 3.0
-    assert report.ratio(case, "cpp", "stored") is None
+    assert data.ratio(case, "cpp", "naive") == 3.0
+    assert data.ratio(case, "cpp", "stored") is None
     case["contenders"]["cpp"] |= {"work": {"entries": 100}, "seconds": 4.0}
-    assert report.reached(case, "cpp", "entries/s") == 25.0
+    assert data.reached(case, "cpp", "entries/s") == 25.0
 
 
 def test_tables_show_every_contender(results):
-    console = report.console()
+    console = terminal.console()
     with console.capture() as captured:
         for case in results["cases"]:
-            console.print(report.progress(case))
-        report.show(console, results)
+            console.print(terminal.progress(case))
+        terminal.show(console, results)
     text = captured.get()
     for expected in (
         *map(title, ALL),

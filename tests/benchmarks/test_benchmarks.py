@@ -5,22 +5,15 @@ import math
 import sys
 import time
 
-import bench_matrix
-import bench_networks
-import bench_precisions
-import bench_sweeps
-import contenders
-import gate
-import measure
 import numpy as np
 import pytest
-import race
-import report
-import roofs
 import torch
-from roofs import Roofs, Work
-from shapes import ALL, Case
 
+from benchmarks import bench_matrix, bench_networks, bench_precisions, bench_sweeps
+from benchmarks.harness import contenders, gate, measure, race, roofs
+from benchmarks.harness.roofs import Roofs, Work
+from benchmarks.harness.shapes import ALL, Case
+from benchmarks.report import results
 from dfa_kernels import feedback_matrix, project
 from tests.benchmarks.races import ONCE, SMALL, machine, new_race
 from tests.conftest import COMPILER, needs
@@ -355,10 +348,10 @@ def test_the_gpu_cases_run_at_reduced_size():
     for case in map(reduced, cases):
         names = ["torch", "cpp", *case.rivals]
         outcome = runner.run(case, names)
-        results = report.case_results(case, outcome, runner.machine[0])
-        assert not results["left_out"], results["left_out"]
-        assert all(promise["reached"] > 0 for promise in results["promises"])
-        promised += len(results["promises"])
+        row = results.case_results(case, outcome, runner.machine[0])
+        assert not row["left_out"], row["left_out"]
+        assert all(promise["reached"] > 0 for promise in row["promises"])
+        promised += len(row["promises"])
     assert promised > 40
 
 

@@ -11,32 +11,30 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
-import provenance
 import pytest
-import readme_tables
-import shapes
 import torch
 from matplotlib import pyplot as plt
-from shapes import vgg16_sizes
 from torch import nn
 
+from benchmarks.harness import provenance, shapes
+from benchmarks.harness.shapes import vgg16_sizes
 from benchmarks.paper import __main__ as command
 from benchmarks.paper import (
     architectures,
     data,
-    figures,
+    drawings,
     memory,
     networks,
     published,
-    report,
     table1,
-    training,
+    tables,
     vgg16,
 )
 from benchmarks.paper.architectures import ARCHITECTURES, Architecture
 from benchmarks.paper.experiments import EXPERIMENTS, FIGURE4, TABLE2, TABLE4, Claim
 from benchmarks.paper.networks import Practice
 from benchmarks.paper.training import Job, Settings, Store
+from benchmarks.report import pages, paper_tables, texts
 from dfa_kernels.backends import slabs
 
 CPU = torch.device("cpu")
@@ -118,30 +116,23 @@ def test_what_does_not_fit_says_how_much_it_needs():
     huge = Architecture("huge", (2**40,), 1000)
     cell = table1.cell(huge, "shared", CPU, largest=2**63)
     assert cell[memory.MISSING] >= 4 * 2**40 * 1000
-    assert "does not fit" in report.peak(cell)
-
-
-def test_no_module_is_there_twice():
-    packaged = {name for name in sys.modules if name.startswith("benchmarks.")}
-    assert all(name.split(".")[1] == "paper" for name in packaged)
-    assert architectures.shapes is shapes
-    assert training.provenance is sys.modules["provenance"]
+    assert "does not fit" in texts.peak(cell)
 
 
 def test_a_peak_below_what_resident_memory_can_show():
-    assert readme_tables.peak({"peak": -4096}) == "under 1 MB"
-    assert readme_tables.peak({"peak": 2e6}) == "2 MB"
+    assert texts.peak({"peak": -4096}) == "under 1 MB"
+    assert texts.peak({"peak": 2e6}) == "2 MB"
 
 
 def test_the_readme_tables_of_memory():
-    lines = readme_tables.paper_table1({"rows": table1.run(CPU, -1, lambda: None)})
+    lines = paper_tables.paper_table1({"rows": table1.run(CPU, -1, lambda: None)})
     (vgg,) = [line for line in lines if "VGG" in line]
     assert vgg.count("not measured") == 3
     assert "| 54.2 GB |" in vgg
     assert "| 12.8 GB |" in vgg
     row = {"name": "naive", "stored": 2e9, "peak": 3e9, "seconds": 0.5}
     huge = {"name": "huge", "stored": 5e10, memory.MISSING: 6e10}
-    lines = readme_tables.paper_vgg16({"resolution": 112, "batch": 4, "rows": [row, huge]})
+    lines = paper_tables.paper_vgg16({"resolution": 112, "batch": 4, "rows": [row, huge]})
     assert lines[2] == "| naive | 2 GB | 3 GB | 0.50 s |"
     assert lines[3] == "| huge | 50 GB | does not fit (60 GB) |  |"
 
@@ -169,16 +160,16 @@ def test_every_variant_trains(experiment, tmp_path):
     for job, result in runs:
         layers = 4 if experiment is TABLE4 else 3
         assert len(result.get("alignment", ())) == (layers if job.mode == "dfa" else 0)
-    summary = report.summarize(experiment, runs)
+    summary = tables.summarize(experiment, runs)
     assert len(summary["rows"]) == len(jobs)
     assert len(summary["claims"]) == len(experiment.claims)
-    assert report.tables(summary)[0].row_count == len(jobs)
-    drawn = figures.draw(experiment.name, provenance.origin("cpu") | summary, tmp_path)
+    assert tables.tables(summary)[0].row_count == len(jobs)
+    drawn = drawings.draw(experiment.name, provenance.origin("cpu") | summary, tmp_path)
     assert drawn.stat().st_size > 10_000
     lines = (
-        readme_tables.paper_figure4(summary)
+        paper_tables.paper_figure4(summary)
         if experiment is FIGURE4
-        else (readme_tables.paper_practices(summary))
+        else (paper_tables.paper_practices(summary))
     )
     rows = published.BOTTLENECKS if experiment is FIGURE4 else experiment.rows
     assert sum(line.startswith("|") for line in lines) == 2 + len(rows)
@@ -186,12 +177,12 @@ def test_every_variant_trains(experiment, tmp_path):
 
 def committed(name):
     """A committed result."""
-    path = min(readme_tables.RESULTS.glob(f"*/paper_{name}.json"))
+    path = min(pages.RESULTS.glob(f"*/paper_{name}.json"))
     return json.loads(path.read_text())
 
 
 def test_figure_4_has_one_colour_for_each_way_and_no_cosine_beyond_1():
-    figure = figures.figure4(committed("figure4"))
+    figure = drawings.figure4(committed("figure4"))
     colours = {}
     for panel in figure.axes:
         for curve in panel.containers:
@@ -206,12 +197,12 @@ def test_figure_4_has_one_colour_for_each_way_and_no_cosine_beyond_1():
 
 def test_the_figure_of_table_1_shows_every_measured_peak():
     results = committed("table1")
-    figure = figures.memory(results)
+    figure = drawings.memory(results)
     (panel,) = figure.axes
     drawn = np.concatenate([points.get_offsets().filled(np.nan) for points in panel.collections])
     measured = [row[way] for row in results["rows"] for way in architectures.STORAGES]
     assert np.isfinite(drawn[:, 1]).sum() == sum("peak" in cell for cell in measured)
-    assert np.nanmin(drawn[:, 1]) == readme_tables.LEAST_PEAK
+    assert np.nanmin(drawn[:, 1]) == texts.LEAST_PEAK
     assert len(panel.containers) == 2  # bars: from the seed nothing is stored
     plt.close(figure)
 
@@ -298,11 +289,11 @@ def test_claims_hold_where_the_difference_is_clear():
         "bad": {0: 0.30, 1: 0.31, 2: 0.33},
         "same": {0: 0.55, 1: 0.46, 2: 0.52},
     }
-    assert report.hold(Claim("good", "bad"), alignments)["holds"] == "yes"
-    assert report.hold(Claim("bad", "good"), alignments)["holds"] == "no"
-    assert report.hold(Claim("good", "same"), alignments)["holds"] == "unclear"
+    assert tables.hold(Claim("good", "bad"), alignments)["holds"] == "yes"
+    assert tables.hold(Claim("bad", "good"), alignments)["holds"] == "no"
+    assert tables.hold(Claim("good", "same"), alignments)["holds"] == "unclear"
     alone = {name: {0: values[0]} for name, values in alignments.items()}
-    assert report.hold(Claim("good", "bad"), alone)["holds"] == "unclear"
+    assert tables.hold(Claim("good", "bad"), alone)["holds"] == "unclear"
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -318,10 +309,10 @@ def test_rank_agreement_is_that_of_the_published_order(sign):
             published.BOTTLENECKS, published.TEST_ACCURACY, published.ALIGNMENT, strict=True
         )
     ]
-    agreement = report.rank_agreement(rows)
+    agreement = tables.rank_agreement(rows)
     assert agreement == pytest.approx({"test_accuracy": sign, "alignment": sign})
     level = [row | {"test_accuracy": {"mean": 0.9}} for row in rows]
-    assert report.rank_agreement(level)["test_accuracy"] is None
+    assert tables.rank_agreement(level)["test_accuracy"] is None
 
 
 def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
@@ -335,7 +326,7 @@ def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     assert "on digits" in printed
     assert [row["practice"] for row in written["rows"]] == ["tanh"] * 3 + ["no norm"]
     for row in written["rows"]:
-        assert report.percent(row["test_accuracy"]) in printed
+        assert tables.percent(row["test_accuracy"]) in printed
     assert (tmp_path / "paper_table2.png").stat().st_size > 10_000
     assert written["commit"]
 
@@ -364,7 +355,7 @@ def test_the_vgg16_command_says_what_is_stored(tmp_path, monkeypatch, capsys):
     (row,) = json.loads((tmp_path / "paper_vgg16.json").read_text())["rows"]
     assert row["stored"] == 4000 * sum(vgg16_sizes(32))
     assert row["peak"] > row["stored"]
-    assert report.size(row["stored"]) in capsys.readouterr().out
+    assert texts.bytes_text(row["stored"]) in capsys.readouterr().out
 
 
 def test_vgg16_with_a_matrix_per_layer_does_not_fit_everywhere(monkeypatch):

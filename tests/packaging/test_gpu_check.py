@@ -352,9 +352,9 @@ def start(tmp_path):
     for path in (ROOT / ".ci" / "gpu_check.py", ROOT / ".ci" / "gpu_steps.py"):
         (tree / ".ci").mkdir(parents=True, exist_ok=True)
         (tree / ".ci" / path.name).write_text(path.read_text())
-    (tree / "benchmarks").mkdir()
-    provenance = ROOT / "benchmarks" / "provenance.py"
-    (tree / "benchmarks" / "provenance.py").write_text(provenance.read_text())
+    provenance = Path("benchmarks", "harness", "provenance.py")
+    (tree / provenance).parent.mkdir(parents=True)
+    (tree / provenance).write_text((ROOT / provenance).read_text())
 
     def begin(wait):
         program = tree / "driver.py"

@@ -7,10 +7,10 @@ import re
 import shlex
 import subprocess
 
-import provenance
 import pytest
-import readme_tables
 
+from benchmarks.harness import provenance
+from benchmarks.report import pages
 from dfa_kernels import cli
 from tests import ROOT
 
@@ -197,20 +197,35 @@ def test_links_that_lead_nowhere_are_found():
 
 
 def test_the_readme_has_one_table_of_speed():
-    assert [name for _, name, *_ in readme_tables.BLOCK.findall(FILES["README.md"])] == [
-        "bench_networks"
-    ]
+    assert [name for _, name, *_ in pages.TABLE.findall(FILES["README.md"])] == ["bench_networks"]
 
 
-@each(readme_tables.BLOCK.search)
-def test_the_tables_are_the_committed_results(name):
-    assert readme_tables.render(FILES[name]) == FILES[name], (
-        "run python benchmarks/readme_tables.py"
-    )
+def test_the_tables_and_pages_are_the_committed_results():
+    made = {path.relative_to(ROOT).as_posix(): text for path, text in pages.pages()}
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in pages.RESULTS.glob("*/*.json")}
+    assert {*made} >= {*FILES, *(f"{folder}/README.md" for folder in folders)}
+    wrong = [name for name, text in made.items() if FILES.get(name) != text]
+    assert wrong == [], "run python -m benchmarks.report"
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in pages.RESULTS.glob("*/*.json")}))
+def test_a_page_shows_all_of_its_run(folder):
+    text = pages.page(folder)
+    assert all(f"({path.name})" in text for path in folder.glob("*.json"))
+    assert all(f"({path.name})" in text for path in folder.glob("*.png"))
+    measured = json.loads((folder / "bench.json").read_text())
+    cases = {case["case"] for case in measured["cases"] if case["contenders"]}
+    shown = {line.split(" | ")[0].removeprefix("| ") for line in text.splitlines()}
+    assert cases <= shown
+
+
+def test_a_changed_table_is_made_anew():
+    name = "README.md"
+    assert pages.render(FILES[name].replace("53.9 us", "1 ns")) == FILES[name]
 
 
 def test_committed_results_are_of_committed_code():
-    results = sorted(readme_tables.RESULTS.glob("*/*.json"))
+    results = sorted(pages.RESULTS.glob("*/*.json"))
     assert results
     for path in results:
         measured = json.loads(path.read_text())

@@ -16,7 +16,7 @@ SHA256 = reference.KNOWN["codebook_bf16_sha256"]
 
 
 def load_guard_band():
-    path = Path(__file__).parents[2] / "benchmarks" / "codebook_guard_band.py"
+    path = Path(__file__).with_name("codebook_guard_band.py")
     spec = importlib.util.spec_from_file_location("codebook_guard_band", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,6 +1,6 @@
 """The results drawn.
 
-python -m benchmarks.paper.figures FILE ...    draws the JSON of results again, beside it
+python -m benchmarks.paper.drawings FILE ...    draws the JSON of results again, beside it
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import matplotlib
 
 matplotlib.use("agg")
 
-import provenance
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from readme_tables import LEAST_PEAK, STORAGES, size
 
+from benchmarks.harness import provenance
 from benchmarks.paper import published
-from benchmarks.paper.report import MODES
+from benchmarks.paper.tables import MODES
+from benchmarks.report.texts import LEAST_PEAK, STORAGES, bytes_text
 
 
 def bars(axes: Axes, groups: list[str], series: dict[str, list[dict | None]]) -> None:
@@ -113,7 +113,7 @@ def memory(results: dict) -> Figure:
         axes.scatter(places, large, label=f"{name}, measured peak", **style)
         axes.scatter(places, small, marker="v", **style)
     axes.set_xticks(range(len(rows)), [row["name"] for row in rows], rotation=20, ha="right")
-    title = f"Feedback matrices in fp32; triangles: a peak below {size(LEAST_PEAK)}"
+    title = f"Feedback matrices in fp32; triangles: a peak below {bytes_text(LEAST_PEAK)}"
     axes.set(yscale="log", ylabel="bytes", title=title)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize="small")

@@ -1,57 +1,9 @@
-"""Writes the README's tables of figures from the committed results; figures are never typed.
-
-    python benchmarks/readme_tables.py
-
-A table stands in the README between `<!-- table NAME FILE -->` and `<!-- end -->`, where NAME is a
-function below or in speed_tables.py and FILE a result under benchmarks/results/.
-"""
+"""The paper's experiments as Markdown tables, from the JSON that `benchmarks.paper` writes."""
 
 from __future__ import annotations
 
-import json
-import re
-from pathlib import Path
-
-import provenance
-from shapes import TITLES
-
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-# What the paper's tables of memory call the ways to store.
-STORAGES = {"naive": TITLES["naive"], "shared": TITLES["stored"], "seeded": "from the seed"}
-# Bytes below which resident memory says more of the allocator than of the work.
-LEAST_PEAK = 1e6
-BLOCK = re.compile(r"(<!-- table (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def training_step(measured: dict) -> list[str]:
-    """`benchmarks/training_step.py`: a step by DFA as a fraction of one by backpropagation."""
-    lines = [
-        "| network | backpropagation | DFA | of it | a free projection would make it |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for case in measured["cases"]:
-        lines.append(
-            f"| {case['case']}, batch {case['batch']} | {1e3 * case['seconds']['backprop']:.0f} ms "
-            f"| {1e3 * case['seconds']['DFA']:.0f} ms | {case['ratio']['DFA']:.2f} "
-            f"| {case['limit']:.2f} |"
-        )
-    return lines
-
-
-def size(count: float) -> str:
-    """Bytes to read."""
-    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
-    return next((f"{count / u:.3g} {name}" for name, u in units if count >= u), f"{count:.0f} B")
-
-
-def peak(cell: dict) -> str:
-    """A measured peak, or why there is none."""
-    if "does not fit" in cell:
-        return f"does not fit ({size(cell['does not fit'])})"
-    if "peak" not in cell:
-        return "not measured"
-    return size(cell["peak"]) if cell["peak"] >= LEAST_PEAK else f"under {size(LEAST_PEAK)}"
+from benchmarks.harness import provenance
+from benchmarks.report.texts import STORAGES, bytes_text, peak
 
 
 def paper_table1(measured: dict) -> list[str]:
@@ -59,7 +11,7 @@ def paper_table1(measured: dict) -> list[str]:
     titles = " | peak | ".join(STORAGES.values())
     lines = [f"| network | {titles} | peak |", "|---|---:|---:|---:|---:|---:|---:|"]
     for row in measured["rows"]:
-        cells = [f"{size(row[way]['stored'])} | {peak(row[way])}" for way in STORAGES]
+        cells = [f"{bytes_text(row[way]['stored'])} | {peak(row[way])}" for way in STORAGES]
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     return lines
 
@@ -136,24 +88,5 @@ def paper_vgg16(measured: dict) -> list[str]:
     ]
     for row in measured["rows"]:
         seconds = f"{row['seconds']:.2f} s" if "seconds" in row else ""
-        lines.append(f"| {row['name']} | {size(row['stored'])} | {peak(row)} | {seconds} |")
+        lines.append(f"| {row['name']} | {bytes_text(row['stored'])} | {peak(row)} | {seconds} |")
     return lines
-
-
-def render(readme: str) -> str:
-    """The README with every table made anew."""
-    import speed_tables  # here, because benchmarks.paper takes only the formats of this module
-
-    tables = globals() | vars(speed_tables)
-
-    def table(match: re.Match) -> str:
-        measured = json.loads((RESULTS / match[3]).read_text())
-        lines = [*tables[match[2]](measured), "", f"{provenance.source(measured)}.", ""]
-        return match[1] + "\n" + "\n".join(lines) + "\n" + match[4]
-
-    return BLOCK.sub(table, readme)
-
-
-if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(render(path.read_text()))

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
 
-import gate
 import torch
-from roofs import NAMES, PRECISIONS, Work, sources
-from shapes import Case
 from torch import Tensor
 
+from benchmarks.harness import gate
+from benchmarks.harness.roofs import NAMES, PRECISIONS, Work, sources
+from benchmarks.harness.shapes import Case
 from dfa_kernels import feedback_matrix, project
 from dfa_kernels.backends.tensor_cores import TERMS
 

@@ -27,7 +27,7 @@ def processor() -> str:
 
 def git(*arguments: str) -> str:
     """What git prints about the source."""
-    command, root = ["git", *arguments], Path(__file__).parent.parent
+    command, root = ["git", *arguments], Path(__file__).parents[2]
     ran = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
     return ran.stdout.strip()
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib
-import provenance
+
+from benchmarks.harness import provenance
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from roofs import BEYOND_CACHES, bandwidth
-from shapes import title
 
-from dfa_kernels.ops import BACKENDS
+from benchmarks.harness.roofs import BEYOND_CACHES, bandwidth
+from benchmarks.harness.shapes import title
+from dfa_kernels.backends.registry import BACKENDS
 
 AXES = {"batch": "batch M", "n": "length of the error n", "size": "layer size", "layers": "layers"}
 

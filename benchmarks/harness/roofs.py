@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from measure import seconds
 
+from benchmarks.harness.measure import seconds
 from dfa_kernels import backends, project, stream
 
 # What the matrix units work in, for a stored fp32 matrix under float32_matmul_precision.

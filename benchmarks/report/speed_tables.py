@@ -1,10 +1,11 @@
-"""The README's tables of `python -m dfa_kernels bench`; see readme_tables.py."""
+"""Runs of `python -m dfa_kernels bench` and of `benchmarks.training_step` as Markdown tables."""
 
 from __future__ import annotations
 
-from report import best_of_ours, bytes_text, fastest_stored, memory, ratio, time_text, times_text
-from roofs import BEYOND_CACHES, bandwidth
-from shapes import TITLES
+from benchmarks.harness.roofs import BEYOND_CACHES, bandwidth
+from benchmarks.harness.shapes import TITLES
+from benchmarks.report.results import best_of_ours, fastest_stored, memory, ratio
+from benchmarks.report.texts import bytes_text, time_text, times_text
 
 
 def comparison(measured: dict, cases: list[dict]) -> list[str]:
@@ -142,3 +143,18 @@ def bench_machine(measured: dict) -> list[str]:
 
 def _is_network(case: dict) -> bool:
     return case["layers"] > 1 and not case["series"]
+
+
+def training_step(measured: dict) -> list[str]:
+    """`benchmarks/training_step.py`: a step by DFA as a fraction of one by backpropagation."""
+    lines = [
+        "| network | backpropagation | DFA | of it | a free projection would make it |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for case in measured["cases"]:
+        lines.append(
+            f"| {case['case']}, batch {case['batch']} | {1e3 * case['seconds']['backprop']:.0f} ms "
+            f"| {1e3 * case['seconds']['DFA']:.0f} ms | {case['ratio']['DFA']:.2f} "
+            f"| {case['limit']:.2f} |"
+        )
+    return lines

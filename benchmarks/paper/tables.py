@@ -7,7 +7,6 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 
-from readme_tables import STORAGES, peak, size
 from rich.table import Table
 from scipy.stats import spearmanr, t
 
@@ -15,6 +14,7 @@ from benchmarks.paper import published
 from benchmarks.paper.experiments import Claim, Experiment
 from benchmarks.paper.networks import Practice
 from benchmarks.paper.training import Job
+from benchmarks.report.texts import STORAGES, bytes_text, peak
 
 Runs = list[tuple[Job, dict]]
 
@@ -156,7 +156,7 @@ def memory_table(rows: list[dict]) -> Table:
     columns = [*STORAGES.values(), *(f"peak, {title}" for title in STORAGES.values())]
     found = Table("network", *columns, title=title)
     for row in rows:
-        stored = [size(row[storage]["stored"]) for storage in STORAGES]
+        stored = [bytes_text(row[storage]["stored"]) for storage in STORAGES]
         found.add_row(row["name"], *stored, *(peak(row[storage]) for storage in STORAGES))
     return found
 
@@ -168,5 +168,5 @@ def vgg16_table(summary: dict) -> Table:
     for row in summary["rows"]:
         losses = ", ".join(f"{loss:.3f}" for loss in row.get("losses", ()))
         seconds = f"{row['seconds']:.3f}" if "seconds" in row else "-"
-        found.add_row(row["name"], size(row["stored"]), peak(row), seconds, losses)
+        found.add_row(row["name"], bytes_text(row["stored"]), peak(row), seconds, losses)
     return found

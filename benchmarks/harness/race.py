@@ -13,11 +13,12 @@ import time
 import traceback
 from dataclasses import dataclass, field
 
-import roofs
 import torch
-from contenders import Contender, Storage, contender
-from measure import available_bytes, is_out_of_memory, peak_bytes, seconds
-from shapes import Case
+
+from benchmarks.harness import roofs
+from benchmarks.harness.contenders import Contender, Storage, contender
+from benchmarks.harness.measure import available_bytes, is_out_of_memory, peak_bytes, seconds
+from benchmarks.harness.shapes import Case
 
 SLOW = 0.2  # seconds; a call that takes longer at least is not warmed up
 ROUND = 0.02  # seconds; a shorter call is repeated within a round until it takes as long

@@ -1,0 +1,1 @@
+"""Times contenders in interleaved rounds, checks their results, and measures the roofs."""

@@ -71,6 +71,35 @@ def test_state_is_what_makes_the_signals_and_no_matrix():
     assert model.state_dict()[KEY].dtype == torch.uint8
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            {"seed": BIG, "distribution": "uniform", "shared": False},
+            '{"stream": 1, "seed": 18446744073709551613, "distribution": "uniform", '
+            '"row_offsets": [0, 1099511627776, 2199023255552], "normalization": "layer", '
+            '"layers": [["h0", 16], ["h1", 12], ["h2", 16]], "stored": false}',
+        ),
+        (
+            {"seed": 5, "matrix": feedback_matrix(16, 5), "normalization": tinydfa_scales},
+            '{"stream": 1, "seed": 5, "distribution": "normal", "row_offsets": [0, 0, 0], '
+            '"normalization": {"function": "dfa_kernels.nn.tinydfa_scales"}, '
+            '"layers": [["h0", 16], ["h1", 12], ["h2", 16]], "stored": true}',
+        ),
+    ],
+)
+def test_states_are_these_bytes_and_load(arguments, text):
+    """As every version has written them."""
+    model = perceptron(**arguments)
+    model(batch()[0])
+    old = torch.tensor(list(text.ljust(256 + 3 * 68).encode()), dtype=torch.uint8)
+    assert torch.equal(model.state_dict()[KEY], old)
+    other = perceptron(**{**arguments, "seed": 0, "shared": True})
+    other.dfa.set_extra_state(old)
+    assert torch.equal(other.state_dict()[KEY], old)
+    assert_equal(backward(other, *batch()), backward(model, *batch()))
+
+
 def test_loading_restores_the_signals():
     x, y = batch()
     model = perceptron(seed=BIG, distribution="rademacher", normalization="shared", shared=False)

@@ -1,16 +1,19 @@
-"""The package's modules import downwards only: no circles, the trainer above the projection."""
+"""Modules import downwards only: no circles, the trainer above the projection, the benchmarks'
+harness below their reports."""
 
 import ast
 import graphlib
+import importlib
 
 import pytest
 
 import dfa_kernels
 from tests import ROOT
 
-PACKAGE = ROOT / "dfa_kernels"
+PACKAGES = (ROOT / "dfa_kernels", ROOT / "benchmarks")
 
-# Nothing imports a floor above its own. What is not named is the projection, on floor 2.
+# Nothing imports a floor above its own. What is not named is the projection, on floor 2; the
+# benchmarks are on floors below 0.
 FLOORS = {
     0: {"dfa_kernels", "__main__", "cli", "demo"},
     1: {"nn"},
@@ -19,15 +22,15 @@ FLOORS = {
 
 
 def module_of(file):
-    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    parts = file.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-FILES = {module_of(file): file for file in PACKAGE.rglob("*.py")}
+FILES = {module_of(file): file for package in PACKAGES for file in package.rglob("*.py")}
 
 
 def imports(source):
-    """The package's modules that a source imports, wherever in it: also in functions and for types.
+    """The modules of ours that a source imports, wherever in it: also in functions and for types.
 
     Packages on the way to an imported module do not count.
     """
@@ -46,7 +49,10 @@ GRAPH = {module: imports(file.read_text()) for module, file in FILES.items()}
 
 
 def floor(module):
-    name = module.split(".")[1] if "." in module else module
+    package, *inner = module.split(".")
+    name = inner[0] if inner else package
+    if package == "benchmarks":
+        return {"harness": -1, "report": -2}.get(name, -3)
     return next((level for level, names in FLOORS.items() if name in names), 2)
 
 
@@ -95,6 +101,22 @@ def test_the_trainers_modules_are_in_this_order():
 
 @pytest.mark.parametrize("name", dfa_kernels.__all__)
 def test_no_public_name_hides_a_module(name):
-    """`dfa_kernels.backends` is one by design: the package itself is callable."""
-    assert f"dfa_kernels.{name}" not in FILES or name == "backends"
-    assert getattr(dfa_kernels, name) is not None
+    """`dfa_kernels.backends` can be called, but is the package itself."""
+    module = f"dfa_kernels.{name}"
+    if module in FILES:
+        assert getattr(dfa_kernels, name) is importlib.import_module(module)
+
+
+def test_the_benchmarks_go_by_their_full_names():
+    """No sys.path edits, and no second `figures` or `report`."""
+    names = [file.stem for file in (ROOT / "benchmarks").rglob("*.py") if file.stem[0] != "_"]
+    assert len(names) == len({*names})
+    stems = {*names, "harness"}
+    for file in (ROOT / "benchmarks").rglob("*.py"):
+        source = file.read_text()
+        assert "sys.path" not in source
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                assert not stems & {alias.name for alias in node.names}, file
+            elif isinstance(node, ast.ImportFrom):
+                assert node.module.split(".")[0] not in stems, file

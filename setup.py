@@ -1,10 +1,10 @@
 """Builds the package, with the compiled extensions wherever they can be built.
 
-`dfa_kernels._C` holds the CPU kernels, `dfa_kernels._CUDA` those for NVIDIA GPUs; the latter is
-built where torch is a CUDA build and its toolkit is there (CUDA_HOME), whether or not a GPU is.
-What cannot be built is left out, and one line says so; what remains is a working package. `pip
-install --no-build-isolation .` builds against the torch that is installed; the binaries then serve
-every Python >= 3.10 and every torch >= 2.10, those for GPUs with the same major version of CUDA.
+`dfa_kernels._C` holds the CPU kernels, `dfa_kernels._CUDA` those for NVIDIA GPUs. The latter needs
+a CUDA build of torch and its toolkit (CUDA_HOME), but no GPU. What cannot be built is left out, one
+line says so, and the rest is a working package. `pip install --no-build-isolation .` builds against
+the installed torch. The binaries then serve every Python >= 3.10 and torch >= 2.10; `_CUDA` also
+needs a torch with the same major version of CUDA.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COMPILE_ARGUMENTS = [
     "-Wno-maybe-uninitialized",
 ]
 
-# Binaries for sm_80 (and 8.6, 8.9) and sm_90; what is newer compiles the latter's PTX.
+# Binaries for sm_80 (and so 8.6, 8.9) and sm_90. Newer GPUs compile the PTX of sm_90.
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 OLD_NAMES = ("Kepler", "Maxwell", "Pascal", "Volta", "Turing")  # torch's, before sm_80
 
@@ -50,9 +50,9 @@ def why_not() -> str | None:
 
 
 def find_toolkit() -> str | None:
-    """Set CUDA_HOME where nvcc says it is, if nobody did; why there is no toolkit, or None.
+    """Why there is no toolkit, or None. Sets CUDA_HOME, unless it is set, to where nvcc says.
 
-    Torch takes the folder above nvcc's, which is wrong where that is a link or a script.
+    Torch takes the folder above nvcc's, which is wrong if nvcc is a link or a script.
     """
     if "CUDA_HOME" not in os.environ and shutil.which("nvcc"):
         command = ["nvcc", "--dryrun", "-c", "-x", "cu", os.devnull]
@@ -68,7 +68,7 @@ def find_toolkit() -> str | None:
 
 
 def architectures(asked: str) -> str:
-    """Those of a TORCH_CUDA_ARCH_LIST that have tensor cores for bf16: from sm_80 on."""
+    """The architectures of a TORCH_CUDA_ARCH_LIST from sm_80 on, which multiply bf16."""
     wanted = re.split(r"[ ;]+", asked.strip(" ;"))
     old = [one for one in wanted if re.match(r"\d\.", one) and int(one[0]) < 8]
     old += [one for one in wanted if one.startswith(OLD_NAMES)]
@@ -78,12 +78,12 @@ def architectures(asked: str) -> str:
 
 
 def left_out(what: str, reason: object) -> None:
-    """Say what the package does without."""
+    """Say which kernels are missing, and why."""
     print(f"dfa_kernels: left out the {what} kernels: {reason}", file=sys.stderr)
 
 
 def extensions() -> dict:
-    """The arguments of `setup` for the extensions."""
+    """The arguments of `setup` that build the extensions."""
     import torch
 
     no_toolkit = find_toolkit() if torch.version.cuda is not None else None

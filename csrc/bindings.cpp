@@ -1,5 +1,5 @@
-// Registration with PyTorch's stable ABI. The schemas are defined by the Python package (ops.py),
-// which loads this library afterwards.
+// Registration with PyTorch's stable ABI. The Python package defines the schemas (ops.py) before it
+// loads this library.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -22,16 +22,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 Tensor allocate(int64_t rows, int64_t columns, ScalarType dtype, const char* op) {
-  dfa::check_fits(rows, columns, op);
-  try {
-    Tensor out = torch::stable::empty(std::vector<int64_t>{rows, columns}, dtype);
-    dfa::advise_huge_pages(out.mutable_data_ptr(),
-                           rows * columns * static_cast<int64_t>(out.element_size()));
-    return out;
-  } catch (const std::exception&) {
-    check(false, op, ": output must fit in memory, got [", rows, ", ", columns, "]");
-  }
-  return Tensor();
+  std::optional<Tensor> out = dfa::new_matrix(rows, columns, dtype, DeviceType::CPU, op);
+  check(out.has_value(), op, ": output must fit in memory, got [", rows, ", ", columns, "]");
+  dfa::advise_huge_pages(out->mutable_data_ptr(),
+                         rows * columns * static_cast<int64_t>(out->element_size()));
+  return *std::move(out);
 }
 
 std::vector<Tensor> project(const Tensor& error, const std::vector<int64_t>& row_offsets,
@@ -40,18 +35,18 @@ std::vector<Tensor> project(const Tensor& error, const std::vector<int64_t>& row
                             std::optional<ScalarType> dtype) {
   dfa::ProjectArguments checked = dfa::check_project(error, row_offsets, sizes, scales, seed,
                                                      column_offset, distribution, dtype);
-  const int64_t rows = error.size(0);
+  const int64_t batch = error.size(0);
   const Tensor contiguous = error.is_contiguous() ? error : torch::stable::contiguous(error);
   std::vector<Tensor> outputs;
   outputs.reserve(sizes.size());
-  for (dfa::Range& range : checked.ranges) {
-    outputs.push_back(allocate(rows, range.size, checked.out_dtype, "project"));
-    range.out = outputs.back().mutable_data_ptr();
+  for (dfa::Layer& layer : checked.layers) {
+    outputs.push_back(allocate(batch, layer.size, checked.out_dtype, "project"));
+    layer.out = outputs.back().mutable_data_ptr();
   }
-  if (rows == 0) return outputs;
+  if (batch == 0) return outputs;
   dfa::project_cpu(checked.stream,
-                   {contiguous.const_data_ptr(), rows, error.size(1), checked.error_type},
-                   std::move(checked.ranges), checked.out_type);
+                   {contiguous.const_data_ptr(), batch, error.size(1), checked.error_type},
+                   std::move(checked.layers), checked.out_type);
   return outputs;
 }
 
@@ -69,7 +64,7 @@ Tensor feedback_matrix(int64_t rows, int64_t columns, int64_t seed, int64_t row_
   return out;
 }
 
-// The instruction set in use; a name forces it, "" returns to the automatic choice.
+// The instruction set in use. A name forces that one, "" returns to the automatic choice.
 std::string cpu_isa(std::optional<std::string> force) {
   if (force.has_value()) {
     check(dfa::force_kernels(force->c_str()),
@@ -89,7 +84,8 @@ STABLE_TORCH_LIBRARY_IMPL(dfa_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
 }
 
-// `import dfa_kernels._C` loads the library; the registrations above are its only content.
+// `import dfa_kernels._C` loads the library and so makes the registrations above. The module itself
+// is empty.
 PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef module = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

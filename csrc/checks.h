@@ -1,7 +1,9 @@
-// The checks of the operator boundary, for every compiled backend. Their texts are those of
-// dfa_kernels/checks.py.
+// Checks of the operators' arguments, and their outputs, for every compiled backend. The Python
+// package has made the same ones, with the same texts (dfa_kernels/checks.py); these serve direct
+// callers.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <limits>
@@ -23,7 +25,7 @@ constexpr int64_t kMaxColumns = int64_t{1} << 34;
 constexpr uint64_t kMaxRows = uint64_t{1} << 63;
 constexpr int64_t kMaxInteger = std::numeric_limits<int64_t>::max();
 
-// STD_TORCH_CHECK would put this file's path into the user's message.
+// Throws unless it holds. STD_TORCH_CHECK would put this file's path into the message.
 template <class... Parts>
 void check(bool holds, const Parts&... parts) {
   if (holds) return;
@@ -32,7 +34,7 @@ void check(bool holds, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
-// As Python writes it.
+// As Python prints it.
 inline std::string name(ScalarType type) {
   switch (type) {
     case ScalarType::Bool:
@@ -85,21 +87,25 @@ inline Type type_of(ScalarType type, const char* op, const char* argument) {
   return Type::kFloat32;
 }
 
+inline Distribution distribution_of(const std::string& name, const char* op) {
+  for (int i = 0; i < kDistributions; ++i) {
+    if (name == facts(Distribution(i)).name) return Distribution(i);
+  }
+  std::string names;
+  for (int i = 0; i < kDistributions; ++i) {
+    names += (i == 0 ? "'" : ", '") + std::string(facts(Distribution(i)).name) + "'";
+  }
+  check(false, op, ": distribution must be one of ", names, ", got '", name, "'");
+  return Distribution::kNormal;
+}
+
 inline Stream stream_of(int64_t seed, int64_t column_offset, int64_t columns,
                         const std::string& distribution, const char* op) {
   check_integer(column_offset, 0, kMaxColumns, op, "column_offset");
   check(columns <= kMaxColumns - column_offset, op,
         ": column_offset must leave the columns below 2**34, got ", column_offset, " with ",
         columns, " columns");
-  Stream stream{static_cast<uint64_t>(seed), Distribution::kNormal, column_offset};
-  if (distribution == "normal") return stream;
-  stream.distribution = Distribution::kUniform;
-  if (distribution == "uniform") return stream;
-  stream.distribution = Distribution::kRademacher;
-  check(distribution == "rademacher", op,
-        ": distribution must be one of 'normal', 'uniform', 'rademacher', got '", distribution,
-        "'");
-  return stream;
+  return {static_cast<uint64_t>(seed), distribution_of(distribution, op), column_offset};
 }
 
 inline void check_rows(int64_t row_offset, int64_t rows, const char* op, const char* argument) {
@@ -107,21 +113,31 @@ inline void check_rows(int64_t row_offset, int64_t rows, const char* op, const c
         argument, " must leave the rows below 2**63, got ", row_offset, " with ", rows, " rows");
 }
 
-// Bytes of a matrix that the allocator can be asked for; beyond them, arithmetic on sizes would
-// overflow first.
+// Refuses sizes whose bytes overflow int64. Smaller ones are left to the allocator.
 inline void check_fits(int64_t rows, int64_t columns, const char* op) {
   constexpr int64_t kMaxElements = std::numeric_limits<int64_t>::max() / 16;
   check(rows == 0 || columns <= kMaxElements / rows, op, ": output must fit in memory, got [", rows,
         ", ", columns, "]");
 }
 
-// The arguments of `project`, checked: the part of U, the types, and the layers without outputs.
+// A new [rows, columns] tensor, or none if there is no memory for it.
+inline std::optional<Tensor> new_matrix(int64_t rows, int64_t columns, ScalarType dtype,
+                                        torch::stable::Device device, const char* op) {
+  check_fits(rows, columns, op);
+  try {
+    return torch::stable::empty(std::vector<int64_t>{rows, columns}, dtype, std::nullopt, device);
+  } catch (const std::exception&) {
+    return std::nullopt;
+  }
+}
+
+// The arguments of `project`, checked. The layers have no outputs yet.
 struct ProjectArguments {
   Stream stream;
   Type error_type;
   ScalarType out_dtype;
   Type out_type;
-  std::vector<Range> ranges;
+  std::vector<Layer> layers;
 };
 
 inline ProjectArguments check_project(const Tensor& error, const std::vector<int64_t>& row_offsets,
@@ -140,21 +156,20 @@ inline ProjectArguments check_project(const Tensor& error, const std::vector<int
   checked.out_dtype = dtype.value_or(error.scalar_type());
   checked.out_type = type_of(checked.out_dtype, op, "dtype");
   checked.stream = stream_of(seed, column_offset, error.size(1), distribution, op);
-  const bool uniform = checked.stream.distribution == Distribution::kUniform;
-  const double unit = uniform ? kSqrt3 : 1.0;  // of the lattice
-  checked.ranges.reserve(sizes.size());
+  const double factor = facts(checked.stream.distribution).factor;
+  checked.layers.reserve(sizes.size());
   for (size_t i = 0; i < sizes.size(); ++i) {
     check_element(sizes[i], 1, op, "sizes", i);
     check_element(row_offsets[i], 0, op, "row_offsets", i);
     check_rows(row_offsets[i], sizes[i], op, "row_offsets");
     check_fits(error.size(0), sizes[i], op);
-    checked.ranges.push_back(
-        {static_cast<uint64_t>(row_offsets[i]), sizes[i], scales[i] * unit, nullptr});
+    checked.layers.push_back(
+        {static_cast<uint64_t>(row_offsets[i]), sizes[i], scales[i] * factor, nullptr});
   }
   return checked;
 }
 
-// The same for `feedback_matrix`, but for its device.
+// Checks every argument of `feedback_matrix` but its device and dtype.
 inline Stream check_feedback_matrix(int64_t rows, int64_t columns, int64_t seed, int64_t row_offset,
                                     int64_t column_offset, const std::string& distribution) {
   const char* const op = "feedback_matrix";

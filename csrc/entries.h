@@ -1,5 +1,5 @@
-// Entries of the seeded feedback matrix U, stream v1, for host and device: the definition that
-// every faster kernel must match bit for bit.
+// Entries of the seeded feedback matrix U, stream v1, for host and device. This is the definition:
+// every faster kernel matches it bit for bit.
 //
 // U has 2^63 rows and 2^34 columns. U[row, column] is a function of (seed, row, column) alone:
 //
@@ -29,6 +29,8 @@
 
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
+#include <type_traits>
 
 #include "philox.h"
 
@@ -36,10 +38,43 @@ namespace dfa {
 
 enum class Distribution { kNormal, kUniform, kRademacher };
 
-constexpr double kSqrt3 = 1.7320508075688772;
-constexpr int kCodebookSize = 4096;
-constexpr int kBlockColumns = 8;              // normal and uniform
-constexpr int kRademacherBlockColumns = 128;  // rademacher
+constexpr int kDistributions = 3;
+
+// The facts of a distribution that are not arithmetic. Everything else reads them from here.
+struct DistributionFacts {
+  const char* name;  // as the operators take it
+  int block;         // columns of one Philox block, a multiple of kUnitColumns
+  int bits;          // per entry; all 2^bits values are equally likely
+  double factor;     // entries are `factor` times numbers that are exact in bf16
+};
+
+DFA_HOST_DEVICE constexpr DistributionFacts facts(Distribution distribution) {
+  constexpr DistributionFacts of[kDistributions] = {
+      {"normal", 8, 12, 1.0},
+      {"uniform", 8, 8, 1.7320508075688772},  // sqrt(3)
+      {"rademacher", 128, 1, 1.0},
+  };
+  return of[static_cast<int>(distribution)];
+}
+
+// Calls `use` with the distribution as a compile-time constant.
+template <class Use>
+auto for_distribution(Distribution distribution, const Use& use) {
+  using D = Distribution;
+  switch (distribution) {
+    case D::kNormal:
+      return use(std::integral_constant<D, D::kNormal>());
+    case D::kUniform:
+      return use(std::integral_constant<D, D::kUniform>());
+    case D::kRademacher:
+      return use(std::integral_constant<D, D::kRademacher>());
+  }
+  throw std::logic_error("dfa_kernels: unknown distribution");
+}
+
+// Kernels count columns in units of 8, the narrowest block.
+constexpr int kUnitColumns = 8;
+constexpr uint32_t kCodebookSize = 1u << facts(Distribution::kNormal).bits;
 
 struct Codebook {
   static constexpr float kC0 = 0x1.40ce28p+0f;
@@ -73,25 +108,28 @@ DFA_HOST_DEVICE uint16_t codebook(uint32_t k) {
   return bfloat16_bits(p * g);
 }
 
-DFA_HOST_DEVICE uint32_t halfword(const Words4& block, uint32_t column) {
-  return (block.word[(column % 8) / 2] >> (16 * (column % 2))) & 0xffffu;
+// The upper bits of a column's halfword, as many as the distribution takes.
+template <Distribution kDistribution>
+DFA_HOST_DEVICE uint32_t halfword_index(uint64_t seed, uint64_t row, uint64_t column) {
+  constexpr DistributionFacts kFacts = facts(kDistribution);
+  const Words4 block = stream_block(seed, row, static_cast<uint32_t>(column / kFacts.block));
+  const uint32_t c = static_cast<uint32_t>(column % kFacts.block);
+  return (block.word[c / 2] >> (16 * (c % 2)) & 0xffffu) >> (16 - kFacts.bits);
 }
 
 DFA_HOST_DEVICE float normal_entry(uint64_t seed, uint64_t row, uint64_t column) {
-  const Words4 block = stream_block(seed, row, static_cast<uint32_t>(column / kBlockColumns));
-  return bfloat16_value(codebook(halfword(block, static_cast<uint32_t>(column % 8)) >> 4));
+  return bfloat16_value(codebook(halfword_index<Distribution::kNormal>(seed, row, column)));
 }
 
 // 2k - 255: the entry is sqrt(3) / 256 times this odd integer.
 DFA_HOST_DEVICE int uniform_lattice(uint64_t seed, uint64_t row, uint64_t column) {
-  const Words4 block = stream_block(seed, row, static_cast<uint32_t>(column / kBlockColumns));
-  return 2 * static_cast<int>(halfword(block, static_cast<uint32_t>(column % 8)) >> 8) - 255;
+  return 2 * static_cast<int>(halfword_index<Distribution::kUniform>(seed, row, column)) - 255;
 }
 
 DFA_HOST_DEVICE int rademacher_entry(uint64_t seed, uint64_t row, uint64_t column) {
-  const Words4 block =
-      stream_block(seed, row, static_cast<uint32_t>(column / kRademacherBlockColumns));
-  const uint32_t c = static_cast<uint32_t>(column % kRademacherBlockColumns);
+  constexpr int kColumns = facts(Distribution::kRademacher).block;
+  const Words4 block = stream_block(seed, row, static_cast<uint32_t>(column / kColumns));
+  const uint32_t c = static_cast<uint32_t>(column % kColumns);
   return 1 - 2 * static_cast<int>((block.word[c / 32] >> (c % 32 / 2 + 16 * (c % 2))) & 1u);
 }
 

@@ -1,4 +1,4 @@
-// Which rows a projection makes, and which layers want them.
+// Which rows of U a projection makes, and which layers take them.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +9,8 @@
 
 namespace dfa {
 
-// The union of the layers' row ranges, cut into tasks of at most `task_rows` consecutive rows. No
-// task crosses a multiple of 2^32, so that the upper half of a row number is constant within one.
+// The union of the layers' rows, cut into tasks of at most `task_rows` consecutive rows. No task
+// crosses a multiple of 2^32, so the upper half of the row number is constant within a task.
 class RowPlan {
  public:
   struct Task {
@@ -24,15 +24,14 @@ class RowPlan {
     int64_t first_task;
   };
 
-  explicit RowPlan(std::vector<Range> ranges) : ranges_(std::move(ranges)) {
-    std::sort(ranges_.begin(), ranges_.end(),
-              [](const Range& a, const Range& b) { return a.row_offset < b.row_offset; });
+  explicit RowPlan(std::vector<Layer> layers) : layers_(std::move(layers)) {
+    std::sort(layers_.begin(), layers_.end(),
+              [](const Layer& a, const Layer& b) { return a.row_offset < b.row_offset; });
     uint64_t reach = 0;
-    for (const Range& r : ranges_) {
-      written_ += r.size;
-      const uint64_t end = r.row_offset + static_cast<uint64_t>(r.size);
-      add(std::max(reach, r.row_offset), end);
-      reach = std::max(reach, end);
+    for (const Layer& layer : layers_) {
+      written_ += layer.size;
+      add(std::max(reach, layer.row_offset), layer.end());
+      reach = std::max(reach, layer.end());
       reach_.push_back(reach);
     }
   }
@@ -42,18 +41,18 @@ class RowPlan {
     tasks_ = 0;
     for (Interval& interval : intervals_) {
       interval.first_task = tasks_;
-      tasks_ += (interval.rows + task_rows - 1) / task_rows;
+      tasks_ += divide_up(interval.rows, task_rows);
     }
   }
 
   int64_t rows() const { return rows_; }
-  int64_t written() const { return written_; }  // the sum of the ranges' sizes
+  int64_t written() const { return written_; }  // the sum of the layers' sizes
   int64_t tasks() const { return tasks_; }
 
-  // What a kernel needs to find tasks and their layers by itself.
+  // What a kernel needs to find tasks and their layers itself.
   const std::vector<Interval>& intervals() const { return intervals_; }
-  const std::vector<Range>& ranges() const { return ranges_; }   // by row_offset
-  const std::vector<uint64_t>& reach() const { return reach_; }  // furthest end of ranges 0..i
+  const std::vector<Layer>& layers() const { return layers_; }   // by row_offset
+  const std::vector<uint64_t>& reach() const { return reach_; }  // furthest end of layers 0..i
 
   Task task(int64_t index) const {
     const auto after = std::upper_bound(
@@ -65,20 +64,20 @@ class RowPlan {
             std::min(task_rows_, interval.rows - skipped)};
   }
 
-  // Calls use(range, begin, end) for each layer that wants rows [begin, end) of the task.
+  // Calls use(layer, begin, end) for each layer that has rows [begin, end) of the task.
   template <class Use>
   void for_each_layer(const Task& task, const Use& use) const {
     const uint64_t task_end = task.row + static_cast<uint64_t>(task.rows);
     const auto after =
-        std::lower_bound(ranges_.begin(), ranges_.end(), task_end,
-                         [](const Range& range, uint64_t row) { return range.row_offset < row; });
-    // reach_ never decreases: once it is behind the task, so is every earlier range.
-    for (size_t i = static_cast<size_t>(after - ranges_.begin()); i-- > 0;) {
+        std::lower_bound(layers_.begin(), layers_.end(), task_end,
+                         [](const Layer& layer, uint64_t row) { return layer.row_offset < row; });
+    // reach_ never decreases: once it ends before the task, so does every earlier layer.
+    for (size_t i = static_cast<size_t>(after - layers_.begin()); i-- > 0;) {
       if (reach_[i] <= task.row) break;
-      const Range& range = ranges_[i];
-      const uint64_t begin = std::max(range.row_offset, task.row);
-      const uint64_t end = std::min(range.row_offset + static_cast<uint64_t>(range.size), task_end);
-      if (begin < end) use(range, begin, end);
+      const Layer& layer = layers_[i];
+      const uint64_t begin = std::max(layer.row_offset, task.row);
+      const uint64_t end = std::min(layer.end(), task_end);
+      if (begin < end) use(layer, begin, end);
     }
   }
 
@@ -100,7 +99,7 @@ class RowPlan {
     }
   }
 
-  std::vector<Range> ranges_;
+  std::vector<Layer> layers_;
   std::vector<uint64_t> reach_;
   std::vector<Interval> intervals_;
   int64_t rows_ = 0, written_ = 0;

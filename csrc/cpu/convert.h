@@ -1,6 +1,8 @@
-// Rounding to the output types, once, to nearest even, by integer arithmetic that compilers
-// vectorise.
+// Conversions between fp32 and 16-bit types, by arithmetic that compilers vectorise. Rounding is to
+// nearest even, and happens once.
 #pragma once
+
+#include "../entries.h"
 
 namespace dfa {
 namespace {
@@ -20,7 +22,7 @@ To bit_cast(From from) {
   return to;
 }
 
-// A float that rounds to any shorter type as `value` itself does: inexact results are made odd.
+// A float that rounds to any shorter type as `value` would: an inexact one is made odd.
 inline float to_odd(double value) {
   const float nearest = static_cast<float>(value);
   uint32_t bits = bit_cast<uint32_t>(nearest);
@@ -39,7 +41,7 @@ inline BFloat16 to_bfloat16(float value) {
 inline Half to_half(float value) {
   const uint32_t bits = bit_cast<uint32_t>(value);
   const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-  // Below 2^-14 adding 0.5 leaves the multiple of 2^-24 in the low bits, rounded by the addition.
+  // Below 2^-14, adding 0.5 rounds to a multiple of 2^-24 and leaves it in the low bits.
   const uint32_t subnormal =
       bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);
   const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
@@ -47,6 +49,17 @@ inline Half to_half(float value) {
   result = magnitude >= 0x477ff000u ? 0x7c00u : result;
   result = magnitude > 0x7f800000u ? 0x7e00u : result;
   return {static_cast<uint16_t>(sign | result)};
+}
+
+inline float widen(float value) { return value; }
+inline double widen(double value) { return value; }
+inline float widen(BFloat16 value) { return bfloat16_value(value.bits); }
+inline float widen(Half value) {
+  const uint32_t magnitude = value.bits & 0x7fffu;
+  // The factor moves to fp32's exponent bias, and makes subnormal halves normal.
+  uint32_t bits = bit_cast<uint32_t>(bit_cast<float>(magnitude << 13) * 0x1p112f);
+  if (magnitude >= 0x7c00u) bits |= 0x7f800000u;
+  return bit_cast<float>(bits | static_cast<uint32_t>(value.bits & 0x8000u) << 16);
 }
 
 template <class Out>

@@ -10,13 +10,12 @@ void feedback_matrix_cpu(const Stream& stream, uint64_t row_offset, int64_t rows
                          Type type, void* out) {
   if (rows == 0 || columns == 0) return;
   const FillKernel fill = kernels().fill[static_cast<int>(type)];
-  // Strips of whole rows, or of a part of one row, of about this many entries are one piece of
-  // work.
+  // A piece of work is a strip of whole rows, or a part of one row, of about this many entries.
   constexpr int64_t kStripEntries = 1 << 16;
   const int64_t strip_columns = std::min<int64_t>(columns, kStripEntries);
   const int64_t strip_rows = std::max<int64_t>(1, kStripEntries / strip_columns);
-  const int64_t across = (columns + strip_columns - 1) / strip_columns;
-  const int64_t down = (rows + strip_rows - 1) / strip_rows;
+  const int64_t across = divide_up(columns, strip_columns);
+  const int64_t down = divide_up(rows, strip_rows);
   torch::stable::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t row = strip / across * strip_rows, column = strip % across * strip_columns;

@@ -1,5 +1,5 @@
-// The feedback matrix itself, row-major: lanes are (row, column block) pairs in reading order, so a
-// matrix of few columns fills its lanes with several rows.
+// The feedback matrix itself, row-major. Lanes are (row, column block) pairs in reading order, so a
+// matrix of few columns uses all lanes too, for several rows at once.
 #pragma once
 
 #include "convert.h"
@@ -16,8 +16,8 @@ struct BlockOfRow {
   uint32_t column_block;
 };
 
-// Philox for kLanes blocks at once. store_blocks() writes the block of lane l of the words to slot
-// (l % 4) * (kLanes / 4) + l / 4, so the counters are dealt out to the lanes by the inverse.
+// Philox for kLanes blocks at once. store_blocks() writes the block of lane l to slot
+// (l % 4) * (kLanes / 4) + l / 4. The counters are therefore assigned to lanes by the inverse.
 template <class S>
 class BlockLanes {
  public:
@@ -37,7 +37,7 @@ class BlockLanes {
     }
   }
 
-  // Slots hold what `next()` returns for each in turn: a row and a column block.
+  // Each slot in turn holds the row and the column block that `next()` returns.
   template <class Next>
   void set_each(const Next& next) {
     for (int slot = 0; slot < S::kLanes; ++slot) {
@@ -106,7 +106,7 @@ struct BlockEntries;
 
 template <class S>
 struct BlockEntries<S, Distribution::kNormal> {
-  static constexpr int kColumns = kBlockColumns;
+  static constexpr int kColumns = facts(Distribution::kNormal).block;
   template <class Out>
   static void store(const uint32_t* words, int blocks, Out* out) {
     for (int i = 0; i < blocks * kColumns; i += S::kLanes) {
@@ -125,7 +125,8 @@ struct BlockEntries<S, Distribution::kNormal> {
 
 template <class S>
 struct BlockEntries<S, Distribution::kUniform> {
-  static constexpr int kColumns = kBlockColumns;
+  static constexpr int kColumns = facts(Distribution::kUniform).block;
+  static constexpr double kFactor = facts(Distribution::kUniform).factor;
   template <class Out>
   static void store(const uint32_t* words, int blocks, Out* out) {
     for (int i = 0; i < blocks * kColumns; i += S::kLanes) {
@@ -134,9 +135,9 @@ struct BlockEntries<S, Distribution::kUniform> {
       if constexpr (__is_same(Out, double)) {
         float lanes[S::kLanes];
         S::store(lanes, lattice);
-        for (int j = 0; j < S::kLanes; ++j) out[i + j] = kSqrt3 * static_cast<double>(lanes[j]);
+        for (int j = 0; j < S::kLanes; ++j) out[i + j] = kFactor * static_cast<double>(lanes[j]);
       } else {
-        store_as<S>(out + i, S::times(lattice, S::set1(static_cast<float>(kSqrt3))));
+        store_as<S>(out + i, S::times(lattice, S::set1(static_cast<float>(kFactor))));
       }
     }
   }
@@ -144,10 +145,10 @@ struct BlockEntries<S, Distribution::kUniform> {
 
 template <class S>
 struct BlockEntries<S, Distribution::kRademacher> {
-  static constexpr int kColumns = kRademacherBlockColumns;
+  static constexpr int kColumns = facts(Distribution::kRademacher).block;
   template <class Out>
   static void store(const uint32_t* words, int blocks, Out* out) {
-    uint32_t shifts[32];  // brings the bit of each of a word's 32 columns to the sign
+    uint32_t shifts[32];  // that move each column's bit of a word to the sign
     for (uint32_t c = 0; c < 32; ++c) shifts[c] = 31 - (c / 2 + 16 * (c % 2));
     for (int word = 0; word < 4 * blocks; ++word, out += 32) {
       const auto w = S::bits(words[word]);
@@ -158,7 +159,7 @@ struct BlockEntries<S, Distribution::kRademacher> {
     }
   }
   static void store(const uint32_t* words, int blocks, BFloat16* out) {
-    uint32_t shifts[16];  // columns 2i and 2i + 1 are bits i and 16 + i: one shift serves the pair
+    uint32_t shifts[16];  // columns 2i and 2i + 1 are bits i and 16 + i, so they share a shift
     for (uint32_t i = 0; i < 16; ++i) shifts[i] = 15 - i;
     for (int word = 0; word < 4 * blocks; ++word, out += 32) {
       const auto w = S::bits(words[word]);
@@ -222,14 +223,7 @@ void fill_rows(const FillSpec& spec) {
 
 template <class S, class Out>
 void fill(const FillSpec& spec) {
-  switch (spec.distribution) {
-    case Distribution::kNormal:
-      return fill_rows<S, Distribution::kNormal, Out>(spec);
-    case Distribution::kUniform:
-      return fill_rows<S, Distribution::kUniform, Out>(spec);
-    case Distribution::kRademacher:
-      return fill_rows<S, Distribution::kRademacher, Out>(spec);
-  }
+  for_distribution(spec.distribution, [&](auto kind) { fill_rows<S, kind, Out>(spec); });
 }
 
 }  // namespace

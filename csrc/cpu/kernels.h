@@ -1,5 +1,5 @@
-// The kernels of one instruction set, as a table of plain functions. Every set is compiled into the
-// one binary; `kernels()` is the set in use.
+// The kernels of one instruction set, as a table of plain functions. The binary holds every set;
+// `kernels()` is the one in use.
 #pragma once
 
 #include <cstdint>
@@ -8,11 +8,8 @@
 
 namespace dfa {
 
-// A unit is 8 columns that start at a multiple of 8.
-constexpr int kUnitColumns = 8;
-
-// A tile of U for the projection: `panel` rows from `row` on, `units` column units from `unit` on.
-// The rows must not cross a multiple of 2^32; rows the caller does not need are made and ignored.
+// A tile of U for the projection: `panel` rows from `row` on, `units` of kUnitColumns columns from
+// `unit` on. The rows must not cross a multiple of 2^32. A panel is always made whole.
 struct TileSpec {
   uint64_t seed;
   Distribution distribution;
@@ -21,27 +18,28 @@ struct TileSpec {
   int64_t units;
 };
 
-// One step of the product: acc[m][r] (+)= sum_k error[k][m] * tile[k][r], r over a panel of rows.
+// A step of the product: acc[m][r] (+)= sum_k error[k][m] * tile[k][r], m over the batch, r over a
+// panel of rows.
 struct MultiplySpec {
-  const void* error;  // packed [depth][block]
+  const void* error;  // packed [depth][batch]
   const void* tile;   // [depth][panel]
-  void* acc;          // [block][acc_stride]
+  void* acc;          // [batch][acc_stride]
   int64_t depth;
   int64_t acc_stride;
-  int block;        // rows of error, 1..max_block
+  int batch;        // 1..max_batch
   bool accumulate;  // false: acc is written, not read
 };
 
-// out[m][i] = scale * acc[m][i], rounded once.
+// out[m][r] = scale * acc[m][r], rounded once, m over the batch, r over rows of U.
 struct ScaleSpec {
   const void* acc;
   int64_t acc_stride;
   void* out;
   int64_t out_stride;
+  int64_t batch;
   int64_t rows;
-  int64_t columns;
   double scale;
-  bool past_caches;  // for more than they hold
+  bool past_caches;  // write around the caches
 };
 
 // Part of the feedback matrix, row-major.
@@ -63,13 +61,13 @@ using FillKernel = void (*)(const FillSpec&);
 struct Kernels {
   const char* name;
   int panel;
-  int max_block_f32;
-  int max_block_f64;
+  int max_batch_f32;
+  int max_batch_f64;
   void (*tile_f32)(const TileSpec&, float* tile);      // [columns][panel]
   void (*tile_bf16)(const TileSpec&, uint32_t* tile);  // [columns / 2][panel] pairs, low half first
   MultiplyKernel multiply_f32;
   MultiplyKernel multiply_f64;
-  MultiplyKernel multiply_bf16;  // null without a bf16 dot product: bf16 errors become fp32
+  MultiplyKernel multiply_bf16;  // null without a bf16 dot product: bf16 errors are widened
   ScaleKernel scale_f32[4];      // by output Type
   ScaleKernel scale_f64[4];
   FillKernel fill[4];  // by output Type
@@ -78,13 +76,13 @@ struct Kernels {
 // The table in use: the forced one, else the best this CPU runs.
 const Kernels& kernels();
 
-// Forces a path by name ("" returns to automatic). False if the name is unknown or cannot run here.
+// Forces a set by name; "" returns to the automatic choice. False if it is unknown or cannot run.
 bool force_kernels(const char* name);
 
-// Whether the CPU multiplies bf16 numbers faster than fp32 ones.
+// Whether the CPU multiplies bf16 faster than fp32.
 bool has_fast_bf16();
 
-// Null where the binary or the CPU lacks the set.
+// Null if the binary or the CPU lacks the set.
 const Kernels* kernels_avx512_bf16();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();

@@ -14,8 +14,8 @@ const Kernels* kernels_avx2() {
 
 }  // namespace dfa
 
-// Everything below, templates instantiated at the end of the file included, is compiled for the
-// set.
+// Everything below is compiled for the set, and so are the templates instantiated at the end of the
+// file.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
@@ -26,7 +26,7 @@ const Kernels* kernels_avx2() {
 #include "table.h"
 
 namespace dfa {
-// Constant-initialised: loading the library runs no code of a set the CPU may lack.
+// Constant-initialised, so loading the library runs no code that the CPU may lack.
 constexpr Kernels kAvx2Table = make_kernels<Avx2>("avx2");
 }  // namespace dfa
 

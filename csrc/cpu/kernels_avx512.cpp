@@ -15,8 +15,8 @@ const Kernels* kernels_avx512() {
 
 }  // namespace dfa
 
-// Everything below, templates instantiated at the end of the file included, is compiled for the
-// set.
+// Everything below is compiled for the set, and so are the templates instantiated at the end of the
+// file.
 #if defined(__clang__)
 #pragma clang attribute push( \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
@@ -28,7 +28,7 @@ const Kernels* kernels_avx512() {
 #include "table.h"
 
 namespace dfa {
-// Constant-initialised: loading the library runs no code of a set the CPU may lack.
+// Constant-initialised, so loading the library runs no code that the CPU may lack.
 constexpr Kernels kAvx512Table = make_kernels<Avx512>("avx512");
 }  // namespace dfa
 

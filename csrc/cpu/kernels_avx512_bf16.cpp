@@ -1,5 +1,5 @@
-// AVX-512 with the bf16 dot product for bf16 errors. Products of bf16 numbers are exact in fp32 and
-// accumulated there; subnormal inputs count as zero.
+// AVX-512 with the bf16 dot product for bf16 errors. Products of bf16 numbers are exact in fp32,
+// where they are summed. Subnormal inputs count as zero.
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -39,14 +39,14 @@ bool has_fast_bf16() { return __builtin_cpu_is("amd"); }
 namespace dfa {
 namespace {
 
-// One element is a pair of columns, in the tile and in the error alike.
+// An element is a pair of columns, both of the tile and of the error.
 struct PairOps {
   using Acc = float;
   using Error = uint32_t;
   using Tile = uint32_t;
   using V = __m512;
   static constexpr int kLanes = Avx512::kLanes;
-  static constexpr int kMaxBlock = Avx512::kBlockF32;
+  static constexpr int kMaxBatch = Avx512::kBatchF32;
   static V zero() { return Avx512::zero(); }
   static __m512bh tile(const Tile* p) { return (__m512bh)Avx512::load_bits(p); }
   static __m512bh error(Error e) { return (__m512bh)Avx512::bits(e); }

@@ -14,7 +14,7 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t byt
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
   const uintptr_t end =
       (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(kHugePage - 1);
-  // A refusal leaves small pages, which are as correct.
+  // If it is refused, the output has small pages.
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }

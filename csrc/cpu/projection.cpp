@@ -1,8 +1,8 @@
-// The projection: tiles of U small enough for the cache are made by SIMD and multiplied where they
-// lie, by the thread that made them. U exists nowhere else.
+// The projection. Each thread makes tiles of U that fit the cache and multiplies them there; U
+// exists nowhere else.
 //
-// Workspace, whatever the layers, the error and their number: at most kPackedBytes of packed error,
-// plus kAccumulatorBytes of partial sums if not all of the error fits there, plus about 1.5 MiB per
+// The workspace is bounded, independent of the layers and the batch: at most kPackedBytes of packed
+// error, kAccumulatorBytes of partial sums if the error does not fit there, and about 1.5 MiB per
 // thread.
 #include <torch/csrc/stable/ops.h>
 
@@ -17,33 +17,29 @@
 namespace dfa {
 namespace {
 
-constexpr int64_t kErrorRows = 4096;  // rows of error per pass over U
+constexpr int64_t kPassBatch = 4096;  // error rows per pass over U
 constexpr int64_t kTileUnits = 64;    // column units per tile: 512 columns
-constexpr int64_t kTaskPanels = 4;    // panels that share a block of error rows in L1
+constexpr int64_t kTaskPanels = 4;    // panels that share a slice of the batch in L1
 constexpr int64_t kPackedBytes = 16 << 20;
 constexpr int64_t kAccumulatorBytes = 16 << 20;
 constexpr int64_t kThreadAccumulatorBytes = 512 << 10;
-// Signals that are larger than this together are written past the caches. One that is larger than
-// the second is not: the C library maps its memory anew, and the system has just put its zeros
-// there.
+// Signals are written past the caches if together they exceed kCachedBytes. One beyond kMappedBytes
+// is not: its memory is newly mapped, and the system's zeros have just brought it into the caches.
 constexpr int64_t kCachedBytes = 64 << 20;
 constexpr int64_t kMappedBytes = 32 << 20;
-constexpr double kSerialWork = 4e5;  // multiplications below which a second thread costs more
+constexpr double kSerialWork = 4e5;  // multiplications below which a second thread does not pay
+constexpr std::align_val_t kAlignment{64};
 
 struct AlignedDelete {
-  void operator()(char* p) const { ::operator delete(p, std::align_val_t(64)); }
+  void operator()(char* p) const { ::operator delete(p, kAlignment); }
 };
 using Buffer = std::unique_ptr<char, AlignedDelete>;
 
 Buffer allocate(int64_t bytes) {
-  return Buffer(
-      static_cast<char*>(::operator new(static_cast<size_t>(bytes + 64), std::align_val_t(64))));
+  return Buffer(static_cast<char*>(::operator new(static_cast<size_t>(bytes), kAlignment)));
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Runs work(index, worker) for every index on torch's threads, each taking the next index when
-// free.
+// Runs work(index, worker) for every index on torch's threads. A free thread takes the next index.
 template <class Work>
 void run_parallel(int64_t count, int64_t workers, const Work& work) {
   std::atomic<int64_t> next{0};
@@ -56,12 +52,12 @@ void run_parallel(int64_t count, int64_t workers, const Work& work) {
   torch::stable::parallel_for(0, workers, 1, drain);
 }
 
-// What the types of the error decide.
+// What follows from the types of error and output.
 struct Arithmetic {
   int columns;    // columns in one packed element: 2 for bf16 pairs
   int64_t bytes;  // of one packed element
   int64_t acc_bytes;
-  int max_block;
+  int max_batch;
   bool pairs;
   MultiplyKernel multiply;
   ScaleKernel scale;
@@ -71,26 +67,26 @@ struct Arithmetic {
 Arithmetic arithmetic(const Kernels& k, Type error, Type out) {
   const int o = static_cast<int>(out);
   if (error == Type::kFloat64) {
-    return {1, 8, 8, k.max_block_f64, false, k.multiply_f64, k.scale_f64[o], pack<double, double>};
+    return {1, 8, 8, k.max_batch_f64, false, k.multiply_f64, k.scale_f64[o], pack<double, double>};
   }
   if (error == Type::kBFloat16 && k.multiply_bf16 != nullptr) {
-    return {2, 4, 4, k.max_block_f32, true, k.multiply_bf16, k.scale_f32[o], pack_pairs};
+    return {2, 4, 4, k.max_batch_f32, true, k.multiply_bf16, k.scale_f32[o], pack_pairs};
   }
   const PackKernel pack_f32 = error == Type::kFloat32    ? pack<float, float>
-                              : error == Type::kBFloat16 ? pack<BFloat16Source, float>
-                                                         : pack<HalfSource, float>;
-  return {1, 4, 4, k.max_block_f32, false, k.multiply_f32, k.scale_f32[o], pack_f32};
+                              : error == Type::kBFloat16 ? pack<BFloat16, float>
+                                                         : pack<Half, float>;
+  return {1, 4, 4, k.max_batch_f32, false, k.multiply_f32, k.scale_f32[o], pack_f32};
 }
 
 class Projection {
  public:
-  Projection(const Stream& stream, const ErrorMatrix& error, std::vector<Range> ranges, Type out)
+  Projection(const Stream& stream, const ErrorMatrix& error, std::vector<Layer> layers, Type out)
       : stream_(stream),
         error_(error),
         out_bytes_(type_bytes(out)),
         kernels_(kernels()),
         math_(arithmetic(kernels_, error.type, out)),
-        plan_(std::move(ranges)) {
+        plan_(std::move(layers)) {
     head_ = stream.column_offset % kUnitColumns;
     first_unit_ = stream.column_offset / kUnitColumns;
     const int64_t units = std::max<int64_t>(1, divide_up(head_ + error.columns, kUnitColumns));
@@ -98,19 +94,19 @@ class Projection {
     tile_units_ = divide_up(units, tiles_);  // evened out
     tiles_ = divide_up(units, tile_units_);
     units_ = units;
-    past_caches_ = plan_.written() * error.rows * out_bytes_ > kCachedBytes;
+    past_caches_ = plan_.written() * error.batch * out_bytes_ > kCachedBytes;
   }
 
   void run() {
-    for (first_row_ = 0; first_row_ < error_.rows; first_row_ += kErrorRows) {
-      rows_ = std::min(kErrorRows, error_.rows - first_row_);
-      run_rows();
+    for (pass_begin_ = 0; pass_begin_ < error_.batch; pass_begin_ += kPassBatch) {
+      batch_ = std::min(kPassBatch, error_.batch - pass_begin_);
+      run_pass();
     }
   }
 
  private:
-  // Packed elements [begin, end) of a tile's columns, counted from the tile's first column: the
-  // columns of U before and after the error's are skipped.
+  // Packed elements [begin, end) of a tile, counted from its first column. The columns of U before
+  // and after the error's are skipped.
   struct Depth {
     int64_t begin, end;
     int64_t size() const { return end - begin; }
@@ -123,19 +119,19 @@ class Projection {
   }
   int64_t tile_depth() const { return tile_units_ * kUnitColumns / math_.columns; }
 
-  void run_rows() {
-    blocks_ = divide_up(rows_, math_.max_block);
+  void run_pass() {
+    slices_ = divide_up(batch_, math_.max_batch);
     const double work = static_cast<double>(plan_.rows()) * static_cast<double>(error_.columns) *
-                        static_cast<double>(rows_ + 8);
+                        static_cast<double>(batch_ + 8);
     threads_ = work < kSerialWork ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
 
-    const int64_t packed_tile = rows_ * tile_depth() * math_.bytes;
+    const int64_t packed_tile = batch_ * tile_depth() * math_.bytes;
     const int64_t window = std::min(tiles_, std::max<int64_t>(1, kPackedBytes / packed_tile));
     const bool resident = window == tiles_;
-    const int64_t panel_acc = rows_ * kernels_.panel * math_.acc_bytes;
+    const int64_t panel_acc = batch_ * kernels_.panel * math_.acc_bytes;
 
-    // Panels per task: as many as keep the partial sums in L2 and every thread busy; more where
-    // many layers share them, so that each is written in longer runs.
+    // As many panels per task as leave the partial sums in L2 and every thread busy; more if many
+    // layers share rows, so that each layer is written in longer runs.
     const bool shared = plan_.written() > 4 * plan_.rows();
     task_panels_ =
         std::min((shared ? 2 : 1) * kTaskPanels, plan_.rows() / (kernels_.panel * threads_ * 4));
@@ -146,10 +142,10 @@ class Projection {
     plan_.cut(task_rows_);
     const int64_t workers = std::min(threads_, plan_.tasks());
 
-    // Partial sums live with the thread while all tiles of a task follow one another, else with the
+    // Partial sums belong to the thread if all tiles of a task follow one another, else to the
     // task.
-    const int64_t acc_rows = tiles_ > 1 ? rows_ : math_.max_block;
-    task_acc_ = acc_rows * task_rows_ * math_.acc_bytes;
+    const int64_t acc_batch = tiles_ > 1 ? batch_ : math_.max_batch;
+    task_acc_ = acc_batch * task_rows_ * math_.acc_bytes;
     const int64_t group =
         resident ? plan_.tasks()
                  : std::min(plan_.tasks(), std::max<int64_t>(1, kAccumulatorBytes / task_acc_));
@@ -172,28 +168,28 @@ class Projection {
     }
   }
 
-  // Error rows of block b; blocks are evened out so that none is left with a single row.
-  int64_t block_begin(int64_t block) const { return block * rows_ / blocks_; }
+  // First error row of a slice of the batch. Slices are even, so that none is a single row.
+  int64_t slice_begin(int64_t slice) const { return slice * batch_ / slices_; }
 
-  char* packed(int64_t tile, int64_t window_begin, int64_t block) const {
-    return packed_buffer_.get() + ((tile - window_begin) * tile_depth() * rows_ +
-                                   depth(tile).size() * block_begin(block)) *
+  char* packed(int64_t tile, int64_t window_begin, int64_t slice) const {
+    return packed_buffer_.get() + ((tile - window_begin) * tile_depth() * batch_ +
+                                   depth(tile).size() * slice_begin(slice)) *
                                       math_.bytes;
   }
 
   void pack_tiles(int64_t begin, int64_t end) {
-    const int64_t count = (end - begin) * blocks_;
+    const int64_t count = (end - begin) * slices_;
     run_parallel(count, std::min(threads_, divide_up(count, 8)), [&](int64_t i, int64_t) {
-      const int64_t tile = begin + i / blocks_, block = i % blocks_;
+      const int64_t tile = begin + i / slices_, slice = i % slices_;
       const Depth d = depth(tile);
-      const int64_t row = block_begin(block);
+      const int64_t first = slice_begin(slice);
       PackSpec spec{};
       spec.error = &error_;
-      spec.row = first_row_ + row;
-      spec.block = static_cast<int>(block_begin(block + 1) - row);
+      spec.first = pass_begin_ + first;
+      spec.batch = static_cast<int>(slice_begin(slice + 1) - first);
       spec.column = tile * tile_units_ * kUnitColumns + d.begin * math_.columns - head_;
       spec.depth = d.size();
-      spec.out = packed(tile, begin, block);
+      spec.out = packed(tile, begin, slice);
       math_.pack(spec);
     });
   }
@@ -225,34 +221,34 @@ class Projection {
       spec.depth = d.size();
       spec.acc_stride = task_rows_;
       spec.accumulate = tile > 0;
-      for (int64_t block = 0; block < blocks_; ++block) {
-        const int64_t row = block_begin(block);
-        char* acc = acc_buffer + (tiles_ > 1 ? row : 0) * task_rows_ * math_.acc_bytes;
-        spec.error = packed(tile, tile_begin, block);
-        spec.block = static_cast<int>(block_begin(block + 1) - row);
+      for (int64_t slice = 0; slice < slices_; ++slice) {
+        const int64_t first = slice_begin(slice);
+        char* acc = acc_buffer + (tiles_ > 1 ? first : 0) * task_rows_ * math_.acc_bytes;
+        spec.error = packed(tile, tile_begin, slice);
+        spec.batch = static_cast<int>(slice_begin(slice + 1) - first);
         for (int64_t r = 0; r < task.rows; r += kernels_.panel) {
           spec.tile = tile_buffer + (r * tile_depth() + d.begin * kernels_.panel) * 4;
           spec.acc = acc + r * math_.acc_bytes;
           math_.multiply(spec);
         }
-        if (tile + 1 == tiles_) scale_layers(task, row, spec.block, acc);
+        if (tile + 1 == tiles_) scale_layers(task, first, spec.batch, acc);
       }
     }
   }
 
-  void scale_layers(const RowPlan::Task& task, int64_t row, int block, const char* acc) const {
-    plan_.for_each_layer(task, [&](const Range& range, uint64_t begin, uint64_t end) {
+  void scale_layers(const RowPlan::Task& task, int64_t first, int batch, const char* acc) const {
+    plan_.for_each_layer(task, [&](const Layer& layer, uint64_t begin, uint64_t end) {
       ScaleSpec spec{};
       spec.acc = acc + static_cast<int64_t>(begin - task.row) * math_.acc_bytes;
       spec.acc_stride = task_rows_;
-      const int64_t first = static_cast<int64_t>(begin - range.row_offset);
-      spec.out =
-          static_cast<char*>(range.out) + ((first_row_ + row) * range.size + first) * out_bytes_;
-      spec.out_stride = range.size;
-      spec.rows = block;
-      spec.columns = static_cast<int64_t>(end - begin);
-      spec.scale = range.scale;
-      spec.past_caches = past_caches_ && range.size * error_.rows * out_bytes_ < kMappedBytes;
+      const int64_t skipped = static_cast<int64_t>(begin - layer.row_offset);
+      spec.out = static_cast<char*>(layer.out) +
+                 ((pass_begin_ + first) * layer.size + skipped) * out_bytes_;
+      spec.out_stride = layer.size;
+      spec.batch = batch;
+      spec.rows = static_cast<int64_t>(end - begin);
+      spec.scale = layer.scale;
+      spec.past_caches = past_caches_ && layer.size * error_.batch * out_bytes_ < kMappedBytes;
       math_.scale(spec);
     });
   }
@@ -264,7 +260,7 @@ class Projection {
   const Arithmetic math_;
   RowPlan plan_;
   int64_t head_, first_unit_, units_, tiles_, tile_units_;
-  int64_t first_row_ = 0, rows_ = 0, blocks_ = 0, threads_ = 1;
+  int64_t pass_begin_ = 0, batch_ = 0, slices_ = 0, threads_ = 1;
   bool past_caches_ = false;
   int64_t task_panels_ = 1, task_rows_ = 1, task_acc_ = 0, thread_tile_ = 0;
   Buffer tile_buffer_, acc_buffer_, packed_buffer_;
@@ -272,9 +268,9 @@ class Projection {
 
 }  // namespace
 
-void project_cpu(const Stream& stream, const ErrorMatrix& error, std::vector<Range> ranges,
+void project_cpu(const Stream& stream, const ErrorMatrix& error, std::vector<Layer> layers,
                  Type out_type) {
-  Projection(stream, error, std::move(ranges), out_type).run();
+  Projection(stream, error, std::move(layers), out_type).run();
 }
 
 }  // namespace dfa

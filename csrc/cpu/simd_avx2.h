@@ -7,8 +7,8 @@ namespace {
 struct Avx2 {
   static constexpr int kLanes = 8;
   static constexpr int kVectors = 1;
-  static constexpr int kBlockF32 = 6;
-  static constexpr int kBlockF64 = 2;
+  static constexpr int kBatchF32 = 6;
+  static constexpr int kBatchF64 = 2;
 
   using W = __m256i;
   using I = __m256i;
@@ -72,8 +72,8 @@ struct Avx2 {
     _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
   }
 
-  // The quantile of 1 + k / 4096 before its rounding. log2(m) = polynomial in m - 1 on [1, 2) with
-  // absolute error 2^-16.3, where 2^-15 is enough.
+  // The quantile for 1 + k / 4096, before rounding. log2(m) is a polynomial in m - 1 on [1, 2),
+  // with an absolute error of 2^-16.3; 2^-15 is enough.
   static F quantile(F one_plus) {
     const F p = fma(one_plus, set1(2.0f), set1(0x1p-12f - 3.0f));
     const F q = _mm256_fnmadd_ps(p, p, set1(1.0f));

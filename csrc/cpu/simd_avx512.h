@@ -4,11 +4,10 @@
 namespace dfa {
 namespace {
 
-// Quantile = p * G(q), q = 1 - p * p: for each half octave of q a cubic in q itself, so that
-// neither a logarithm nor its exponent is ever computed. Row i holds the coefficients of q^i; a
-// column is picked by the low five bits of (bits of q >> 22), whose 24 occurring values are
-// distinct. Fitted to the formula in entries.h with at most 0.15 of the distance to a rounding tie
-// as error, and proven on all 4096 inputs.
+// Quantile = p * G(q), q = 1 - p * p, where G is a cubic in q for each half octave of q, so no
+// logarithm is computed. Row i holds the coefficients of q^i. The low five bits of (bits of q >>
+// 22) pick the column; the 24 values that occur are distinct. The fit to the formula in entries.h
+// errs by at most 0.15 of the distance to a rounding tie, and is proven on all 4096 inputs.
 alignas(64) constexpr float kHalfOctaves[4][32] = {
     {0,
      0,
@@ -143,8 +142,8 @@ alignas(64) constexpr float kHalfOctaves[4][32] = {
 struct Avx512 {
   static constexpr int kLanes = 16;
   static constexpr int kVectors = 2;
-  static constexpr int kBlockF32 = 12;
-  static constexpr int kBlockF64 = 6;
+  static constexpr int kBatchF32 = 12;
+  static constexpr int kBatchF64 = 6;
 
   using W = __m512i;
   using I = __m512i;
@@ -200,7 +199,7 @@ struct Avx512 {
     _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
   }
 
-  // The quantile of 1 + k / 4096 before its rounding.
+  // The quantile for 1 + k / 4096, before rounding.
   static F quantile(F one_plus) {
     const F p = fma(one_plus, set1(2.0f), set1(0x1p-12f - 3.0f));
     const F q = _mm512_fnmadd_ps(p, p, set1(1.0f));

@@ -1,11 +1,11 @@
-// Lanes in the vector extensions of GCC and Clang, for every architecture: the compiler lowers them
-// to whatever the baseline has (SSE2, NEON).
+// Lanes in the vector extensions of GCC and Clang, for every architecture. The compiler uses what
+// the baseline has (SSE2, NEON).
 #pragma once
 
 namespace dfa {
 namespace {
 
-// The 4096 quantiles as floats: a load is cheaper than the formula without wide vectors.
+// The 4096 quantiles as floats. Without wide vectors, a load is cheaper than the formula.
 struct CodebookTable {
   float value[kCodebookSize];
   CodebookTable() {
@@ -17,8 +17,8 @@ const CodebookTable kCodebookTable;
 struct Portable {
   static constexpr int kLanes = 4;
   static constexpr int kVectors = 1;  // vectors of rows whose blocks are made together
-  static constexpr int kBlockF32 = 6;
-  static constexpr int kBlockF64 = 3;
+  static constexpr int kBatchF32 = 6;
+  static constexpr int kBatchF64 = 3;
 
   typedef uint64_t W __attribute__((vector_size(16)));
   typedef uint32_t I __attribute__((vector_size(16)));
@@ -76,7 +76,7 @@ struct Portable {
     std::memcpy(p, halves, sizeof halves);
   }
 
-  // The quantile of 1 + k / 4096, here already rounded.
+  // The quantile for 1 + k / 4096, already rounded.
   static F quantile(F one_plus) {
     const I k = (as_bits(one_plus) >> 11) & 0xfffu;
     F r;
@@ -100,7 +100,7 @@ struct Portable {
   static D plus(D a, D b) { return a + b; }
   static D fma(D a, D b, D c) { return a * b + c; }
 
-  // Four vectors of words to kLanes blocks of four words: the block of lane l is number
+  // Transposes four vectors of words to kLanes blocks of four words. The block of lane l is number
   // (l % 4) * (kLanes / 4) + l / 4.
   static void store_blocks(uint32_t* p, I w0, I w1, I w2, I w3) {
     for (int lane = 0; lane < kLanes; ++lane) {

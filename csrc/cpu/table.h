@@ -1,6 +1,6 @@
 // Builds the table of one instruction set from its lanes. Included once per set, after the set's
-// target pragma; everything here and in the headers it uses has internal linkage, so that no
-// function compiled for one set can stand in for another's at link time.
+// target pragma. Everything here and in the headers it includes has internal linkage: the linker
+// must not replace a function of one set by another's.
 #pragma once
 
 #include "fill.h"
@@ -15,8 +15,8 @@ constexpr Kernels make_kernels(const char* name) {
   Kernels k{};
   k.name = name;
   k.panel = 2 * S::kLanes;
-  k.max_block_f32 = Float32Ops<S>::kMaxBlock;
-  k.max_block_f64 = Float64Ops<S>::kMaxBlock;
+  k.max_batch_f32 = Float32Ops<S>::kMaxBatch;
+  k.max_batch_f64 = Float64Ops<S>::kMaxBatch;
   k.tile_f32 = make_tile<S, float>;
   k.tile_bf16 = make_tile<S, uint32_t>;
   k.multiply_f32 = multiply<S, Float32Ops<S>>;

@@ -1,5 +1,4 @@
-// Tiles of U for the projection: lanes are rows, so one vector holds one column and is stored
-// whole.
+// Tiles of U for the projection. Lanes are rows: a vector holds a column and is stored whole.
 #pragma once
 
 #include "vector_entries.h"
@@ -7,11 +6,10 @@
 namespace dfa {
 namespace {
 
-// Philox for S::kVectors vectors of consecutive rows. In 64-bit lanes a widening multiplication
-// ignores whatever the high halves hold, so words are never masked; even rows live in one register,
-// odd rows in another. The first two rounds are mostly shared: round one multiplies only the row
-// (once per panel) and the column block (a scalar), and so does round two, because rows do not
-// cross a multiple of 2^32.
+// Philox for S::kVectors vectors of consecutive rows, in 64-bit lanes: even rows in one register,
+// odd rows in another. Words are never masked, because the widening multiplication ignores the high
+// halves. The first two rounds are mostly shared. They multiply only what depends on the row (once
+// per panel) and on the column block (a scalar), because rows do not cross a multiple of 2^32.
 template <class S>
 class RowBlocks {
  public:
@@ -80,8 +78,7 @@ class RowBlocks {
   W round1_low_[kGroups], round2_low_[kGroups], round2_high_[kGroups];
 };
 
-// Stores columns 2i and 2i + 1 of one vector of rows: as two float columns, or as one column of
-// pairs.
+// Stores columns 2i and 2i + 1 of a vector of rows, as two columns of floats or one of pairs.
 template <class S, class Entry>
 void store_pair(float* tile, typename S::I words) {
   S::store(tile, Entry::as_floats(Entry::even(words)));
@@ -102,11 +99,11 @@ void store_signs(uint32_t* tile, typename S::I w, int bit) {
   S::store_bits(tile, S::mask_or(S::left(w, 15 - bit), kPairSigns, kPairOnes));
 }
 
-// A panel is two vectors of rows; element (column or pair of columns) stride is therefore 2 *
-// kLanes.
+// Elements between pairs of columns. A panel is two vectors of rows; a pair is two columns of
+// floats or one column of pairs.
 template <class S, class T>
 constexpr int64_t pair_stride() {
-  return (T(0.5f) != T(0) ? 2 : 1) * 2 * S::kLanes;  // floats: two columns a pair
+  return (__is_same(T, float) ? 2 : 1) * 2 * S::kLanes;
 }
 
 template <class S, class Entry, class T>
@@ -132,7 +129,7 @@ void halfword_tile(const TileSpec& spec, T* tile) {
 template <class S, class T>
 void rademacher_tile(const TileSpec& spec, T* tile) {
   constexpr int64_t kStride = pair_stride<S, T>();
-  constexpr int64_t kUnits = kRademacherBlockColumns / kUnitColumns;  // units of one block
+  constexpr int64_t kUnits = facts(Distribution::kRademacher).block / kUnitColumns;
   for (int v0 = 0; v0 < 2; v0 += S::kVectors) {
     const RowBlocks<S> rows(spec.seed, spec.row + v0 * S::kLanes);
     T* out = tile + v0 * S::kLanes;

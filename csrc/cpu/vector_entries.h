@@ -1,5 +1,5 @@
-// Entries of whole vectors of Philox words. A halfword's top bits become the mantissa of a number
-// in [1, 2) by one shift and one bitwise operation, which spares the conversion from integer.
+// Entries of whole vectors of Philox words. One shift and one bitwise operation turn a halfword's
+// top bits into the mantissa of a number in [1, 2), which saves the conversion from integer.
 #pragma once
 
 namespace dfa {
@@ -17,7 +17,7 @@ typename S::F high_halves(typename S::I words) {
   return S::as_float(S::mask_or(S::template right<9>(words), kMantissa, kFloatOne));
 }
 
-// Entries come as bits whose upper half is the bf16 entry; as_floats() clears what is below.
+// Entries are bits whose upper half is the bf16 entry; as_floats() clears the lower half.
 template <class S>
 struct Normal {
   static typename S::I even(typename S::I words) { return round(low_halves<S, 0x7ff800u>(words)); }
@@ -27,7 +27,7 @@ struct Normal {
   }
 
  private:
-  // No quantile is near a tie, so half a unit added to the upper half rounds it to nearest.
+  // No quantile is near a tie, so adding half a unit of the upper half rounds to nearest.
   static typename S::I round(typename S::F one_plus) {
     return S::plus(S::as_bits(S::quantile(one_plus)), S::bits(0x8000u));
   }

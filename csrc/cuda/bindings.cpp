@@ -1,5 +1,5 @@
-// Registration of the CUDA kernels with PyTorch's stable ABI, in a library of its own: where it
-// cannot be loaded, the CPU kernels still can.
+// Registration of the CUDA kernels with PyTorch's stable ABI. They are a library of their own, so
+// that the CPU kernels load where CUDA's libraries do not.
 #include <Python.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -23,7 +23,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Device;
 using torch::stable::Tensor;
 
-// Of the current device.
+// The current device's current stream.
 void* current_stream() {
   void* stream = nullptr;
   const int32_t device = torch::stable::accelerator::getCurrentDeviceIndex();
@@ -32,23 +32,21 @@ void* current_stream() {
   return stream;
 }
 
-// Torch's own error does not come through the stable ABI; `backends/cuda.py` asks for it.
+// The stable ABI loses torch's own error. `backends/cuda.py` recognises this one and gets it again.
 Tensor allocate(int64_t rows, int64_t columns, ScalarType dtype, Device device, const char* op) {
-  dfa::check_fits(rows, columns, op);
-  try {
-    return torch::stable::empty(std::vector<int64_t>{rows, columns}, dtype, std::nullopt, device);
-  } catch (const std::exception&) {
+  std::optional<Tensor> out = dfa::new_matrix(rows, columns, dtype, device, op);
+  if (!out.has_value()) {
     const int64_t size = dtype == ScalarType::Byte ? 1 : type_bytes(dfa::type_of(dtype, op, ""));
     check(false, op, ": cannot allocate ", rows * columns * size, " bytes");
-    throw;
   }
+  return *std::move(out);
 }
 
 void check_terms(ScalarType error, int64_t terms, const char* op) {
   dfa::check_integer(terms, 1, error == ScalarType::Float ? 3 : 1, op, "terms");
 }
 
-// The device that `device` names, of which the current one has no index.
+// `device` with its index: "cuda" alone is the current device.
 Device with_index(Device device, const char* op) {
   check(device.type() == DeviceType::CUDA, op, ": device must be cuda for backend cuda");
   if (device.index() >= 0) return device;
@@ -72,11 +70,11 @@ std::vector<Tensor> project(const Tensor& error, const std::vector<int64_t>& row
   const torch::stable::accelerator::DeviceGuard guard(device.index());
   std::vector<Tensor> outputs;
   outputs.reserve(sizes.size());
-  for (dfa::Range& range : checked.ranges) {
-    outputs.push_back(allocate(error.size(0), range.size, checked.out_dtype, device, "project"));
-    range.out = outputs.back().mutable_data_ptr();
+  for (dfa::Layer& layer : checked.layers) {
+    outputs.push_back(allocate(error.size(0), layer.size, checked.out_dtype, device, "project"));
+    layer.out = outputs.back().mutable_data_ptr();
   }
-  std::vector<Tensor> workspace;  // goes back to the stream's pool when this function returns
+  std::vector<Tensor> workspace;  // returns to the stream's pool when this function ends
   const auto take = [&](int64_t bytes) {
     workspace.push_back(allocate(1, bytes, ScalarType::Byte, device, "project"));
     return workspace.back().mutable_data_ptr();
@@ -84,12 +82,12 @@ std::vector<Tensor> project(const Tensor& error, const std::vector<int64_t>& row
   dfa::project_cuda(checked.stream,
                     {error.const_data_ptr(), error.size(0), error.size(1), error.stride(0),
                      error.stride(1), checked.error_type},
-                    std::move(checked.ranges), checked.out_type, static_cast<int>(terms),
+                    std::move(checked.layers), checked.out_type, static_cast<int>(terms),
                     {tile, processors}, take, current_stream());
   return outputs;
 }
 
-// A block of U, with uniform entries as their exact lattice if `lattice`.
+// Entries of U; without their distribution's factor if `lattice`.
 Tensor entries(int64_t rows, int64_t columns, int64_t seed, int64_t row_offset,
                int64_t column_offset, const std::string& distribution, ScalarType dtype,
                Device device, bool lattice) {
@@ -105,7 +103,7 @@ Tensor entries(int64_t rows, int64_t columns, int64_t seed, int64_t row_offset,
   return out;
 }
 
-// The tiles of a projection, for tests to force: their indices, and what they are called.
+// The tiles of a projection, for tests to force: their indices and their names.
 std::tuple<std::vector<int64_t>, std::vector<std::string>> tiles(const std::string& distribution,
                                                                  ScalarType dtype, int64_t terms,
                                                                  Device device) {
@@ -132,7 +130,8 @@ STABLE_TORCH_LIBRARY_IMPL(dfa_kernels, CompositeExplicitAutograd, m) {
   m.impl("cuda_tiles", TORCH_BOX(&tiles));
 }
 
-// `import dfa_kernels._CUDA` loads the library; the registrations above are its only content.
+// `import dfa_kernels._CUDA` loads the library and so makes the registrations above. The module
+// itself is empty.
 PyMODINIT_FUNC PyInit__CUDA(void) {
   static PyModuleDef module = {
       PyModuleDef_HEAD_INIT, "_CUDA", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

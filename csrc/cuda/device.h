@@ -1,5 +1,5 @@
-// Every hardware primitive the kernels use, and nothing else: the kernels are plain C++ above it.
-// Without nvcc the same names come from an emulator on the host, which the tests supply.
+// Every hardware primitive that the kernels use; above it they are plain C++. Without nvcc, the
+// tests' emulator supplies the same names on the host.
 #pragma once
 
 #include "../entries.h"
@@ -8,8 +8,6 @@
 #include "emulator.h"  // of tests/backends/cuda_host
 #else
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <map>
@@ -45,7 +43,7 @@ DFA_DEVICE uint32_t ballot(bool holds) { return __ballot_sync(~0u, holds); }
 DFA_DEVICE uint32_t shuffle(uint32_t value, int lane) { return __shfl_sync(~0u, value, lane); }
 DFA_DEVICE int lowest_bit(uint32_t mask) { return __ffs(static_cast<int>(mask)) - 1; }
 
-// 16 bytes from global to shared memory, zeros if not `valid`; both addresses multiples of 16.
+// Copies 16 bytes from global to shared memory, zeros if not `valid`. Both addresses are aligned.
 DFA_DEVICE void copy_async(void* to, const void* from, bool valid) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address),
@@ -53,10 +51,10 @@ DFA_DEVICE void copy_async(void* to, const void* from, bool valid) {
                : "memory");
 }
 
-// Waits for this thread's own copies; a barrier then shows them to the block.
+// Waits for this thread's own copies. The block sees them after a barrier.
 DFA_DEVICE void wait_copies() { asm volatile("cp.async.wait_all;\n" ::: "memory"); }
 
-// c[16 x 8] += a[16 x 16] * b[16 x 8] over the warp, fp32 sums.
+// c[16 x 8] += a[16 x 16] * b[16 x 8] over the warp, summed in fp32.
 DFA_DEVICE void multiply_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
@@ -71,14 +69,14 @@ DFA_DEVICE void multiply_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// log2 of a normal number; absolute error below 2^-18 wherever the result is below 16.
+// log2 of a normal number. The absolute error is below 2^-18 if the result is below 16.
 DFA_DEVICE float log2_approximate(float x) {
   float result;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
 
-// Bytes picked from (high, low), as PTX's prmt.
+// Picks bytes from (high, low), as PTX's prmt does.
 DFA_DEVICE uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
   return __byte_perm(low, high, selector);
 }
@@ -86,7 +84,7 @@ DFA_DEVICE uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
 DFA_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 DFA_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }
 
-// Two roundings to nearest even, packed: `low` in the lower half.
+// Rounds both to nearest even and packs them, `low` in the lower half.
 DFA_DEVICE uint32_t pack_bf16(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
@@ -99,9 +97,7 @@ DFA_DEVICE uint32_t pack_half(float low, float high) {
   return pair;
 }
 
-DFA_DEVICE float half_value(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
-
-// Stores that will not be read again soon.
+// For data that will not be read again soon.
 template <class T>
 DFA_DEVICE void store_streaming(T* to, T value) {
   __stcs(to, value);
@@ -115,13 +111,13 @@ DFA_DEVICE void store16(void* to, Words16 words) {
 
 inline void check_cuda(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
-  static_cast<void>(cudaGetLastError());  // else torch's next launch would report it again
+  static_cast<void>(cudaGetLastError());  // or torch's next launch would report it again
   throw std::runtime_error(std::string("dfa_kernels: ") + what + ": " + cudaGetErrorString(status));
 }
 
 struct DeviceLimits {
   int processors;
-  int shared_bytes;  // that one block may have
+  int shared_bytes;  // most of one block
 };
 
 inline DeviceLimits device_limits() {
@@ -136,8 +132,8 @@ inline DeviceLimits device_limits() {
   return limits;
 }
 
-// How many blocks a multiprocessor of the current device holds at once. Asked once: CUDA's answer
-// takes longer than a launch. The kernel is allowed as much shared memory as there is.
+// How many blocks a multiprocessor of the current device holds at once. Also allows the kernel all
+// shared memory there is. CUDA is asked once, because its answer takes longer than a launch.
 template <class Parameters>
 int resident_blocks(void (*kernel)(Parameters), int threads, int shared_bytes) {
   static std::mutex mutex;

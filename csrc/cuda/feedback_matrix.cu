@@ -1,5 +1,5 @@
-// U itself. A thread makes 8 columns, those of one Philox block, of row after row; the threads of a
-// warp lie side by side, so that a 16-bit row is written 512 bytes at a time.
+// U itself. A thread makes a unit of 8 columns of row after row. The threads of a warp are side by
+// side, so a row of 16-bit entries is written 512 bytes at a time.
 #include <algorithm>
 #include <cstring>
 
@@ -16,17 +16,17 @@ struct FillParameters {
   uint64_t row_offset;
   int64_t rows, columns;
   int64_t head;   // columns of the first unit that lie before the matrix
-  int64_t units;  // of 8 columns, in a row
+  int64_t units;  // in a row
   uint64_t first_unit;
   int64_t unit_groups, row_groups;
   int32_t width;  // threads side by side, a power of two
-  double unit;    // of uniform entries
+  double factor;  // of uniform entries
   void* out;
 };
 
-// The words of element `i` begin at i * size / 4; 16-bit elements come in pairs.
+// The words of a unit: element i begins at word i * bytes / 4, and 16-bit elements are in pairs.
 template <Type kType, Distribution kDistribution>
-DFA_DEVICE void unit_words(const Words4& block, int quad, double unit, uint32_t (&words)[16]) {
+DFA_DEVICE void unit_words(const Words4& block, int quad, double factor, uint32_t (&words)[16]) {
   constexpr Halves halves = halves_of(kDistribution);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -36,8 +36,8 @@ DFA_DEVICE void unit_words(const Words4& block, int quad, double unit, uint32_t 
       low = uniform_value(block.word[i], halves.low);
       high = uniform_value(block.word[i], halves.high);
       if constexpr (kType != Type::kFloat64) {
-        low *= static_cast<float>(unit);
-        high *= static_cast<float>(unit);
+        low *= static_cast<float>(factor);
+        high *= static_cast<float>(factor);
       }
       pair = device::pack_bf16(low, high);
     } else {
@@ -57,7 +57,7 @@ DFA_DEVICE void unit_words(const Words4& block, int quad, double unit, uint32_t 
       words[2 * i] = device::as_bits(low);
       words[2 * i + 1] = device::as_bits(high);
     } else {
-      const double times = kDistribution == Distribution::kUniform ? unit : 1.0;
+      const double times = kDistribution == Distribution::kUniform ? factor : 1.0;
       const double wide[] = {low * times, high * times};
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
@@ -106,21 +106,21 @@ fill(DFA_ARGUMENT FillParameters p) {
   const int64_t high = kThreads / p.width;  // rows at once
   const int64_t step = high * p.row_groups;
   const uint64_t absolute = p.first_unit + static_cast<uint64_t>(unit);
-  constexpr bool kBits = kDistribution == Distribution::kRademacher;
-  const uint32_t column_block = static_cast<uint32_t>(kBits ? absolute / 16 : absolute);
+  constexpr int kUnits = facts(kDistribution).block / kUnitColumns;  // of a Philox block
+  const uint32_t column_block = static_cast<uint32_t>(absolute / kUnits);
   for (int64_t r = group / p.unit_groups * high + device::thread() / p.width; r < p.rows;
        r += step) {
     const uint64_t row = p.row_offset + static_cast<uint64_t>(r);
     RowState state;
     state.set(p.keys, lower(row));
     Words4 block = join(p.keys, state, ColumnState(p.keys, column_block, upper(row)));
-    if constexpr (kBits) {  // the one word of these 8 columns
-      const int word = static_cast<int>(absolute % 16 / 4);
+    if constexpr (kUnits > 1) {  // the one word of these 8 columns
+      const int word = static_cast<int>(absolute % kUnits / 4);
       block.word[0] = word < 2 ? (word == 0 ? block.word[0] : block.word[1])
                                : (word == 2 ? block.word[2] : block.word[3]);
     }
     uint32_t words[16];
-    unit_words<kType, kDistribution>(block, static_cast<int>(absolute % 4), p.unit, words);
+    unit_words<kType, kDistribution>(block, static_cast<int>(absolute % 4), p.factor, words);
     char* const out = static_cast<char*>(p.out) + r * p.columns * type_bytes(kType);
     write_unit<kType>(words, 8 * unit - p.head, p.columns, out);
   }
@@ -128,15 +128,7 @@ fill(DFA_ARGUMENT FillParameters p) {
 
 template <Type kType>
 auto fill_of(Distribution distribution) -> void (*)(FillParameters) {
-  switch (distribution) {
-    case Distribution::kNormal:
-      return fill<kType, Distribution::kNormal>;
-    case Distribution::kUniform:
-      return fill<kType, Distribution::kUniform>;
-    case Distribution::kRademacher:
-      return fill<kType, Distribution::kRademacher>;
-  }
-  throw std::logic_error("dfa_kernels: unknown distribution");
+  return for_distribution(distribution, [](auto kind) { return &fill<kType, kind>; });
 }
 
 auto fill_of(Type type, Distribution distribution) -> void (*)(FillParameters) {
@@ -153,8 +145,6 @@ auto fill_of(Type type, Distribution distribution) -> void (*)(FillParameters) {
   throw std::logic_error("dfa_kernels: unknown type");
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 }  // namespace
 
 void feedback_matrix_cuda(const Stream& stream, uint64_t row_offset, int64_t rows, int64_t columns,
@@ -165,9 +155,9 @@ void feedback_matrix_cuda(const Stream& stream, uint64_t row_offset, int64_t row
   p.row_offset = row_offset;
   p.rows = rows;
   p.columns = columns;
-  p.head = stream.column_offset % kBlockColumns;
-  p.first_unit = static_cast<uint64_t>(stream.column_offset / kBlockColumns);
-  p.units = divide_up(p.head + columns, kBlockColumns);
+  p.head = stream.column_offset % kUnitColumns;
+  p.first_unit = static_cast<uint64_t>(stream.column_offset / kUnitColumns);
+  p.units = divide_up(p.head + columns, kUnitColumns);
   p.width = 1;
   while (p.width < kThreads && p.width < p.units) p.width *= 2;
   p.unit_groups = divide_up(p.units, p.width);
@@ -175,7 +165,7 @@ void feedback_matrix_cuda(const Stream& stream, uint64_t row_offset, int64_t row
   const int64_t blocks = 32 * int64_t{device_limits().processors};
   const int64_t most = divide_up(rows, kThreads / p.width);
   p.row_groups = std::min(most, divide_up(blocks, p.unit_groups));
-  p.unit = lattice ? 1.0 : kSqrt3;
+  p.factor = lattice ? 1.0 : facts(stream.distribution).factor;
   p.out = out;
   launch(fill_of(type, stream.distribution), p, p.unit_groups * p.row_groups, kThreads, 0,
          cuda_stream);

@@ -1,10 +1,10 @@
-// Where things lie: the map between U's columns and the operands of mma.m16n8k16, and the place of
-// the error in shared memory. The kernels and the host tests use these same functions.
+// The maps from U's columns to the operands of mma.m16n8k16, and from the error to shared memory.
+// The kernels and the host tests use the same functions.
 //
-// A sum does not care for the order of its terms. Within 32 columns, the contraction of two
-// m16n8k16 steps is permuted so that lane quad q = lane % 4 owns columns 8q .. 8q + 7: those of one
-// Philox block of a row. The block's word w is then register pair w % 2 of step w / 2, and the
-// error's matching elements are the 16 bytes of its columns 8q .. 8q + 7.
+// The order of a sum's terms is free. Over a strip of 32 columns, the contraction of two m16n8k16
+// steps is therefore permuted: lane quad q = lane % 4 owns columns 8q .. 8q + 7, those of one
+// Philox block of a row. Word w of the block becomes register pair w % 2 of step w / 2. The
+// matching elements of the error are the 16 bytes of its columns 8q .. 8q + 7.
 #pragma once
 
 #include <cstdint>
@@ -13,35 +13,35 @@
 
 namespace dfa {
 
-constexpr int kBlock32 = 32;                    // columns of U per pair of steps
-constexpr int kChunkColumns = 64;               // columns of the error that are staged together
+constexpr int kStripColumns = 32;               // columns of U per pair of steps
+constexpr int kChunkColumns = 64;               // columns of the error staged together
 constexpr int kChunkBytes = 2 * kChunkColumns;  // of one error row
 constexpr int kPieces = kChunkBytes / 16;       // 16-byte pieces of it
 constexpr int kFragmentRows = 16;               // rows of U in one A operand
-constexpr int kFragmentErrors = 8;              // rows of the error in one B operand
+constexpr int kFragmentBatch = 8;               // rows of the error in one B operand
 
-// Row of a fragment that `lane` makes, half 0 or 1.
+// The row of a fragment that `lane` makes, for half 0 or 1.
 DFA_HOST_DEVICE constexpr int fragment_row(int lane, int half) { return lane / 4 + 8 * half; }
 
-// A register of (half of the rows, pair of columns).
+// The A register of (half of the rows, pair of columns).
 DFA_HOST_DEVICE constexpr int a_register(int half, int pair) { return half + 2 * pair; }
 
 // The Philox word that holds a lane's columns of `step` and `pair`.
 DFA_HOST_DEVICE constexpr int word_of(int step, int pair) { return 2 * step + pair; }
 
-// Column, of 32, of word `word`'s half `half` in lane quad `quad`.
+// The column in a strip of half `half` of word `word`, in lane quad `quad`.
 DFA_HOST_DEVICE constexpr int column_of(int quad, int word, int half) {
   return 8 * quad + 2 * word + half;
 }
 
-// Byte of the 16-byte piece `piece` of error row `row` in a staged chunk. Neighbouring rows swap
-// their halves, so that the 8 lanes of one shared-memory access touch all banks once.
+// The byte of 16-byte piece `piece` of error row `row` in a staged chunk. Every other row swaps its
+// halves, so that the 8 lanes of one shared-memory access touch every bank once.
 DFA_HOST_DEVICE constexpr int staged_byte(int row, int piece) {
   return row * kChunkBytes + 16 * (piece ^ ((row & 1) << 2));
 }
 
-// Error row and layer row (half) of accumulator i of `lane`.
-DFA_HOST_DEVICE constexpr int sum_error(int lane, int i) { return 2 * (lane % 4) + i % 2; }
+// The error row and the row of U of accumulator i of `lane`, within a fragment.
+DFA_HOST_DEVICE constexpr int sum_batch(int lane, int i) { return 2 * (lane % 4) + i % 2; }
 DFA_HOST_DEVICE constexpr int sum_row(int lane, int i) { return fragment_row(lane, i / 2); }
 
 }  // namespace dfa

@@ -1,10 +1,10 @@
-// The fused projection: a warp makes rows of U as operands in its registers, multiplies them with
-// the error staged in shared memory, and writes the sums, scaled, to every layer with those rows.
+// The fused projection. A warp makes rows of U as operands in its registers, multiplies them with
+// the error staged in shared memory, and writes the scaled sums to every layer that has those rows.
 //
-// A block of threads takes tiles of [rows of U] x [rows of the error] in turn. Each entry of U is
-// made once per tile of error rows, whatever the number of layers and of terms of the error. Its
-// warps divide the rows of U, or else, so that few rows keep all schedulers busy, the columns: then
-// each has its own sums of all rows, and they are added up in the order of the warps.
+// A block of threads takes tiles of [rows of U] x [batch] in turn. Each entry of U is made once per
+// tile of the batch, however many layers there are and terms the error has. The block's warps
+// divide the rows of U, or the columns, so that few rows keep all schedulers busy. In the second
+// case each warp has its own sums of all rows; they are added up in the order of the warps.
 #pragma once
 
 #include "generator.h"
@@ -13,81 +13,83 @@
 namespace dfa {
 
 struct FusedParameters {
-  const uint16_t* error;  // [terms][rows][columns], bf16 or fp16; what matters is 16-byte aligned
-  int64_t row_stride, term_stride;
-  int64_t rows, columns;  // columns: a multiple of 8
-  int64_t row_tiles;      // of U
-  int64_t items;          // row_tiles times the tiles of error rows
-  int32_t steps;          // of the columns that a stage holds, at least 1
+  const uint16_t* error;  // [terms][batch][columns], bf16 or fp16, rows aligned to 16 bytes
+  int64_t batch_stride, term_stride;
+  int64_t batch, columns;  // columns: a multiple of 8
+  int64_t row_tiles;       // of U
+  int64_t items;           // row_tiles times the tiles of the batch
+  int32_t steps;           // through the columns, a stage each; at least 1
   int32_t terms;
   Type out_type;
   uint32_t first_block;  // Philox column block of column 0
   RoundKeys keys;
   LayerTable table;
 };
-static_assert(sizeof(FusedParameters) <= 4096, "what a kernel may be given on every GPU");
+static_assert(sizeof(FusedParameters) <= 4096, "the limit of kernel arguments on every GPU");
 
-// The tile of one block: N fragments of 8 error rows by F fragments of 16 rows of U for each warp,
-// or for all of them if each makes one of as many PARTS of the columns. CHUNKS of columns of the
-// error are staged at once: the more, the fewer barriers.
+// The tile of a block: N fragments of 8 error rows by F fragments of 16 rows of U for each warp. If
+// the warps divide the columns into PARTS instead, it is the same tile for all of them. CHUNKS of
+// columns of the error are staged at once; more of them need fewer barriers.
 template <int N, int F, int WARPS, int BLOCKS, int CHUNKS, int PARTS = 1>
 struct Shape {
   static_assert(PARTS == 1 || PARTS == WARPS, "all warps share their rows, or none do");
   static constexpr int kN = N, kF = F, kWarps = WARPS, kChunks = CHUNKS, kParts = PARTS;
   static constexpr int kThreads = 32 * WARPS;
-  static constexpr int kBlocks = BLOCKS;  // that a multiprocessor should hold, for the registers
-  static constexpr int kErrors = kFragmentErrors * N;
+  static constexpr int kBlocks = BLOCKS;  // per multiprocessor, which limits the registers
+  static constexpr int kBatch = kFragmentBatch * N;
   static constexpr int kWarpRows = kFragmentRows * F;
   static constexpr int kRows = kWarpRows * WARPS / PARTS;
   static constexpr int kStageColumns = kChunkColumns * CHUNKS;
-  static constexpr int kTermBytes = kErrors * kChunkBytes * CHUNKS;  // of a stage
-  // Blocks of 32 columns in a stage, and those of one warp.
-  static constexpr int kStageBlocks = kStageColumns / kBlock32, kOwnBlocks = kStageBlocks / PARTS;
-  static constexpr int kMostStagedN = PARTS == 1 ? 4 : 2;  // with 2, no thread of many idles
+  static constexpr int kTermBytes = kBatch * kChunkBytes * CHUNKS;  // of a stage
+  // Strips of 32 columns in a stage, and those of one warp.
+  static constexpr int kStageStrips = kStageColumns / kStripColumns,
+                       kOwnStrips = kStageStrips / PARTS;
+  static constexpr int kMostStagedN = PARTS == 1 ? 4 : 2;  // 2, so that many warps all write
   static constexpr int kStagedN = N < kMostStagedN ? N : kMostStagedN;
-  // With 4 mod 16 floats to a row of staged sums, the quads of a warp write to different banks.
+  // Rows of staged sums are 4 mod 16 floats, so the quads of a warp write to different banks.
   static constexpr int kSumStride = kWarpRows + 4;
-  static constexpr int kSumFloats = kFragmentErrors * kStagedN * kSumStride;  // of a warp
+  static constexpr int kSumFloats = kFragmentBatch * kStagedN * kSumStride;  // of a warp
 };
 
 constexpr int kStages = 2;
 
-// What a thread copies of a tile of error rows: pieces of every kStep-th of its rows.
+// What a thread copies of a tile of the batch: a piece of every kStep-th error row.
 template <class S>
 struct ErrorPieces {
   static constexpr int kAcross = kPieces * S::kChunks;
   static constexpr int kStep = S::kThreads / kAcross;
-  static_assert(kStep % 2 == 0, "a thread's places keep their parity, and so their order");
+  static_assert(kStep % 2 == 0,
+                "a thread's error rows have one parity, and so one order of pieces");
 
   const uint16_t* from;
-  int rows;  // that there are, from its first on
+  int batch;  // error rows from its first on
 
   DFA_DEVICE static int piece() { return device::thread() % kAcross; }
   DFA_DEVICE static int first() { return device::thread() / kAcross; }
 
   DFA_DEVICE void start(const FusedParameters& p, int64_t tile) {
-    const int64_t row = tile * S::kErrors + first();
-    const int64_t left = p.rows - row;
-    from = p.error + (row * p.row_stride + 8 * piece());
-    rows = left < S::kErrors ? static_cast<int>(left) : S::kErrors;
+    const int64_t row = tile * S::kBatch + first();
+    const int64_t left = p.batch - row;
+    from = p.error + (row * p.batch_stride + 8 * piece());
+    batch = left < S::kBatch ? static_cast<int>(left) : S::kBatch;
   }
 
-  // Starts the copies of one step of columns into a stage: [terms][chunks][error rows][columns].
+  // Starts the copies of one step of columns into a stage: [terms][chunks][batch][columns].
   DFA_DEVICE void copy(const FusedParameters& p, int32_t step, char* stage) const {
     const int64_t column = int64_t{S::kStageColumns} * step;
-    const int there = p.columns - column > 8 * piece() ? rows : 0;
+    const int there = p.columns - column > 8 * piece() ? batch : 0;
     const uint16_t* of_term = from + column;
-    char* to = stage + piece() / kPieces * (S::kErrors * kChunkBytes) +
+    char* to = stage + piece() / kPieces * (S::kBatch * kChunkBytes) +
                staged_byte(first(), piece() % kPieces);
 #pragma unroll 1
     for (int term = 0; term < p.terms; ++term) {
       const uint16_t* of_row = of_term;
 #pragma unroll
-      for (int row = 0; row < S::kErrors; row += kStep) {
-        if (S::kErrors >= kStep || first() < S::kErrors) {
+      for (int row = 0; row < S::kBatch; row += kStep) {
+        if (S::kBatch >= kStep || first() < S::kBatch) {
           device::copy_async(to + row * kChunkBytes, of_row, row < there);
         }
-        of_row += kStep * p.row_stride;
+        of_row += kStep * p.batch_stride;
       }
       of_term += p.term_stride;
       to += S::kTermBytes;
@@ -95,35 +97,36 @@ struct ErrorPieces {
   }
 };
 
-// sums += U's rows of this warp times its part of what is staged.
+// sums += this warp's rows of U times its part of the staged error.
 template <class S, Distribution kDistribution, Operand kOperand>
 DFA_DEVICE void multiply_step(const FusedParameters& p,
                               Generator<kDistribution, kOperand, S::kF>& generator, int32_t step,
                               const char* stage, int part, int lane,
                               float (&sums)[S::kF][S::kN][4]) {
-  constexpr int kBlocks = S::kStageBlocks, kOwn = S::kOwnBlocks;
-  // How many blocks follow one another: of a warp that makes all columns, any number.
+  constexpr int kStrips = S::kStageStrips, kOwn = S::kOwnStrips;
+  // How many strips follow one another. A warp that makes all columns has any number of them.
   constexpr int kRun = S::kParts == 1 ? 4 : kOwn;
   const int64_t left = p.columns - int64_t{S::kStageColumns} * step;
-  const int blocks =
-      left < S::kStageColumns ? (static_cast<int>(left) + kBlock32 - 1) / kBlock32 : kBlocks;
-  const int own_end = kOwn * (part + 1), end = own_end < blocks ? own_end : blocks;
+  const int strips = left < S::kStageColumns
+                         ? (static_cast<int>(left) + kStripColumns - 1) / kStripColumns
+                         : kStrips;
+  const int own_end = kOwn * (part + 1), end = own_end < strips ? own_end : strips;
 #pragma unroll 1
-  for (int block = kOwn * part; block < end; ++block) {
+  for (int strip = kOwn * part; strip < end; ++strip) {
     uint32_t a[S::kF][2][4];
     generator.template make<kRun>(p.keys, p.first_block,
-                                  static_cast<uint32_t>(kBlocks * step + block), lane, a);
-    const char* chunk = stage + block / 2 * (S::kErrors * kChunkBytes);
-    const int piece = 4 * (block % 2) + lane % 4;
-    // Of these 32 columns, the smallest terms first.
+                                  static_cast<uint32_t>(kStrips * step + strip), lane, a);
+    const char* chunk = stage + strip / 2 * (S::kBatch * kChunkBytes);
+    const int piece = 4 * (strip % 2) + lane % 4;
+    // The smallest terms of the strip first.
 #pragma unroll 1
     for (int term = p.terms - 1; term >= 0; --term) {
       const char* from = chunk + term * S::kTermBytes + staged_byte(lane / 4, piece);
 #pragma unroll
       for (int n = 0; n < S::kN; ++n) {
-        // A whole fragment further down, a row keeps its parity and so its place.
+        // A fragment further down, a row has the same parity and so the same order of pieces.
         const Words16 b =
-            *reinterpret_cast<const Words16*>(from + n * kFragmentErrors * kChunkBytes);
+            *reinterpret_cast<const Words16*>(from + n * kFragmentBatch * kChunkBytes);
 #pragma unroll
         for (int f = 0; f < S::kF; ++f) {
           if constexpr (kOperand == Operand::kHalf) {
@@ -139,17 +142,17 @@ DFA_DEVICE void multiply_step(const FusedParameters& p,
   }
 }
 
-// Staged sums [parts][errors][rows] into a layer: neighbouring lanes hold neighbouring rows, which
-// are neighbours in memory. The warps that share rows divide the errors.
+// Writes staged sums [parts][batch][rows] to a layer. Neighbouring lanes write neighbouring rows,
+// which are neighbours in memory. Warps that share rows divide the batch.
 template <class S, class Out, class Round>
-DFA_DEVICE void write_sums(const float* staged, int errors, int begin, int end, int64_t size,
+DFA_DEVICE void write_sums(const float* staged, int batch, int begin, int end, int64_t size,
                            Out* out, int part, int lane, const Round& round) {
   constexpr int kTogether = 32 / S::kWarpRows;  // error rows written at once
   const int row = lane % S::kWarpRows;
   if (row < begin || row >= end) return;
   constexpr int kStep = kTogether * S::kParts;
 #pragma unroll 4
-  for (int m = lane / S::kWarpRows + kTogether * part; m < errors; m += kStep) {
+  for (int m = lane / S::kWarpRows + kTogether * part; m < batch; m += kStep) {
     const float* from = staged + m * S::kSumStride + row;
     float sum = *from;
 #pragma unroll
@@ -159,19 +162,18 @@ DFA_DEVICE void write_sums(const float* staged, int errors, int begin, int end, 
 }
 
 template <class S>
-DFA_DEVICE void write_layer(const FusedParameters& p, const LayerEntry& layer, uint64_t row,
-                            uint64_t end, int64_t error_row, int errors, const float* staged,
+DFA_DEVICE void write_layer(const FusedParameters& p, const Layer& layer, uint64_t row,
+                            uint64_t end, int64_t error_row, int batch, const float* staged,
                             int part, int lane) {
-  const uint64_t first = layer.row > row ? layer.row : row;
-  const uint64_t last = layer.end < end ? layer.end : end;
+  const uint64_t first = layer.row_offset > row ? layer.row_offset : row;
+  const uint64_t last = layer.end() < end ? layer.end() : end;
   const int begin_row = static_cast<int>(first - row), end_row = static_cast<int>(last - row);
-  const int64_t size = static_cast<int64_t>(layer.end - layer.row);
   // Of the warp's row 0, which may lie before the layer's first.
-  const int64_t offset = error_row * size + static_cast<int64_t>(row - layer.row);
+  const int64_t offset = error_row * layer.size + static_cast<int64_t>(row - layer.row_offset);
   const float scale = static_cast<float>(layer.scale);
   const auto write = [&](auto* none, const auto& round) {
-    auto* out = reinterpret_cast<decltype(none)>(layer.out) + offset;
-    write_sums<S>(staged, errors, begin_row, end_row, size, out, part, lane, round);
+    auto* out = static_cast<decltype(none)>(layer.out) + offset;
+    write_sums<S>(staged, batch, begin_row, end_row, layer.size, out, part, lane, round);
   };
   switch (p.out_type) {
     case Type::kFloat32:
@@ -190,7 +192,7 @@ DFA_DEVICE void write_layer(const FusedParameters& p, const LayerEntry& layer, u
   }
 }
 
-// Waits for the warps that share this one's rows.
+// Waits for the warps that share this warp's rows.
 template <class S>
 DFA_DEVICE void sync_parts() {
   if constexpr (S::kParts == 1) {
@@ -200,7 +202,7 @@ DFA_DEVICE void sync_parts() {
   }
 }
 
-// The sums of a warp's rows, which are [row, end), to all layers that have some of them.
+// Writes the sums of a warp's rows, [row, end), to all layers that have some of them.
 template <class S>
 DFA_DEVICE void write_layers(const FusedParameters& p, uint64_t row, uint64_t end,
                              int64_t error_row, float* staged, int part, int lane,
@@ -209,8 +211,8 @@ DFA_DEVICE void write_layers(const FusedParameters& p, uint64_t row, uint64_t en
   const int layers = p.table.layers_before(end);
 #pragma unroll 1
   for (int first = 0; first < S::kN; first += S::kStagedN) {
-    const int64_t from = error_row + kFragmentErrors * first;
-    if (from >= p.rows) break;
+    const int64_t from = error_row + kFragmentBatch * first;
+    if (from >= p.batch) break;
     sync_parts<S>();
 #pragma unroll
     for (int n = 0; n < S::kN; ++n) {
@@ -219,30 +221,30 @@ DFA_DEVICE void write_layers(const FusedParameters& p, uint64_t row, uint64_t en
       for (int f = 0; f < S::kF; ++f) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int m = kFragmentErrors * (n % S::kStagedN) + sum_error(lane, i);
+          const int m = kFragmentBatch * (n % S::kStagedN) + sum_batch(lane, i);
           own[m * S::kSumStride + kFragmentRows * f + sum_row(lane, i)] = sums[f][n][i];
         }
       }
     }
     sync_parts<S>();
-    const int64_t left = p.rows - from;
-    constexpr int kMost = kFragmentErrors * S::kStagedN;
-    const int errors = left < kMost ? static_cast<int>(left) : kMost;
+    const int64_t left = p.batch - from;
+    constexpr int kMost = kFragmentBatch * S::kStagedN;
+    const int batch = left < kMost ? static_cast<int>(left) : kMost;
     for (int top = layers; top > 0; top -= 32) {
       if (p.table.reach(top - 1) <= row) break;
       const int mine = top - 1 - lane;
       const bool overlaps = mine >= 0 && p.table.layer_end(mine) > row;
       for (uint32_t left_over = device::ballot(overlaps); left_over != 0;
            left_over &= left_over - 1) {
-        const LayerEntry layer = p.table.layer(top - 1 - device::lowest_bit(left_over));
-        write_layer<S>(p, layer, row, end, from, errors, staged, part, lane);
+        const Layer layer = p.table.layer(top - 1 - device::lowest_bit(left_over));
+        write_layer<S>(p, layer, row, end, from, batch, staged, part, lane);
       }
     }
   }
 }
 
-// The tensor cores cut their sums off where fp32 arithmetic rounds them, so that errors of many
-// additions add up. Exact sums are those of single steps, added with rounding.
+// Tensor cores cut sums off where fp32 arithmetic rounds, so the errors of many additions add up.
+// Exact sums therefore add up the sums of single steps, with rounding.
 template <class S>
 DFA_DEVICE void add_sums(const float (&one)[S::kF][S::kN][4], float (&sums)[S::kF][S::kN][4]) {
 #pragma unroll
@@ -264,11 +266,11 @@ fused(DFA_ARGUMENT FusedParameters p) {
   float* staged = reinterpret_cast<float*>(device::shared() + kStages * stage_bytes) +
                   of_rows * S::kParts * S::kSumFloats;
 
-  // While one stage is multiplied the other is filled. An error that fits the two of them is left
-  // there for as long as its tile lasts.
+  // One stage is filled while the other is multiplied. An error that fits both stays there until
+  // the next tile of the batch.
   const bool fits = p.steps <= kStages;
   ErrorPieces<S> pieces;
-  int stage = 0;  // bytes before it
+  int stage = 0;  // offset in bytes of the one being multiplied
   bool loading = false, fresh = true;
   int64_t item = device::block();
   if (item < p.items) {
@@ -312,7 +314,7 @@ fused(DFA_ARGUMENT FusedParameters p) {
     const uint64_t tile_end = tile.row + static_cast<uint64_t>(tile.rows);
     const uint64_t warp_end = row + S::kWarpRows;
     const uint64_t end = warp_end < tile_end ? warp_end : tile_end;
-    if (row < end) write_layers<S>(p, row, end, error_tile * S::kErrors, staged, part, lane, sums);
+    if (row < end) write_layers<S>(p, row, end, error_tile * S::kBatch, staged, part, lane, sums);
   }
 }
 

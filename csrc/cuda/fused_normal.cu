@@ -1,9 +1,5 @@
 #include "shapes.h"
 
 namespace dfa {
-
-FusedKernel fused_normal(Operand operand, int shape) {
-  return fused_kernel_of<Distribution::kNormal>(operand, shape);
-}
-
+template FusedKernel fused_kernel<Distribution::kNormal>(Operand, int);
 }  // namespace dfa

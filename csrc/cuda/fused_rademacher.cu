@@ -1,9 +1,5 @@
 #include "shapes.h"
 
 namespace dfa {
-
-FusedKernel fused_rademacher(Operand operand, int shape) {
-  return fused_kernel_of<Distribution::kRademacher>(operand, shape);
-}
-
+template FusedKernel fused_kernel<Distribution::kRademacher>(Operand, int);
 }  // namespace dfa

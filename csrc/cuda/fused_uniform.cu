@@ -1,9 +1,5 @@
 #include "shapes.h"
 
 namespace dfa {
-
-FusedKernel fused_uniform(Operand operand, int shape) {
-  return fused_kernel_of<Distribution::kUniform>(operand, shape);
-}
-
+template FusedKernel fused_kernel<Distribution::kUniform>(Operand, int);
 }  // namespace dfa

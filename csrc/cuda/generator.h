@@ -1,4 +1,4 @@
-// Entries of U in the registers of a warp, as operands of the tensor cores.
+// Entries of U in a warp's registers, as operands of the tensor cores.
 #pragma once
 
 #include "device.h"
@@ -6,11 +6,11 @@
 
 namespace dfa {
 
-// What is multiplied: bf16 or fp16 numbers, or the three bf16 terms of fp32 numbers, whose sums
-// want more care.
+// What is multiplied: bf16 or fp16 numbers, or the three bf16 terms of fp32 numbers, which are
+// summed more carefully.
 enum class Operand { kBFloat16, kHalf, kExact };
 
-// Philox keys of every round: constant memory, where they cost no instruction and no register.
+// The Philox keys of every round. In constant memory they cost no instruction and no register.
 struct RoundKeys {
   uint32_t even[Philox::kRounds], odd[Philox::kRounds];
 
@@ -27,9 +27,9 @@ DFA_DEVICE uint64_t product(uint32_t a, uint32_t b) { return static_cast<uint64_
 DFA_DEVICE uint32_t upper(uint64_t x) { return static_cast<uint32_t>(x >> 32); }
 DFA_DEVICE uint32_t lower(uint64_t x) { return static_cast<uint32_t>(x); }
 
-// The first two rounds fall apart into a part that depends on the row's lower half alone and one
-// that depends on the column block and the row's upper half alone; two XORs join them. A thread
-// keeps the first for each of its rows, and shares the second between them.
+// The first two rounds split into two parts, which two XORs join. One depends on the lower half of
+// the row alone; a thread keeps it for each of its rows. The other depends on the column block and
+// the upper half of the row; a thread's rows share it.
 struct RowState {
   uint32_t c0, c2, c3;
 
@@ -68,8 +68,8 @@ DFA_DEVICE Words4 join(const RoundKeys& keys, const RowState& row, const ColumnS
   return {{c0, c1, c2, c3}};
 }
 
-// The formula of `codebook`, before its rounding to bf16, of k = bits 4..15 of `bits`, whose other
-// bits are those of 2^23 as a float. Differs from entries.h by a few units of fp32.
+// The formula of `codebook` before its rounding to bf16. k is bits 4..15 of `bits`; the others are
+// those of 2^23 as a float. Differs from entries.h by a few units of fp32.
 DFA_DEVICE float normal_unrounded(uint32_t bits) {
   const float p = fmaf(device::as_float(bits), 0x1p-15f, -(257.0f - 0x1p-12f));  // exact
   const float v = device::log2_approximate(fmaf(-p, p, 1.0f));                   // -w
@@ -84,8 +84,8 @@ DFA_DEVICE float normal_unrounded(uint32_t bits) {
 struct Halves {
   uint32_t low, high;
 
-  // The same, kept in registers: the compiler makes constants anew before each use of theirs, at
-  // the price of an instruction for each entry, but not what a shuffle brings.
+  // The same, but kept in registers. The compiler would make a constant again before each use, one
+  // instruction per entry; it does not do so with the result of a shuffle.
   DFA_DEVICE Halves kept() const { return {device::shuffle(low, 0), device::shuffle(high, 0)}; }
 };
 
@@ -93,20 +93,20 @@ DFA_HOST_DEVICE constexpr Halves halves_of(Distribution distribution) {
   return distribution == Distribution::kUniform ? Halves{0x7414, 0x7434} : Halves{0x7410, 0x7432};
 }
 
-// bf16 patterns of the normal entries of a word's two halves.
+// The bf16 patterns of the normal entries of a word's two halves.
 DFA_DEVICE uint32_t normal_pair(uint32_t word, const Halves& halves) {
   const uint32_t k = word & 0xfff0fff0u;
   return device::pack_bf16(normal_unrounded(device::permute(k, 0x4b000000u, halves.low)),
                            normal_unrounded(device::permute(k, 0x4b000000u, halves.high)));
 }
 
-// (2k - 255) / 256, k = byte 1 or 3 of a word.
+// (2k - 255) / 256, where k is byte 1 or 3 of a word.
 DFA_DEVICE float uniform_value(uint32_t word, uint32_t selector) {
   const uint32_t bits = device::permute(word, 0x47000000u, selector);  // 2^15 + k
   return fmaf(device::as_float(bits), 0x1p-7f, -65791.0f / 256);       // exact
 }
 
-// Two neighbouring entries of U as tensor-core operands, all of them exact in either type.
+// Two neighbouring entries of U as tensor-core operands. They are exact in either type.
 template <Distribution kDistribution, Operand kOperand>
 DFA_DEVICE uint32_t operand_pair(uint32_t word, const Halves& halves) {
   if constexpr (kDistribution == Distribution::kUniform) {
@@ -126,7 +126,7 @@ struct Generator {
   uint32_t row_high;
   Halves halves;
 
-  // `row` is the first of the warp's rows, none of which crosses a multiple of 2^32.
+  // `row` is the warp's first row. Its rows do not cross a multiple of 2^32.
   DFA_DEVICE void start(const RoundKeys& keys, uint64_t row, int lane) {
     row_high = upper(row);
     halves = halves_of(kDistribution).kept();
@@ -137,8 +137,8 @@ struct Generator {
     }
   }
 
-  // Columns 32 k .. 32 k + 31 counted from column block `first_block`. The k of a row are asked for
-  // in runs of at least kRun, which begin at multiples of it.
+  // Columns 32 k .. 32 k + 31, counted from column block `first_block`. The k of a row must come in
+  // runs of at least kRun that begin at multiples of it.
   template <int kRun>
   DFA_DEVICE void make(const RoundKeys& keys, uint32_t first_block, uint32_t k, int lane,
                        uint32_t (&a)[F][2][4]) {
@@ -158,8 +158,8 @@ struct Generator {
   }
 };
 
-// A rademacher block holds 128 columns, one word for each 32. Each lane of a quad makes the block
-// of one of the quad's rows, and hands its words round.
+// A rademacher block holds 128 columns, a word for each 32. Each lane of a quad makes the block of
+// one of the quad's rows and passes its words round.
 template <Operand kOperand, int F>
 struct Generator<Distribution::kRademacher, kOperand, F> {
   RowState row_state;

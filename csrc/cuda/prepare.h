@@ -1,5 +1,5 @@
-// What comes before the projection: the error as operands, and a layer table too long for kernel
-// arguments.
+// What runs before the projection: it makes the error into operands, and uploads a layer table that
+// is too long for kernel arguments.
 #pragma once
 
 #include "../projection.h"
@@ -9,19 +9,19 @@
 namespace dfa {
 
 struct PrepareParameters {
-  const void* error;  // [rows, columns], any strides
-  int64_t rows, columns, row_stride, column_stride;
+  const void* error;  // [batch, columns], any strides
+  int64_t batch, columns, batch_stride, column_stride;
   Type type;
   int32_t terms;
   int64_t head;         // columns of zeros before the error's
-  int64_t out_columns;  // with them and zeros behind, a multiple of 8
-  uint16_t* out;        // [terms, rows, out_columns], bf16, or fp16 for an fp16 error
+  int64_t out_columns;  // with zeros on both sides, a multiple of 8
+  uint16_t* out;        // [terms, batch, out_columns], bf16, or fp16 for an fp16 error
 };
 
 DFA_KERNEL(256, 1) prepare(DFA_ARGUMENT PrepareParameters p) {
   const int64_t pieces = p.out_columns / 8;
   const int64_t step = int64_t{256} * device::blocks();
-  for (int64_t i = int64_t{256} * device::block() + device::thread(); i < p.rows * pieces;
+  for (int64_t i = int64_t{256} * device::block() + device::thread(); i < p.batch * pieces;
        i += step) {
     const int64_t row = i / pieces, first = i % pieces * 8 - p.head;
     uint16_t term[8][3] = {};
@@ -29,7 +29,7 @@ DFA_KERNEL(256, 1) prepare(DFA_ARGUMENT PrepareParameters p) {
     for (int c = 0; c < 8; ++c) {
       const int64_t column = first + c;
       if (column < 0 || column >= p.columns) continue;
-      const int64_t from = row * p.row_stride + column * p.column_stride;
+      const int64_t from = row * p.batch_stride + column * p.column_stride;
       if (p.type == Type::kFloat32) {
         split_bf16(static_cast<const float*>(p.error)[from], p.terms, term[c]);
       } else {
@@ -46,8 +46,8 @@ DFA_KERNEL(256, 1) prepare(DFA_ARGUMENT PrepareParameters p) {
         *word[c] = static_cast<uint32_t>(term[2 * c][t]) | static_cast<uint32_t>(term[2 * c + 1][t])
                                                                << 16;
       }
-      // It is read again at once.
-      *reinterpret_cast<Words16*>(p.out + (t * p.rows * pieces + i) * 8) = words;
+      // No streaming store: it is read again at once.
+      *reinterpret_cast<Words16*>(p.out + (t * p.batch * pieces + i) * 8) = words;
     }
   }
 }
@@ -59,7 +59,7 @@ struct UploadParameters {
   int32_t count;
   uint64_t words[kUploadWords];
 };
-static_assert(sizeof(UploadParameters) <= 4096, "what a kernel may be given on every GPU");
+static_assert(sizeof(UploadParameters) <= 4096, "the limit of kernel arguments on every GPU");
 
 DFA_KERNEL(256, 1) upload(DFA_ARGUMENT UploadParameters p) {
   for (int i = device::thread(); i < p.count; i += 256) p.to[i] = p.words[i];

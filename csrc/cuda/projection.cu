@@ -1,25 +1,11 @@
-// The fused projection, from the host's side: which kernel, with which table, on what error.
+// The host's side of the fused projection: which kernel, with which table, on what error.
 #include <limits>
 
+#include "kernels.h"
 #include "prepare.h"
-#include "shapes.h"
 
 namespace dfa {
 namespace {
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-FusedKernel kernel_of(Distribution distribution, Operand operand, int shape) {
-  switch (distribution) {
-    case Distribution::kNormal:
-      return fused_normal(operand, shape);
-    case Distribution::kUniform:
-      return fused_uniform(operand, shape);
-    case Distribution::kRademacher:
-      return fused_rademacher(operand, shape);
-  }
-  throw std::logic_error("dfa_kernels: unknown distribution");
-}
 
 Operand operand_of(Type error_type, int terms) {
   if (error_type == Type::kFloat16) return Operand::kHalf;
@@ -32,12 +18,12 @@ struct Candidate {
   int resident;
 };
 
-// The kernels there are that fit the current device's shared memory.
+// The kernels that fit the current device's shared memory.
 std::vector<Candidate> candidates(Distribution distribution, Operand operand, int terms,
                                   const DeviceLimits& limits) {
   std::vector<Candidate> found;
   for (int shape = 0; shape < kShapes; ++shape) {
-    const FusedKernel kernel = kernel_of(distribution, operand, shape);
+    const FusedKernel kernel = fused_kernel(distribution, operand, shape);
     const int bytes = kernel.shared_bytes(terms);
     if (kernel.kernel == nullptr || bytes > limits.shared_bytes) continue;
     const int resident = resident_blocks(kernel.kernel, kernel.threads(), bytes);
@@ -46,7 +32,7 @@ std::vector<Candidate> candidates(Distribution distribution, Operand operand, in
   return found;
 }
 
-// The tile asked for, or that of the least estimated time.
+// The tile asked for, or the one that the estimate says is fastest.
 Candidate choose(const Work& work, Operand operand, int64_t tile, const DeviceLimits& limits) {
   const auto found = candidates(work.distribution, operand, work.terms, limits);
   const Candidate* best = nullptr;
@@ -72,41 +58,43 @@ Candidate choose(const Work& work, Operand operand, int64_t tile, const DeviceLi
   return *best;
 }
 
-// Addresses of rows beyond the last are formed too, though nothing is read there: those of a single
-// row, whatever its stride, are the row's own.
-int64_t row_stride(const StridedMatrix& error) { return error.rows == 1 ? 0 : error.row_stride; }
+// The kernel also forms addresses of error rows after the last, though it reads nothing there.
+// Those after a single row are the row's own, because its stride may be anything.
+int64_t batch_stride(const StridedMatrix& error) {
+  return error.batch == 1 ? 0 : error.batch_stride;
+}
 
 bool usable_as_it_is(const StridedMatrix& error, int64_t head) {
   return error.type != Type::kFloat32 && head == 0 && error.columns > 0 && error.columns % 8 == 0 &&
          error.column_stride == 1 && reinterpret_cast<uintptr_t>(error.data) % 16 == 0 &&
-         row_stride(error) % 8 == 0;
+         batch_stride(error) % 8 == 0;
 }
 
 void set_error(const StridedMatrix& error, int64_t head, int terms, const Allocate& allocate,
                const DeviceLimits& limits, void* stream, FusedParameters& p) {
-  p.rows = error.rows;
+  p.batch = error.batch;
   p.terms = terms;
   p.columns = std::max<int64_t>(1, divide_up(head + error.columns, 8)) * 8;
   if (usable_as_it_is(error, head)) {
     p.error = static_cast<const uint16_t*>(error.data);
-    p.row_stride = row_stride(error);
+    p.batch_stride = batch_stride(error);
     p.term_stride = 0;
     return;
   }
-  auto* out = static_cast<uint16_t*>(allocate(2 * terms * error.rows * p.columns));
-  const PrepareParameters prepared{error.data,          error.rows, error.columns, error.row_stride,
-                                   error.column_stride, error.type, terms,         head,
-                                   p.columns,           out};
-  const int64_t blocks = divide_up(error.rows * (p.columns / 8), 256);
+  auto* out = static_cast<uint16_t*>(allocate(2 * terms * error.batch * p.columns));
+  const PrepareParameters prepared{
+      error.data, error.batch, error.columns, error.batch_stride, error.column_stride,
+      error.type, terms,       head,          p.columns,          out};
+  const int64_t blocks = divide_up(error.batch * (p.columns / 8), 256);
   launch(prepare, prepared, std::min<int64_t>(blocks, 8 * limits.processors), 256, 0, stream);
   p.error = out;
-  p.row_stride = p.columns;
-  p.term_stride = error.rows * p.columns;
+  p.batch_stride = p.columns;
+  p.term_stride = error.batch * p.columns;
 }
 
 void set_table(const RowPlan& plan, const Allocate& allocate, void* stream, LayerTable& table) {
   const std::vector<uint64_t> words = table_words(plan);
-  table.layers = static_cast<int32_t>(plan.ranges().size());
+  table.layers = static_cast<int32_t>(plan.layers().size());
   table.intervals = static_cast<int32_t>(plan.intervals().size());
   table.far = nullptr;
   if (words.size() <= kNearWords) {
@@ -126,29 +114,26 @@ void set_table(const RowPlan& plan, const Allocate& allocate, void* stream, Laye
 
 }  // namespace
 
-void project_cuda(const Stream& stream, const StridedMatrix& error, std::vector<Range> ranges,
+void project_cuda(const Stream& stream, const StridedMatrix& error, std::vector<Layer> layers,
                   Type out_type, int terms, const Forced& forced, const Allocate& allocate,
                   void* cuda_stream) {
-  if (ranges.empty() || error.rows == 0) return;
+  if (layers.empty() || error.batch == 0) return;
   DeviceLimits limits = device_limits();
   if (forced.processors > 0) limits.processors = static_cast<int>(forced.processors);
-  const int64_t width =
-      stream.distribution == Distribution::kRademacher ? kRademacherBlockColumns : kBlockColumns;
-  int64_t layer_rows = 0;
-  for (const Range& range : ranges) layer_rows += range.size;
-  RowPlan plan(std::move(ranges));
+  const int64_t block_columns = facts(stream.distribution).block;
+  RowPlan plan(std::move(layers));
 
   FusedParameters p{};
   p.keys = RoundKeys(stream.seed);
   p.out_type = out_type;
-  p.first_block = static_cast<uint32_t>(stream.column_offset / width);
-  set_error(error, stream.column_offset % width, terms, allocate, limits, cuda_stream, p);
-  const Work work{stream.distribution, plan.rows(), layer_rows, p.rows, p.columns, terms};
+  p.first_block = static_cast<uint32_t>(stream.column_offset / block_columns);
+  set_error(error, stream.column_offset % block_columns, terms, allocate, limits, cuda_stream, p);
+  const Work work{stream.distribution, plan.rows(), plan.written(), p.batch, p.columns, terms};
   const Candidate choice = choose(work, operand_of(error.type, terms), forced.tile, limits);
   p.steps = static_cast<int32_t>(divide_up(p.columns, choice.kernel.stage_columns));
   plan.cut(choice.kernel.rows);
   p.row_tiles = plan.tasks();
-  p.items = p.row_tiles * divide_up(p.rows, choice.kernel.errors);
+  p.items = p.row_tiles * divide_up(p.batch, choice.kernel.batch);
   set_table(plan, allocate, cuda_stream, p.table);
   const int64_t blocks = int64_t{limits.processors} * choice.resident;
   launch(choice.kernel.kernel, p, std::min(p.items, blocks), choice.kernel.threads(),

@@ -1,5 +1,5 @@
-// Which work there is and where its results go, found by the kernel itself in a table that the host
-// writes: all layers by their first row, then the intervals of rows that they make up together.
+// The table in which a kernel finds its work and the places of its results. The host writes it: all
+// layers by their first row, then the intervals of rows that they cover together.
 #pragma once
 
 #include <algorithm>
@@ -11,18 +11,12 @@
 
 namespace dfa {
 
-// Words of a table that travel as kernel arguments: copied at the launch, so that there is nothing
-// to upload, to keep alive or to synchronise with, in a CUDA graph or out of it. A longer table is
-// written to the workspace, also from kernel arguments.
+// A table of at most this many words is a kernel argument. Arguments are copied at the launch, so
+// there is nothing to upload, keep alive or synchronise with, also in a CUDA graph. A longer table
+// is uploaded to the workspace, through kernel arguments as well.
 constexpr int kNearWords = 440;
 constexpr int kLayerWords = 5;
 constexpr int kIntervalWords = 3;
-
-struct LayerEntry {
-  uint64_t row, end;  // rows of U
-  double scale;
-  uint64_t out;  // address of [M, end - row]
-};
 
 struct RowTile {
   uint64_t row;
@@ -30,7 +24,7 @@ struct RowTile {
 };
 
 struct LayerTable {
-  const uint64_t* far;  // null: `near` has it all
+  const uint64_t* far;  // null if `near` has it all
   int32_t layers, intervals;
   uint64_t near[kNearWords];
 
@@ -41,14 +35,16 @@ struct LayerTable {
   // The furthest end of layers 0..i, which never decreases.
   DFA_HOST_DEVICE uint64_t reach(int i) const { return word(int64_t{kLayerWords} * i + 2); }
 
-  DFA_HOST_DEVICE LayerEntry layer(int i) const {
-    LayerEntry entry{layer_row(i), layer_end(i), 0.0, word(int64_t{kLayerWords} * i + 4)};
+  DFA_HOST_DEVICE Layer layer(int i) const {
+    const uint64_t row = layer_row(i), end = layer_end(i);
+    void* const out = reinterpret_cast<void*>(word(int64_t{kLayerWords} * i + 4));
     const uint64_t scale = word(int64_t{kLayerWords} * i + 3);
-    std::memcpy(&entry.scale, &scale, sizeof scale);
-    return entry;
+    Layer layer{row, static_cast<int64_t>(end - row), 0.0, out};
+    std::memcpy(&layer.scale, &scale, sizeof scale);
+    return layer;
   }
 
-  // The rows of tile `tile`, of `tile_rows` rows at most.
+  // The rows of tile `tile`, at most `tile_rows`.
   DFA_HOST_DEVICE RowTile tile(int64_t tile, int tile_rows) const {
     int low = 0, high = intervals;  // the last interval that begins no later
     while (high - low > 1) {
@@ -61,7 +57,7 @@ struct LayerTable {
             left < tile_rows ? left : tile_rows};
   }
 
-  // How many layers begin before `row`; they are the first ones.
+  // How many layers begin before `row`. They are the first in the table.
   DFA_HOST_DEVICE int layers_before(uint64_t row) const {
     int low = 0, high = layers;
     while (low < high) {
@@ -81,17 +77,16 @@ struct LayerTable {
   }
 };
 
-// The words of the table of a plan that has been cut into tiles.
+// The words of the table, of a plan that has been cut into tiles.
 inline std::vector<uint64_t> table_words(const RowPlan& plan) {
   std::vector<uint64_t> words;
-  words.reserve(kLayerWords * plan.ranges().size() + kIntervalWords * plan.intervals().size());
-  for (size_t i = 0; i < plan.ranges().size(); ++i) {
-    const Range& range = plan.ranges()[i];
+  words.reserve(kLayerWords * plan.layers().size() + kIntervalWords * plan.intervals().size());
+  for (size_t i = 0; i < plan.layers().size(); ++i) {
+    const Layer& layer = plan.layers()[i];
     uint64_t scale;
-    std::memcpy(&scale, &range.scale, sizeof scale);
-    words.insert(words.end(),
-                 {range.row_offset, range.row_offset + static_cast<uint64_t>(range.size),
-                  plan.reach()[i], scale, reinterpret_cast<uint64_t>(range.out)});
+    std::memcpy(&scale, &layer.scale, sizeof scale);
+    words.insert(words.end(), {layer.row_offset, layer.end(), plan.reach()[i], scale,
+                               reinterpret_cast<uint64_t>(layer.out)});
   }
   for (const RowPlan::Interval& interval : plan.intervals()) {
     words.insert(words.end(), {interval.row, static_cast<uint64_t>(interval.rows),

@@ -5,9 +5,9 @@
 
 namespace dfa {
 
-// A float as bf16 terms whose sum is the float to 8 bits a term, the largest first; three give all
-// 24 bits. What a term leaves over is signed, so each rounding is to nearest. Infinities and NaN
-// are the first term alone, and a number that would round to infinity is cut off instead.
+// Splits a float into bf16 terms, the largest first. Their sum has 8 bits of it a term; three have
+// all 24. What a term leaves is signed, so each rounding is to nearest. Infinities and NaN are the
+// first term alone. A number that would round to infinity is cut off instead.
 DFA_HOST_DEVICE void split_bf16(float value, int terms, uint16_t (&term)[3]) {
   constexpr uint32_t kExponent = 0x7f800000u;
   for (int i = 0; i < 3; ++i) {

@@ -69,7 +69,7 @@ FAR_SIZES = [5, 40, 5, 9, 1, 9, 3]
 
 
 class Tile(NamedTuple):
-    """One of csrc/cuda/shapes.h."""
+    """One of csrc/cuda/kernels.h."""
 
     index: int
     rows: int

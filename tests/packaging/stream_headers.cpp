@@ -1,5 +1,5 @@
-// Prints what the stream's headers compute: three Philox vectors, then the 4096 codebook patterns,
-// then one entry of each distribution per row 0 and 1, columns 0..3 of seed 0.
+// Prints what the stream's headers compute: three Philox vectors, the 4096 codebook patterns, and
+// for seed 0 an entry of each distribution in rows 0 and 1, columns 0..3.
 #include <cstdio>
 
 #include "../../csrc/entries.h"

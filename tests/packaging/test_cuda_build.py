@@ -117,7 +117,7 @@ def shape(symbol):
 
 
 def tile(of):
-    """What csrc/cuda/shapes.h calls it, and its operand."""
+    """What csrc/cuda/kernels.h calls it, and its operand."""
     rows = 16 * of.f * of.warps // of.parts
     parts = f", columns in {of.parts}" if of.parts > 1 else ""
     operand = ("bf16", "fp16", "exact")[of.operand]
@@ -125,7 +125,7 @@ def tile(of):
 
 
 def shared_bytes(symbol):
-    """Of a fused kernel for one term, as csrc/cuda/shapes.h counts them, with what CUDA takes."""
+    """Of a fused kernel for one term, as csrc/cuda/kernels.h counts them, with what CUDA takes."""
     found = shape(symbol)
     if not found:
         return []

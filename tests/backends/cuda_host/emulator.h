@@ -1,17 +1,17 @@
-// What csrc/cuda/device.h names, on the host: blocks run one after another, their threads as
-// fibers that stop at every barrier and warp operation. Made to find mistakes:
+// The names of csrc/cuda/device.h, on the host. Blocks run one after another; their threads are
+// fibers that stop at every barrier and warp operation. It is built to find mistakes:
 //
-// - Warp operations check that all 32 lanes meet at the same one; a block that cannot go on fails.
-// - Shared memory begins as NaN, in an allocation of its own size.
-// - Asynchronous copies are made as late as the program allows, or at once: DFA_EMULATE_LATE.
-// - Threads take their turns in order or backwards: DFA_EMULATE_BACKWARDS. Warps go on together, or
-//   each as far as it can before the next: DFA_EMULATE_APART.
-// - A launch that asks for more shared memory than there is fails.
-// - The approximate logarithm errs by up to 2^-18, by either sign.
-// - Sums of the tensor cores are cut off, not rounded, after each 16 products.
+// - All 32 lanes must meet at the same warp operation. A block that cannot go on fails.
+// - Shared memory begins as NaN, in an allocation of its exact size.
+// - Asynchronous copies are made at once, or with DFA_EMULATE_LATE as late as the program allows.
+// - Threads run in order, or with DFA_EMULATE_BACKWARDS backwards. Warps run together, or with
+//   DFA_EMULATE_APART each as far as it can before the next.
+// - A launch that asks for too much shared memory fails.
+// - The approximate logarithm errs by up to 2^-18, in either direction.
+// - Tensor cores cut their sums off, without rounding, after each 16 products.
 //
-// It cannot see a missing sync_warp before or after a vote or a shuffle, which it lets order
-// memory: that is left to compute-sanitizer.
+// It cannot see a missing sync_warp before or after a vote or a shuffle, because here these order
+// memory. compute-sanitizer sees that.
 #pragma once
 
 #include <sanitizer/asan_interface.h>
@@ -60,14 +60,14 @@ struct Copy {
   }
 };
 
-// All threads of a group wait for each other; the last to come does the work of all.
+// All threads of a group wait for each other. The last to arrive does the work of all.
 struct Meeting {
   int size, arrived = 0;
   unsigned round = 0;
   const char* kind = nullptr;
 };
 
-// The stack of a fiber, taken from fibers that have ended: the system is slow to give new ones.
+// The stack of a fiber. Those of ended fibers are reused, because new memory is slow.
 class Stack {
  public:
   static constexpr size_t kSize = 32 << 10;
@@ -76,7 +76,7 @@ class Stack {
     if (free().empty()) free().emplace_back(new char[kSize]);
     memory = std::move(free().back());
     free().pop_back();
-    __asan_unpoison_memory_region(memory.get(), kSize);  // the frames that were left standing
+    __asan_unpoison_memory_region(memory.get(), kSize);  // the frames of the last fiber
   }
   Stack(Stack&&) = default;
   ~Stack() {
@@ -108,7 +108,7 @@ struct Lane {
   uint32_t value, b[2];
 };
 
-// The block that runs now.
+// The running block.
 struct Block {
   int threads, index, count, current = 0, living = 0;
   std::function<void()> program;
@@ -192,7 +192,7 @@ inline int lowest_bit(uint32_t mask) { return __builtin_ctz(mask); }
 inline void copy_async(void* to, const void* from, bool valid) {
   const uintptr_t offset = reinterpret_cast<uintptr_t>(to) - reinterpret_cast<uintptr_t>(shared());
   if (offset % 16 != 0) fail("copy to an unaligned place");
-  // Of what is not valid too: a GPU forms the address all the same.
+  // Also if not valid: a GPU forms the address too.
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("copy from an unaligned place");
   const Copy copy{to, from, valid};
   if (running->late) {
@@ -214,7 +214,7 @@ inline float half_value(uint16_t bits) {
   return static_cast<float>(value);
 }
 
-// The operands' places as the PTX manual draws them for mma.m16n8k16 with 16-bit types.
+// Operands are laid out as in the PTX manual, for mma.m16n8k16 with 16-bit types.
 template <class Value>
 void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const char* kind,
               const Value& value) {
@@ -323,7 +323,7 @@ inline void run(Block& b) {
     f.context.uc_link = nullptr;
     makecontext(&f.context, enter, 0);
   }
-  // Threads that go on together, as long as one of them can.
+  // Threads that run together, as long as one of them can.
   const int together = std::getenv("DFA_EMULATE_APART") != nullptr ? 32 : b.threads;
   while (b.living > 0) {
     bool moved = false;
@@ -354,23 +354,23 @@ struct DeviceLimits {
 
 struct Device {
   DeviceLimits limits;
-  int warps;      // that a multiprocessor holds
-  bool launches;  // or else takes note of what would be launched
+  int warps;      // per multiprocessor
+  bool launches;  // false: only records what would be launched
 };
 
-// Few of everything, so that blocks take several tiles in turn. No more memory than an sm_86 has.
+// Few of everything, so that blocks take several tiles in turn. The shared memory of an sm_86.
 inline Device emulated{{3, 99 << 10}, 4, true};
 
 inline DeviceLimits device_limits() { return emulated.limits; }
 
 template <class Parameters>
 int resident_blocks(void (*)(Parameters), int threads, int shared_bytes) {
-  constexpr int kReserved = 1 << 10;  // by CUDA, of each block
+  constexpr int kReserved = 1 << 10;  // by CUDA, for each block
   const int by_memory = (emulated.limits.shared_bytes + kReserved) / (shared_bytes + kReserved);
   return std::min(std::max(1, emulated.warps / (threads / 32)), by_memory);
 }
 
-// How many there were, and the last one's kernel and blocks.
+// The number of launches, and the kernel and blocks of the last one.
 inline int launches = 0;
 inline const void* last_kernel = nullptr;
 inline int64_t last_blocks = 0;

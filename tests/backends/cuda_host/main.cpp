@@ -1,7 +1,6 @@
-// Runs cases from standard input through the CUDA backend's own host code and kernels, emulated:
-// one projection or feedback matrix each, results to standard output. Every buffer is an allocation
-// of its exact size, freshly filled with NaN, so that the address sanitizer sees what is read or
-// written outside.
+// Runs cases from standard input through the CUDA backend's own host code and emulated kernels. A
+// case is a projection or a feedback matrix; results go to standard output. Every buffer is an
+// allocation of its exact size, filled with NaN, so the address sanitizer sees any access outside.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -9,7 +8,7 @@
 
 #include "../../../csrc/cuda/device.h"
 #include "../../../csrc/cuda/fragments.h"
-#include "../../../csrc/cuda/shapes.h"
+#include "../../../csrc/cuda/kernels.h"
 #include "../../../csrc/projection.h"
 
 namespace {
@@ -20,7 +19,7 @@ int64_t next() {
   return value;
 }
 
-// `offset` bytes into an allocation, so that nothing is aligned by accident.
+// Begins `offset` bytes into an allocation, so that nothing is aligned by accident.
 struct Buffer {
   explicit Buffer(int64_t bytes, int64_t offset = 0)
       : memory(static_cast<char*>(std::malloc(static_cast<size_t>(bytes + offset))), std::free),
@@ -34,10 +33,10 @@ struct Buffer {
 // The index of the tile whose kernel was launched last.
 int64_t last_tile() {
   using namespace dfa;
-  for (const auto of : {fused_normal, fused_uniform, fused_rademacher}) {
+  for (int i = 0; i < kDistributions; ++i) {
     for (const Operand operand : {Operand::kBFloat16, Operand::kHalf, Operand::kExact}) {
       for (int shape = 0; shape < kShapes; ++shape) {
-        const FusedKernel kernel = of(operand, shape);
+        const FusedKernel kernel = fused_kernel(static_cast<Distribution>(i), operand, shape);
         if (kernel.kernel && reinterpret_cast<const void*>(kernel.kernel) == last_kernel) {
           return shape;
         }
@@ -57,9 +56,9 @@ void project() {
   stream.distribution = static_cast<dfa::Distribution>(next());
   stream.column_offset = next();
   dfa::StridedMatrix error{};
-  error.rows = next();
+  error.batch = next();
   error.columns = next();
-  error.row_stride = next();
+  error.batch_stride = next();
   error.column_stride = next();
   error.type = static_cast<dfa::Type>(next());
   const auto out_type = static_cast<dfa::Type>(next());
@@ -74,56 +73,55 @@ void project() {
     std::exit(1);
   }
   error.data = input.data;
-  std::vector<dfa::Range> ranges(static_cast<size_t>(next()));
+  std::vector<dfa::Layer> layers(static_cast<size_t>(next()));
   std::vector<Buffer> outputs;
-  for (dfa::Range& range : ranges) {
-    range.row_offset = static_cast<uint64_t>(next());
-    range.size = next();
+  for (dfa::Layer& layer : layers) {
+    layer.row_offset = static_cast<uint64_t>(next());
+    layer.size = next();
     const int64_t scale = next();
-    std::memcpy(&range.scale, &scale, sizeof scale);
-    outputs.emplace_back(error.rows * range.size * dfa::type_bytes(out_type));
-    range.out = outputs.back().data;
+    std::memcpy(&layer.scale, &scale, sizeof scale);
+    outputs.emplace_back(error.batch * layer.size * dfa::type_bytes(out_type));
+    layer.out = outputs.back().data;
   }
   std::vector<Buffer> workspace;
   const auto allocate = [&](int64_t size) -> void* {
     workspace.emplace_back(size);
     return workspace.back().data;
   };
-  const std::vector<dfa::Range> kept = ranges;
+  const std::vector<dfa::Layer> kept = layers;
   dfa::launches = 0;
-  dfa::project_cuda(stream, error, std::move(ranges), out_type, terms, forced, allocate, nullptr);
+  dfa::project_cuda(stream, error, std::move(layers), out_type, terms, forced, allocate, nullptr);
   write({dfa::launches, last_tile(), dfa::last_blocks});
-  for (const dfa::Range& range : kept) {
-    std::fwrite(range.out, static_cast<size_t>(dfa::type_bytes(out_type)),
-                static_cast<size_t>(error.rows * range.size), stdout);
+  for (const dfa::Layer& layer : kept) {
+    std::fwrite(layer.out, static_cast<size_t>(dfa::type_bytes(out_type)),
+                static_cast<size_t>(error.batch * layer.size), stdout);
   }
 }
 
-// The tile and the blocks that a GPU of that many multiprocessors and bytes of shared memory would
-// be given for one layer of `rows`. Nothing is computed.
+// The tile and the number of blocks for one layer, on a GPU of given multiprocessors and shared
+// memory. Nothing is computed.
 void choice() {
   const dfa::Device kept = dfa::emulated;
   const int processors = static_cast<int>(next()), shared_bytes = static_cast<int>(next());
   dfa::emulated = {{processors, shared_bytes}, 16, false};
   dfa::Stream stream{};
   stream.distribution = static_cast<dfa::Distribution>(next());
-  const std::vector<dfa::Range> ranges = {{0, next(), 1.0, nullptr}};
+  const std::vector<dfa::Layer> layers = {{0, next(), 1.0, nullptr}};
   dfa::StridedMatrix error{};
-  error.rows = next();
+  error.batch = next();
   error.columns = next();
-  error.row_stride = error.columns;
+  error.batch_stride = error.columns;
   error.column_stride = 1;
   error.type = static_cast<dfa::Type>(next());
   const int terms = static_cast<int>(next());
   dfa::project_cuda(
-      stream, error, ranges, error.type, terms, {}, [](int64_t) -> void* { return nullptr; },
+      stream, error, layers, error.type, terms, {}, [](int64_t) -> void* { return nullptr; },
       nullptr);
   dfa::emulated = kept;
   write({last_tile(), dfa::last_blocks});
 }
 
-// The tiles there are for such an error, a line each: index, rows of U, rows of the error, columns
-// of a stage, name.
+// The tiles for such an error, a line each: index, rows, batch, columns of a stage, name.
 void tiles() {
   dfa::emulated.limits.shared_bytes = static_cast<int>(next());
   const auto type = static_cast<dfa::Type>(next());
@@ -132,8 +130,9 @@ void tiles() {
     const auto operand = terms == 3                    ? dfa::Operand::kExact
                          : type == dfa::Type::kFloat16 ? dfa::Operand::kHalf
                                                        : dfa::Operand::kBFloat16;
-    const dfa::FusedKernel kernel = dfa::fused_normal(operand, static_cast<int>(tile.index));
-    std::printf("%d\t%d\t%d\t%d\t%s\n", static_cast<int>(tile.index), kernel.rows, kernel.errors,
+    const dfa::FusedKernel kernel =
+        dfa::fused_kernel(dfa::Distribution::kNormal, operand, static_cast<int>(tile.index));
+    std::printf("%d\t%d\t%d\t%d\t%s\n", static_cast<int>(tile.index), kernel.rows, kernel.batch,
                 kernel.stage_columns, tile.name.c_str());
   }
 }
@@ -153,23 +152,22 @@ void feedback_matrix() {
               static_cast<size_t>(rows * columns), stdout);
 }
 
-// The maps of fragments.h against the mathematics: each product of a column of U with the same
-// column of the error is taken once, by operands that meet at one contraction index. And 8 lanes
-// that load or copy 16 bytes each touch every bank once.
+// Checks the maps of fragments.h. Each column of U meets the same column of the error once, at one
+// contraction index, and 8 lanes that load or copy 16 bytes each touch every bank once.
 void fragments() {
   using namespace dfa;
   bool holds = true;
   for (int row = 0; row < kFragmentRows; ++row) {
-    int seen[kBlock32] = {};
+    int seen[kStripColumns] = {};
     for (int lane = 0; lane < 32; ++lane) {
       for (int half = 0; half < 2; ++half) {
         if (fragment_row(lane, half) != row) continue;
         for (int step = 0; step < 2; ++step) {
           for (int pair = 0; pair < 2; ++pair) {
             for (int i = 0; i < 2; ++i) ++seen[column_of(lane % 4, word_of(step, pair), i)];
-            // Registers 0 and 1 hold the fragment's contraction indices below 8, in rows below 8
-            // and above; registers 2 and 3 the others (PTX, mma.m16n8k16). B's register 0 or 1
-            // has the same indices, from word 2 * step + register of the error's 16 bytes.
+            // Registers 0 and 1 hold contraction indices below 8, for rows below 8 and for the
+            // others; registers 2 and 3 hold the other indices (PTX, mma.m16n8k16). B's registers
+            // 0 and 1 have the same indices, from word 2 * step + register of the error's 16 bytes.
             holds &= a_register(half, pair) == 2 * pair + (row >= 8 ? 1 : 0);
             holds &= word_of(step, pair) == 2 * step + pair;
           }
@@ -179,10 +177,10 @@ void fragments() {
     for (int count : seen) holds &= count == 1;
   }
   for (int first = 0; first < 32; first += 8) {
-    for (int block = 0; block < kChunkColumns / kBlock32; ++block) {
+    for (int strip = 0; strip < kChunkColumns / kStripColumns; ++strip) {
       unsigned loaded = 0, copied = 0;
       for (int lane = first; lane < first + 8; ++lane) {
-        loaded |= 1u << staged_byte(lane / 4, 4 * block + lane % 4) / 16 % 8;
+        loaded |= 1u << staged_byte(lane / 4, 4 * strip + lane % 4) / 16 % 8;
         copied |= 1u << staged_byte(lane / kPieces, lane % kPieces) / 16 % 8;
       }
       holds &= loaded == 0xff && copied == 0xff;

@@ -1,5 +1,5 @@
 """The benchmarks: speed against what the kernels replace, and the paper's experiments.
 
-`harness` measures, `report` shows what was measured, and the `bench_*.py` and `paper` use both.
-Imports go only that way.
+`harness` measures and `report` shows what was measured. The `bench_*.py` and `paper` use both.
+`report` imports from `harness`, and neither imports from what uses them.
 """

@@ -1,13 +1,13 @@
-"""How fast is the matrix itself made, against as many numbers from torch.randn?
+"""How fast is the matrix itself generated, compared with as many numbers from torch.randn?
 
-On one thread of a CPU.
+On a CPU, by one thread.
 """
 
 import torch
 
 from benchmarks.harness.shapes import Case, Promise
 
-KINDS = (  # last, how many times faster a CPU has to be
+KINDS = (  # the last is the ratio promised on a CPU
     ("normal", torch.float32, 4.0),
     ("normal", torch.bfloat16, None),
     ("uniform", torch.float32, None),

@@ -1,4 +1,4 @@
-"""How fast, and in how much memory, on the networks that people have?"""
+"""How fast are the signals of whole networks, and how much memory do they take?"""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What do bf16 errors, entries of +-1, full fp32 accuracy and short errors change?"""
+"""What changes with bf16 errors, entries of +-1, full fp32 accuracy, or short errors?"""
 
 import torch
 

@@ -1,6 +1,6 @@
-"""How does the cost grow with the batch, the error, the layer and the number of layers?
+"""How does the time grow with batch size, length of the error, layer size and number of layers?
 
-The batch sweeps have one layer so large that its matrix is far beyond any cache.
+The sweeps over the batch size have one layer, with a matrix far larger than any cache.
 """
 
 from benchmarks.harness.shapes import Case, Promise, layer_name
@@ -9,13 +9,13 @@ LAYER = {"cpu": 100_000, "cuda": 200_000}
 
 
 def settings(device_type: str, series: str) -> dict:
-    """Of all cases of a sweep: on a GPU stored fp32 matrices may be multiplied in TF32."""
+    """What all cases of a sweep share. On a GPU, stored fp32 matrices may be multiplied in TF32."""
     precision = "high" if device_type == "cuda" else "highest"
     return {"device_type": device_type, "series": series, "precision": precision}
 
 
 def tf32(device_type: str) -> tuple[str, ...]:
-    """What a name says about that."""
+    """What the names of its cases say about that."""
     return ("TF32",) if device_type == "cuda" else ()
 
 
@@ -70,7 +70,7 @@ def error_size(device_type: str, full: bool) -> list[Case]:
 
 
 def layer_size(device_type: str, full: bool) -> list[Case]:
-    largest = 64 * 224**2  # VGG-16's on ImageNet; its stored matrix is measured with the network
+    largest = 64 * 224**2  # of VGG-16 on ImageNet; bench_networks.py times its stored matrix
     m, options = 4, settings(device_type, "size")
     sizes = (1_000, 10_000, 300_000, *([1_000_000] if full else []), largest)
     return [

@@ -1,9 +1,10 @@
-"""Every bench_*.py asks one question: its `cases(device_type, full)` are the shapes, and each
-contender of a shape is a benchmark of pytest-benchmark, in the shape's group.
+"""Runs the benchmarks under pytest-benchmark.
 
-All contenders of a shape are timed in turn when the first of them comes up (harness/race.py); each
-benchmark then reports its own times, through a clock that goes forward by them. At the end
-everything is held against the machine's limits (harness/roofs.py), shown and written (report/).
+Each bench_*.py answers one question. Its `cases(device_type, full)` are groups of pytest-benchmark,
+and each contender of a case is one benchmark. When the first of a case comes up, all its contenders
+are timed in interleaved rounds (harness/race.py). Each benchmark then reports its own times through
+a clock that is advanced by them. At the end of the run, all times are compared with the roofs
+(harness/roofs.py), shown and written (report/).
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import re
 import time
 from pathlib import Path
 
-# NumPy's threads would spin for a while after a product, in the next contender's time. Read when
-# NumPy is imported, so set before.
+# Otherwise NumPy's threads keep spinning after a product, into the next contender's time. NumPy
+# reads this when it is imported.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 import pytest
@@ -26,7 +27,7 @@ from benchmarks.report import results, terminal
 
 
 class Clock:
-    """A timer that stands still until it is told how much time has passed."""
+    """A timer that moves only when told to."""
 
     now = 0.0
 
@@ -67,7 +68,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def selectable(name: str) -> str:
-    """A name in characters that -k takes: "M=4, n=1,000" is M-4-n-1000."""
+    """A name in characters that -k accepts: "M=4, n=1,000" becomes M-4-n-1000."""
     return re.sub(r"[^\w.+]+", "-", re.sub(r"(?<=\d),(?=\d)", "", name))
 
 
@@ -78,7 +79,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     device_type(config)  # raises before anything is collected
-    # The report is ours, but a comparison with an earlier run is pytest-benchmark's.
+    # pytest-benchmark's own table is shown only to compare with an earlier run.
     config.option.benchmark_quiet |= not config.option.benchmark_compare
     config.pluginmanager.register(Session(config), "dfa_kernels session")
 
@@ -87,7 +88,7 @@ CLOCK = Clock()
 
 
 class Session:
-    """What one run has measured, its progress, and its report."""
+    """One run: what it has measured, its progress and its report."""
 
     def __init__(self, config: pytest.Config):
         self.config = config
@@ -104,11 +105,11 @@ class Session:
         for item in session.items:
             case, name = item.callspec.params["case"], item.callspec.params["name"]
             self.names.setdefault(case.name, []).append(name)
-        # Now, so that a file edited during the run is not taken for what was measured.
+        # Before the run, because files may be edited while it goes on.
         self.origin = provenance.origin(device_type(self.config))
 
     def outcome(self, case: Case, name: str) -> race.Result | Exception:
-        """Of one contender, after a race of all of them if there has been none."""
+        """The outcome of a contender; the first of a case starts the race of all."""
         if case.name not in self.outcomes:
             elapsed = time.perf_counter() - self.began
             place = f"{len(self.outcomes) + 1}/{len(self.names)}"
@@ -117,11 +118,11 @@ class Session:
             self.outcomes[case.name], self.cases[case.name] = outcome, case
             rows = results.case_results(case, outcome, self.race.machine[case.threads])
             self.console.print(terminal.progress(rows))
-            self.save()  # a run that is killed keeps what it has measured
+            self.save()  # so that a run that is killed keeps its results
         return self.outcomes[case.name][name]
 
     def save(self) -> dict:
-        """Write everything measured so far to the file that was asked for, and return it."""
+        """Everything measured so far, also written to the file of --report."""
         measured = results.measured(self.outcomes, self.cases, self.race.machine)
         measured["full"] = self.config.getoption("full")
         measured["finished"] = len(self.outcomes) == len(self.names)
@@ -132,7 +133,7 @@ class Session:
         return measured
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
-        """Rows of the tables stand for the dots."""
+        """Print no dots: the tables show progress."""
         if report.failed:
             return None
         return ("left out" if report.skipped else "passed" * (report.when == "call"), "", "")
@@ -155,7 +156,7 @@ class Session:
 
 @pytest.fixture
 def compete(request: pytest.FixtureRequest, benchmark):
-    """Runs a contender of a case: its times go to pytest-benchmark, or it is skipped or fails."""
+    """Run a contender of a case and hand its times to pytest-benchmark; else skip or fail."""
     session = request.config.pluginmanager.getplugin("dfa_kernels session")
 
     def run(case: Case, name: str) -> None:

@@ -2,12 +2,12 @@
 
     python -m benchmarks.training_step [--device cpu] [--json FILE]
 
-The ways of one case take turns, step by step, so that whatever else the machine does meets all of
-them; the medians and their ratios to backpropagation come from the same run. Beside them, the most
-memory that a step takes beyond the weights: activations, signals and gradients. "matrix=" has a
-stored matrix, so that what "DFA" takes longer than it is the cost of generating entries. "limit" is
-what is left of backpropagation's matrix products when no gradient is carried back between layers,
-over all of them: the ratio that a free projection and free elementwise work would reach.
+The ways of training one network take turns, step by step, so background load affects all alike;
+medians and ratios are of the same run. The peak memory of a step is what it takes beyond the
+weights: activations, signals and gradients. "matrix=" has a stored matrix: the difference between
+"DFA" and it is the cost of generating entries. "limit" is the fraction of backpropagation's matrix
+products that remain when no gradient is carried back between layers: the ratio that a step would
+reach if the projection and all elementwise work were free.
 """
 
 import argparse
@@ -32,7 +32,7 @@ ACCELERATOR_CASES = {"24 x 4096, n = 1000": (4096, [4096] * 24, 4096, 1000)}
 
 
 class Step:
-    """One way of training one network; `run()` is a step, timed."""
+    """One way of training one network; `run()` takes and times a step."""
 
     def __init__(self, case, mode, device, dtype, **arguments):
         inputs, widths, batch, classes = case
@@ -51,7 +51,7 @@ class Step:
         self.seconds: list[float] = []
 
     def run(self):
-        """One step; returns its seconds."""
+        """Take a step and keep its seconds."""
         start = time.perf_counter()
         self.optimizer.zero_grad()
         F.cross_entropy(self.model(self.x), self.y).backward()
@@ -61,20 +61,20 @@ class Step:
         self.seconds.append(time.perf_counter() - start)
 
     def peak(self):
-        """The most bytes that a step takes beyond the weights."""
+        """Peak bytes of a step beyond the weights."""
         self.optimizer.zero_grad()
         return peak_bytes(self.run, self.x.device.type)[1]
 
 
 def limit(case):
-    """Multiplications of a DFA step without its projection over those of a backprop step."""
+    """Multiplications of a DFA step without its projection, over those of backpropagation."""
     inputs, widths, _, classes = case
     sizes = [a * b for a, b in zip([inputs, *widths], [*widths, classes], strict=True)]
     return 2 * sum(sizes) / (3 * sum(sizes) - sizes[0])
 
 
 def measure(case, device, dtype, seconds):
-    """Median seconds of a step, and its peak of bytes, by way of training."""
+    """Median seconds and peak bytes of a step, by way of training."""
     _, widths, _, classes = case
     stored = feedback_matrix(max(widths), classes, dtype=dtype, device=device)
     ways = {
@@ -101,12 +101,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--seconds", type=float, default=6.0, help="for each way of training")
+    parser.add_argument(
+        "--seconds", type=float, default=6.0, help="of measuring, for each way of training"
+    )
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     arguments = parser.parse_args()
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
-    origin = provenance.origin(device.type)  # now, so that it is of what is measured
-    backend = registry.choose("training_step", device, None)  # DFA_KERNELS_BACKEND's, if set
+    origin = provenance.origin(device.type)  # before measuring: files may be edited meanwhile
+    backend = registry.choose("training_step", device, None)  # the one DFA_KERNELS_BACKEND names
     print(f"{device}, {dtype}, {torch.get_num_threads()} threads, backend {backend}")
     measured = []
     for name, case in (CASES if device.type == "cpu" else CASES | ACCELERATOR_CASES).items():

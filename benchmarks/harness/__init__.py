@@ -1,1 +1,1 @@
-"""Times contenders in interleaved rounds, checks their results, and measures the roofs."""
+"""Checks and times contenders in interleaved rounds, and measures the roofs of the machine."""

@@ -1,7 +1,7 @@
-"""The ways to get all layers' signals that are held against each other.
+"""The contenders: ways to compute the signals of all layers.
 
-Those that store a matrix store U itself, so that all of them can be checked against the same rows;
-"randn blocks" is checked against its own. Filling what is kept between calls is not timed.
+Those with a stored matrix store U itself, so all are checked against the same rows; "randn blocks"
+is checked against its own. Setting up what is kept between calls is not timed.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from benchmarks.harness.shapes import Case
 from dfa_kernels import feedback_matrix, project
 from dfa_kernels.backends.tensor_cores import TERMS
 
-DEFINITION = 2**24  # entries of all different layers together that the definition is asked for
+DEFINITION = 2**24  # entries; `torch`, the definition, sits out larger sets of different layers
 
 
 class Storage:
-    """The matrix U of a case, made once for all contenders that store it."""
+    """The matrix U of a case, generated once for all contenders that store it."""
 
     def __init__(self, case: Case, backend: str):
         self.case, self.backend = case, backend
 
     def block(self, rows: int) -> Tensor:
-        """U[:rows], in memory of its own."""
+        """A copy of U[:rows]."""
         case = self.case
         options = {"distribution": case.distribution, "dtype": case.dtype}
         options |= {"device": case.device_type, "backend": self.backend}
@@ -44,21 +44,21 @@ class Storage:
 
     @property
     def is_made(self) -> bool:
-        """Whether `shared` has been asked for."""
+        """Whether `shared` is in memory already."""
         return "shared" in vars(self)
 
 
 class Contender(ABC):
-    """One way: `prepare` once, then call for a signal [M, l_i] of each layer."""
+    """`prepare` it once, then call it for a signal [M, l_i] of each layer."""
 
     name: str
-    slices_are_scaled = True  # else all have the scale of the largest layer
+    slices_are_scaled = True  # by layer; else all layers have the scale of the largest
 
     def __init__(self, case: Case):
         self.case = case
         self.union = max(case.sizes)  # rows of the shared matrix
-        self.stored_bytes = 0  # matrices
-        self.kept_bytes = 0  # whatever else is kept between calls
+        self.stored_bytes = 0  # of matrices
+        self.kept_bytes = 0  # of anything else that is kept between calls
         self.prepared: Callable[[], list[Tensor]]
 
     def __call__(self) -> list[Tensor]:
@@ -66,14 +66,14 @@ class Contender(ABC):
 
     @abstractmethod
     def prepare(self, error: Tensor, storage: Storage) -> None:
-        """Make what is kept between calls, and `prepared`, which is a call."""
+        """Set up what is kept between calls, and `prepared`, the call itself."""
 
     @abstractmethod
     def work(self) -> Work:
-        """What a call moves, multiplies and makes."""
+        """What a call must move, multiply and generate."""
 
     def check(self, error: Tensor, signals: list[Tensor]) -> None:
-        """Raise gate.Wrong if the signals are not those of its matrix."""
+        """Raise gate.Wrong unless these are the signals of its matrix."""
         case = self.case
         relative = gate.tolerance(case.dtype, case.precision, case.n)
         gate.check_signals(signals, error, case.sizes, self.scales(), self.row, relative)
@@ -83,11 +83,11 @@ class Contender(ABC):
         return [1 / math.sqrt(size * self.case.n) for size in sizes]
 
     def row(self, index: int) -> Tensor:
-        """A row of the matrix that it multiplies with, [n] float64 on the CPU."""
+        """A row of the matrix that it multiplies by, [n] in float64 on the CPU."""
         return gate.exact_row(index, self.case.n, self.case.distribution)
 
     def product(self, rows: int, *, read: int = 0, **rest) -> Work:
-        """The work of multiplying the error, which has to be read, with a matrix [rows, n]."""
+        """The work of reading the error and multiplying it by a matrix [rows, n]."""
         case = self.case
         arithmetic = NAMES[case.dtype]
         if case.dtype == torch.float32 and case.device_type == "cuda":
@@ -101,7 +101,7 @@ class Contender(ABC):
 
 
 class Seeded(Contender):
-    """Ours: nothing stored."""
+    """A backend of ours, which stores nothing."""
 
     def __init__(self, case: Case, backend: str):
         super().__init__(case)
@@ -121,13 +121,13 @@ class Seeded(Contender):
             distribution=case.distribution,
         )
         if self.backend in ("cuda", "triton") and case.dtype == torch.float32:
-            passes = TERMS[case.precision]  # over bf16 operands
+            passes = TERMS[case.precision]  # one for each bf16 term of the error
             work = replace(work, multiplications=passes * work.multiplications, arithmetic="bf16")
         return work
 
 
 class Naive(Contender):
-    """A matrix for each layer; a product and a scaling for each."""
+    """Naive dense storage: a matrix, a product and a scaling for each layer."""
 
     name = "naive"
 
@@ -147,7 +147,7 @@ class Naive(Contender):
 
 
 class Stored(Contender):
-    """One matrix for all layers: one product, and a scaled copy of a slice for each layer."""
+    """One matrix for all layers: one product, then a scaled copy of a slice for each layer."""
 
     name = "stored"
 
@@ -173,7 +173,7 @@ class Stored(Contender):
 
 
 class Views(Stored):
-    """One matrix, scaled beforehand for the largest layer: a product into memory kept; views."""
+    """One bare product, of an error scaled beforehand, into memory kept; layers get views of it."""
 
     name = "views"
     slices_are_scaled = False
@@ -210,7 +210,7 @@ class Compiled(Stored):
 
 
 class RandnBlocks(Contender):
-    """Blocks of rows by torch.randn from a generator that is seeded again for each, multiplied."""
+    """Blocks of rows from torch.randn, with a generator reseeded for each, multiplied at once."""
 
     name = "randn blocks"
 
@@ -256,7 +256,7 @@ class RandnBlocks(Contender):
 
 
 class ScikitLearn(Views):
-    """GaussianRandomProjection.transform with U, scaled, as its components; views of the result."""
+    """GaussianRandomProjection.transform with U as its components; layers get views."""
 
     name = "scikit-learn"
 
@@ -275,7 +275,7 @@ class ScikitLearn(Views):
 
 
 class Replayed(Contender):
-    """Another contender, replayed from a CUDA graph."""
+    """Another contender's call, replayed from a CUDA graph."""
 
     def __init__(self, inner: Contender):
         super().__init__(inner.case)
@@ -305,7 +305,7 @@ class Replayed(Contender):
 
 
 class Fill(Contender):
-    """Writes the bytes of the signals and nothing else: what an output-bound case is held to."""
+    """Writes the bytes of the signals and nothing else: the rival of an output-bound case."""
 
     name = "fill"
 
@@ -322,7 +322,7 @@ class Fill(Contender):
 
 
 class SeededMatrix(Contender):
-    """The matrix itself, from a backend of ours."""
+    """The matrix itself, by a backend of ours."""
 
     def __init__(self, case: Case, backend: str):
         super().__init__(case)
@@ -350,7 +350,7 @@ class SeededMatrix(Contender):
 
 
 class RandnMatrix(Contender):
-    """As many normal fp32 numbers from torch.randn."""
+    """As many normal numbers from torch.randn, in fp32."""
 
     name = "torch.randn"
 
@@ -373,10 +373,10 @@ KINDS = {
 
 
 def names(case: Case) -> list[str]:
-    """Who takes part: the available backends, then the rivals.
+    """The contenders of a case: the available backends, then the rivals.
 
-    Where there is a fast path, the definition is left out of series and of large networks, on which
-    most of a run would be spent waiting for it. Its launches are too many for a graph.
+    Where a faster backend is available, `torch` sits out sweeps and large networks, which would
+    take most of a run. It has too many launches for a CUDA graph.
     """
     ours = sources(case.device_type)
     is_slow = case.series or sum(set(case.sizes)) * case.n > DEFINITION
@@ -386,7 +386,7 @@ def names(case: Case) -> list[str]:
 
 
 def contender(name: str, case: Case) -> Contender:
-    """One of a case's contenders by name."""
+    """A contender of a case, by its name."""
     if name in KINDS:
         entrant = KINDS[name](case)
     else:

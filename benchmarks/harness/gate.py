@@ -1,7 +1,7 @@
-"""No time for a wrong result: what a contender made is compared with float64 before it is timed.
+"""Checks every result against float64 before timing it.
 
-Signals are compared on sampled rows of the error and of the matrix: a few rows that all layers
-have, and the last rows of up to 16 layers. Whatever is wrong raises `Wrong`.
+Signals are compared on samples: up to 32 of the batch, a few rows of the matrix that all layers
+share, and the last row of the largest and of up to 16 others. A wrong result raises `Wrong`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dfa_kernels import feedback_matrix
 
-# Relative to the norm of the compared signals; an fp32 sum's rounding grows as sqrt(n).
+# Relative to the norm of the compared signals, for n = 1000. Rounding grows as sqrt(n).
 TOLERANCES = {
     (torch.float32, "highest"): 1e-5,
     (torch.float32, "high"): 2e-3,  # TF32 keeps 11 bits
@@ -25,7 +25,7 @@ TOLERANCES = {
 
 
 class Wrong(Exception):
-    """A contender's result is not what it has to be."""
+    """A contender's result differs from the exact one."""
 
 
 def tolerance(dtype: torch.dtype, precision: str, n: int) -> float:
@@ -48,12 +48,12 @@ def check_signals(
     row: Callable[[int], Tensor],
     relative: float,
 ) -> None:
-    """Signal i is scales[i] * error @ U[:sizes[i]].T, with `row(r)` the row U[r] in float64."""
+    """Check that signal i is scales[i] * error @ U[:sizes[i]].T; `row(r)` is U[r] in float64."""
     if len(signals) != len(sizes):
         raise Wrong(f"{len(signals)} signals for {len(sizes)} layers")
     batch = sorted({round(i * (len(error) - 1) / 31) for i in range(32)})
     exact_error = error[batch].double().cpu()
-    row = cache(row)  # it may have to make a whole block, and all layers ask for the same few
+    row = cache(row)  # may have to generate a whole block; all layers ask for the same few rows
     smallest = min(sizes)
     common = sorted({0, smallest // 3, smallest // 2, smallest - 1})
     with_last = {round(i * (len(sizes) - 1) / 15) for i in range(16)}
@@ -72,14 +72,14 @@ def check_signals(
 
 
 def check_entries(matrix: Tensor, expected: Callable[[int], Tensor]) -> None:
-    """Sampled rows of a matrix equal `expected(r)`, bit for bit."""
+    """Check that sampled rows r of a matrix equal `expected(r)`, bit for bit."""
     for index in {0, len(matrix) // 2, len(matrix) - 1}:
         if not torch.equal(matrix[index].cpu(), expected(index)):
             raise Wrong(f"row {index} differs from the definition")
 
 
 def check_normal(matrix: Tensor) -> None:
-    """Mean 0 and variance 1, each within six standard errors."""
+    """Check for mean 0 and variance 1, each within six standard errors."""
     count = matrix.numel()
     variance, mean = torch.var_mean(matrix.double(), correction=0)
     if not abs(mean) <= 6 / math.sqrt(count):

@@ -1,4 +1,4 @@
-"""Seconds and bytes of a call, on the CPU and on a GPU."""
+"""Time and memory of a call, on the CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import torch
 
 T = TypeVar("T")
 CGROUPS = Path("/sys/fs/cgroup")
+# In results, the key of the bytes that would have been needed.
+MISSING = "does not fit"
 
 
 def seconds(call: Callable[[], object], device_type: str, repeats: int = 1) -> float:
-    """Seconds of one call, over `repeats` calls in a row; by the GPU's own clock on a GPU.
+    """Mean seconds of a call, over `repeats` calls in a row; on a GPU by the GPU's own clock.
 
-    Nothing is flushed between calls: what fits a cache stays there, as it does in a training loop.
+    Caches are not flushed between calls, as they are not in a training loop.
     """
     if device_type == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -35,9 +37,9 @@ def seconds(call: Callable[[], object], device_type: str, repeats: int = 1) -> f
 
 
 def peak_bytes(call: Callable[[], T], device_type: str) -> tuple[T, int]:
-    """The result of a call, and the most memory that was in use during it beyond what was before.
+    """The result of a call, and its peak memory beyond what was in use before it.
 
-    Of the allocator on a GPU; resident memory of the process on the CPU, from Linux.
+    On a GPU it is the allocator's; on the CPU the resident memory of the process, from Linux.
     """
     if device_type == "cuda":
         torch.cuda.synchronize()
@@ -46,15 +48,15 @@ def peak_bytes(call: Callable[[], T], device_type: str) -> tuple[T, int]:
         result = call()
         torch.cuda.synchronize()
         return result, torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed is not to be used again unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    ctypes.CDLL(None).malloc_trim(0)  # memory freed earlier would hide what the call takes
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = proc_bytes("/proc/self/status", "VmRSS")
     result = call()
     return result, max(proc_bytes("/proc/self/status", "VmHWM") - before, 0)
 
 
 def available_bytes(device_type: str) -> int:
-    """Memory that can still be allocated without swapping, files' caches counted as free."""
+    """Memory that can still be allocated without swapping; file caches count as free."""
     if device_type == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -62,18 +64,18 @@ def available_bytes(device_type: str) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation has failed: torch's on a GPU, torch's on the CPU, or NumPy's."""
+    """Whether an allocation failed: by torch on a GPU, by torch on the CPU, or by NumPy."""
     is_named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return is_named or "can't allocate memory" in str(error)
 
 
 def proc_bytes(path: str, key: str) -> int:
-    """A figure of a file in /proc, which counts in kB."""
+    """A number of bytes from a file in /proc, which counts in kB."""
     return next(int(line.split()[1]) * 1024 for line in _lines(path) if line.startswith(key + ":"))
 
 
 def _allowed_bytes() -> Iterator[int]:
-    """What the control group of this process (version 2) and those around it still allow."""
+    """What this process's control group (version 2) and each of its parents still allow."""
     own = next((line[3:] for line in _lines("/proc/self/cgroup") if line.startswith("0::")), "/")
     group = CGROUPS / own.lstrip("/")
     for folder in (group, *group.parents):

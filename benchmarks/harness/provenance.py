@@ -1,4 +1,4 @@
-"""Where a figure comes from: what every committed result says beside what it measured."""
+"""Where a result comes from: device, date, commit and versions, which every result file states."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import dfa_kernels
 
 
 def processor() -> str:
-    """The CPU's name, how many of its cores are here, and the instruction set in use."""
+    """The CPU's name, the number of cores this process may use, and the instruction set in use."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "CPU")
     available = {s.name for s in dfa_kernels.backends() if s.device == "cpu" and s.available}
@@ -26,14 +26,14 @@ def processor() -> str:
 
 
 def git(*arguments: str) -> str:
-    """What git prints about the source."""
+    """What git prints about this source tree."""
     command, root = ["git", *arguments], Path(__file__).parents[2]
     ran = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
     return ran.stdout.strip()
 
 
 def commit() -> str:
-    """The commit of what is measured; where only its files are, DFA_KERNELS_COMMIT says it."""
+    """The commit that is measured. Without a git repository, DFA_KERNELS_COMMIT names it."""
     try:
         head = git("rev-parse", "HEAD")
         changed = git("status", "--porcelain", "--", ":!benchmarks/results")
@@ -43,7 +43,7 @@ def commit() -> str:
 
 
 def origin(device_type: str) -> dict:
-    """The device, the date, the commit and the versions, before anything is measured."""
+    """Device, date, commit and versions. Call it before measuring: files may change meanwhile."""
     versions = {
         "dfa_kernels": dfa_kernels.__version__,
         "torch": torch.__version__,
@@ -62,12 +62,12 @@ def origin(device_type: str) -> dict:
 
 
 def short(commit: str) -> str:
-    """A commit to read, which still says that files had changed since."""
+    """The first digits of a commit, and whether files differed from it."""
     return commit[:9] + "-dirty" * commit.endswith("-dirty")
 
 
 def source(measured: dict) -> str:
-    """Where and when the figures of a table or a drawing come from."""
+    """The line below a table or figure that says where and when it was measured."""
     return (
         f"{measured['device']}; torch {measured['versions']['torch']}, "
         f"{measured['date']}, commit {short(measured['commit'])}"
@@ -75,11 +75,11 @@ def source(measured: dict) -> str:
 
 
 def save(path: Path, results: dict) -> None:
-    """Results with their origin as JSON."""
+    """Write results as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(json.dumps(results, indent=2) + "\n")
-    unfinished.replace(path)  # at once: who is killed here leaves the file as it was
+    unfinished.replace(path)  # atomic: a run that is killed leaves the old file or the new one
 
 
 if __name__ == "__main__":

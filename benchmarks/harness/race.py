@@ -1,8 +1,8 @@
-"""Times all contenders of a case in turn, so that whatever else the machine does meets all of them.
+"""Times all contenders of a case in interleaved rounds, so background load affects all alike.
 
-A contender is left out, with the reason, where it does not fit into memory or where even the least
-time of a call is longer than the run allows; it is never timed before its result has been checked.
-The machine's roofs are raised to the best that any round shows.
+A contender is timed only after its result has passed the correctness check. One that does not fit
+into memory, or whose least time is longer than the run allows, is left out with the reason. The
+roofs are raised to the best rates that any round shows.
 """
 
 from __future__ import annotations
@@ -20,16 +20,21 @@ from benchmarks.harness.contenders import Contender, Storage, contender
 from benchmarks.harness.measure import available_bytes, is_out_of_memory, peak_bytes, seconds
 from benchmarks.harness.shapes import Case
 
-SLOW = 0.2  # seconds; a call that takes longer at least is not warmed up
-ROUND = 0.02  # seconds; a shorter call is repeated within a round until it takes as long
+SLOW = 0.2  # seconds; a call that must take longer is not warmed up
+ROUND = 0.02  # seconds; a shorter call is repeated within a round to take about as long
+
+# Why a contender is left out. A missing module is named instead.
+NO_ROOM = "does not fit into memory"
+OUT_OF_MEMORY = "runs out of memory"
+TOO_LONG = "takes too long for this run"
 
 
 @dataclass(frozen=True)
 class Limits:
     """How long a run may take.
 
-    Rounds of a case go on until they are the `most`, or have taken `budget` seconds and are not
-    too `few`, or have taken `patience` seconds. A call may take `slowest` seconds.
+    A case ends after `most` rounds, or once it has had `few` rounds and `budget` seconds, or after
+    `patience` seconds. A contender whose call takes more than `slowest` seconds is left out.
     """
 
     budget: float
@@ -49,18 +54,18 @@ FULL = Limits(budget=2.0, patience=120.0, few=5, most=41, slowest=15.0)
 
 @dataclass
 class Result:
-    """One contender in one case. `times`: seconds a call, round by round, as all had them."""
+    """One contender in one case. `times` are seconds a call, in rounds that all shared."""
 
     case: Case
     contender: str
     work: roofs.Work
     stored_bytes: int
-    peak_bytes: int | None  # beyond the stored matrices, signals included
+    peak_bytes: int | None  # beyond the stored matrices, with the signals
     times: list[float] = field(default_factory=list)
 
 
 class LeftOut(Exception):
-    """Why a contender does not take part, and what it would have stored and done."""
+    """Why a contender does not take part, with its stored bytes and its work."""
 
     def __init__(self, reason: str, contender: Contender):
         super().__init__(reason)
@@ -69,7 +74,7 @@ class LeftOut(Exception):
 
 
 class Race:
-    """Runs cases on one device and keeps what came out."""
+    """Runs cases on one device, under roofs that the cases share."""
 
     def __init__(self, limits: Limits, machine: dict[int, roofs.Roofs] | None = None):
         self.limits = limits
@@ -77,14 +82,14 @@ class Race:
         self.threads = torch.get_num_threads()
 
     def roofs(self, case: Case) -> roofs.Roofs:
-        """The machine's, with the case's number of threads; measured when first asked for."""
+        """The roofs with the case's number of threads, measured when first needed."""
         if case.threads not in self.machine:
             torch.set_num_threads(case.threads or self.threads)
             self.machine[case.threads] = roofs.measure(case.device_type)
         return self.machine[case.threads]
 
     def run(self, case: Case, names: list[str]) -> dict[str, Result | Exception]:
-        """By name, what was measured or why nothing was."""
+        """The result of each contender, or the exception that says why there is none."""
         machine = self.roofs(case)
         precision = torch.get_float32_matmul_precision()
         torch.set_num_threads(case.threads or self.threads)
@@ -110,11 +115,12 @@ class Race:
             entrant = contender(name, case)
             try:
                 result, once = self._qualify(entrant, error, storage, machine)
-            except Exception as reason:  # its own benchmark reports it, the others go on
+            except Exception as reason:  # its own benchmark reports it, and the others go on
                 if not isinstance(reason, LeftOut):
                     traceback.print_exc()
-                outcome[name] = reason.with_traceback(None)  # whose frames hold the matrices
-                reason.__context__ = None  # so do those of what it came from
+                # The frames of a traceback, its own or its context's, would hold the matrices.
+                outcome[name] = reason.with_traceback(None)
+                reason.__context__ = None
                 continue
             outcome[name] = result
             entrants.append((entrant, max(1, round(ROUND / once)), result.times))
@@ -122,7 +128,7 @@ class Race:
         began, rounds = time.perf_counter(), 0
         while not self.limits.are_over(rounds, time.perf_counter() - began):
             rounds += 1
-            shuffle(entrants)  # nobody always follows the same one
+            shuffle(entrants)  # so that none always follows the same other one
             for entrant, repeats, times in entrants:
                 times.append(seconds(entrant, case.device_type, repeats))
         for result in outcome.values():
@@ -133,18 +139,18 @@ class Race:
     def _qualify(
         self, entrant: Contender, error: torch.Tensor, storage: Storage, machine: roofs.Roofs
     ) -> tuple[Result, float]:
-        """The result, still without times, of a contender that fits and is right.
+        """Check that a contender fits and is right; its result without times, its seconds a call.
 
-        And about its seconds a call.
+        The seconds are a first estimate, for the number of repeats in a round.
         """
         case, work = entrant.case, entrant.work()
         least = roofs.expected_seconds(work, machine)
         needed = entrant.stored_bytes if entrant.name == "naive" or not storage.is_made else 0
         needed += 2 * max(work.written, case.all_signals_bytes) + 2**29
         if needed > available_bytes(case.device_type):
-            raise LeftOut("does not fit into memory", entrant)
+            raise LeftOut(NO_ROOM, entrant)
         if least > self.limits.slowest:
-            raise LeftOut("takes too long for this run", entrant)
+            raise LeftOut(TOO_LONG, entrant)
         try:
             entrant.prepare(error, storage)
             signals, peak = peak_bytes(entrant, case.device_type)
@@ -153,20 +159,20 @@ class Race:
         except (RuntimeError, MemoryError) as failure:
             if not is_out_of_memory(failure):
                 raise
-            raise LeftOut("runs out of memory", entrant) from None
+            raise LeftOut(OUT_OF_MEMORY, entrant) from None
         entrant.check(error, signals)
         del signals
         once = least
-        if least < SLOW:  # else neither compiling nor warming up matters
+        if least < SLOW:  # a longer call hides what compiling and warming up cost
             _, peak = peak_bytes(entrant, case.device_type)
             once = min(seconds(entrant, case.device_type) for _ in range(2))
-        # A replay allocates nothing; what its graph holds is not the call's.
+        # A replay allocates nothing: the graph holds the memory, not the call.
         measured = None if case.graph else peak + entrant.kept_bytes
         return Result(case, entrant.name, work, entrant.stored_bytes, measured), once
 
 
 def _fastest(machine: roofs.Roofs, distribution: str) -> str:
-    """The backend that makes entries fastest."""
+    """The backend that generates entries fastest."""
     rates = {name: r[distribution] for name, r in machine.generation.items() if distribution in r}
     rates.pop("torch.randn", None)
     return max(rates, key=rates.__getitem__)

@@ -1,11 +1,11 @@
-"""What this machine can do at best, and the least time that a piece of work can take on it.
+"""The roofs of this machine, and the least time that a piece of work can take under them.
 
     t >= max(calls x latency, bytes / bandwidth, multiplications / rate, entries / generation rate)
 
-The parts share a core's ports or an SM's, so a bound is reached only where one part is far above
-the others. Bandwidths are measured for several sizes, because small pieces stay in a cache. A rate
-is the best of what was tried, library or ours, and `raise_to` lifts it to the best that anything
-in a run has reached.
+The parts compete for the same ports of a core or an SM, so the bound is reached only where one part
+dominates. Bandwidths are measured for several sizes, because small pieces stay in a cache. Each
+roof is the best rate of a library's kernel or ours, and `raise_to` lifts it to the best that any
+call in the run reaches.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ import torch
 from benchmarks.harness.measure import seconds
 from dfa_kernels import backends, project, stream
 
-# What the matrix units work in, for a stored fp32 matrix under float32_matmul_precision.
+# What matrix units compute in, for a stored fp32 matrix under each float32_matmul_precision.
 PRECISIONS = {"highest": "fp32", "high": "tf32", "medium": "tf32"}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
-BEYOND_CACHES = 2**28  # bytes; larger pieces move at the same rate
+BEYOND_CACHES = 2**28  # bytes; anything larger moves at the same rate
 
 
 @dataclass(frozen=True)
 class Work:
     """The least that one call must do.
 
-    `multiplications` are multiply-adds, counted once for each pass over the operands; `source` is
-    what makes the entries (a backend, or "torch.randn"); `launch` is "call" or "replay".
+    `written` and `read` are bytes. `multiplications` are multiply-adds, counted once for each pass
+    over the operands. `source` generates the entries: a backend, or "torch.randn". `launch` is
+    "call" or "replay".
     """
 
     calls: int = 1
@@ -50,8 +51,8 @@ class Work:
 class Roofs:
     """Seconds a call; bytes, multiply-adds and entries a second.
 
-    write and memory: by the size of what is moved, in bytes. generation: by source, then by
-    distribution.
+    `write` and `memory` go by the number of bytes moved, `multiply` by the operands' type,
+    `generation` by source and then by distribution.
     """
 
     device_type: str
@@ -63,7 +64,7 @@ class Roofs:
     generation: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def best_generation(self, work: Work) -> float:
-        """Entries a second: torch.randn's for torch.randn, else the best backend's."""
+        """Entries a second: of torch.randn for torch.randn, else of the fastest backend."""
         if work.source == "torch.randn":
             return self.generation[work.source][work.distribution]
         return max(
@@ -74,12 +75,12 @@ class Roofs:
 
 
 def bandwidth(rates: dict[int, float], size: int) -> float:
-    """The best rate at which as much as `size` bytes has been moved."""
+    """The best rate at which `size` bytes or more have been moved."""
     return max(rate for moved, rate in rates.items() if moved >= min(size, BEYOND_CACHES))
 
 
 def limits(work: Work, roofs: Roofs) -> dict[str, float]:
-    """Seconds that each part of the work takes at the machine's best rate, by that roof's name."""
+    """Seconds that each part of the work takes at best, by the name of its roof."""
     moved = work.written + work.read
     parts = {
         "latency": work.calls * roofs.latency[work.launch],
@@ -93,20 +94,20 @@ def limits(work: Work, roofs: Roofs) -> dict[str, float]:
 
 
 def bound(work: Work, roofs: Roofs) -> tuple[float, str]:
-    """The least seconds that the work can take, and the roof that says so."""
+    """The least seconds that the work can take, and the roof it is bound by."""
     parts = limits(work, roofs)
     name = max(parts, key=parts.__getitem__)
     return parts[name], name
 
 
 def expected_seconds(work: Work, roofs: Roofs) -> float:
-    """As `bound`, with entries at the rate of the very source that makes them."""
+    """As `bound`, with entries at the rate of their own source instead of the best one."""
     own = roofs.generation.get(work.source or "", {}).get(work.distribution)
     return max(bound(work, roofs)[0], work.entries / own if own else 0.0)
 
 
 def raise_to(roofs: Roofs, work: Work, reached: float) -> None:
-    """Lift the roofs to what a call that took `reached` seconds has done."""
+    """Lift the roofs to what a call of `reached` seconds has shown to be possible."""
 
     def lift(rates: dict, key: object, amount: float) -> None:
         rates[key] = max(rates.get(key, 0.0), amount / reached)
@@ -124,9 +125,9 @@ def raise_to(roofs: Roofs, work: Work, reached: float) -> None:
 
 
 def measure(device_type: str, rounds: int = 5, patience: float = 0.5) -> Roofs:
-    """The roofs of a device, on the CPU with the threads that torch uses now.
+    """Measure a device's roofs; on the CPU, with the threads that torch uses now.
 
-    Each takes that many rounds, or the first that come to `patience` seconds.
+    Each takes `rounds` rounds, or fewer if they take `patience` seconds.
     """
     roofs = Roofs(device_type, torch.get_num_threads())
 
@@ -170,7 +171,7 @@ def _measure_bandwidth(roofs: Roofs, best: Callable) -> None:
         roofs.memory[size] = max(roofs.memory[size], roofs.write[size])
 
 
-_MOST_SECONDS = 5.0  # for one product
+_MOST_SECONDS = 5.0  # of one product
 
 
 def _measure_multiplication(roofs: Roofs, best: Callable) -> None:
@@ -186,10 +187,10 @@ def _measure_multiplication(roofs: Roofs, best: Callable) -> None:
             operand = square[:part, :part].to(dtype).contiguous()
             time = best(partial(torch.mm, operand, operand, out=torch.empty_like(operand)))
             roofs.multiply[name] = max(roofs.multiply.get(name, 0.0), part**3 / time)
-            if 4**3 * time > _MOST_SECONDS:  # no faster where the library has no kernel for it
+            if 4**3 * time > _MOST_SECONDS:  # the library has no kernel for this type
                 break
     torch.set_float32_matmul_precision(before)
-    # A product of our own may be faster than the library's.
+    # Our own product may be faster than the library's.
     if "cpp" in sources(roofs.device_type):
         error, size = torch.randn(512, 1000), 20_000
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -198,7 +199,7 @@ def _measure_multiplication(roofs: Roofs, best: Callable) -> None:
 
 
 def _measure_generation(roofs: Roofs, best: Callable) -> None:
-    """Entries are made, and used once, by the projection of a single error row."""
+    """By projections of a batch of one, which use each entry once."""
     error = torch.randn(1, 1000, device=roofs.device_type)
     rows = 100_000 if roofs.device_type == "cpu" else 1_000_000
     for source in sources(roofs.device_type):
@@ -211,15 +212,15 @@ def _measure_generation(roofs: Roofs, best: Callable) -> None:
             return size * error.shape[1] / min(map(best, calls))
 
         try:
-            roofs.generation[source] = {name: rate(name) for name in stream.BLOCK}
-        except Exception:  # a backend that fails does so in its benchmarks; others go on
+            roofs.generation[source] = {name: rate(name) for name in stream.DISTRIBUTIONS}
+        except Exception:  # its own benchmarks will report it, and the others go on
             traceback.print_exc()
     out = torch.empty(rows // 10, 1000, device=roofs.device_type)
     roofs.generation["torch.randn"] = {"normal": out.numel() / best(out.normal_)}
 
 
 def sources(device_type: str) -> list[str]:
-    """The backends that are available on a device type; on the CPU not Triton's interpreter."""
+    """The available backends of a device type, without Triton's interpreter on the CPU."""
     return [
         status.name
         for status in backends()

@@ -1,4 +1,4 @@
-"""What is measured: a shape, who takes part, and what has been promised about the outcome."""
+"""What is measured: shapes, the contenders of each, and the ratios that were promised."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
+RATE = "entries/s"  # in the place of a rival
+
 
 @dataclass(frozen=True)
 class Promise:
-    """`ours` takes at most 1/at_least of the time of `rival`; `aim` is what is hoped for.
+    """`ours` is at least `at_least` times as fast as `rival`; `aim` is what is hoped for.
 
-    With the rival "entries/s", `at_least` is how many entries `ours` makes and uses a second.
+    With `RATE` as the rival, `at_least` is the number of entries that `ours` generates and uses a
+    second.
     """
 
     ours: str
@@ -22,11 +25,11 @@ class Promise:
 
 @dataclass(frozen=True)
 class Case:
-    """All layers' signals of one error [batch, n]: a group of the report.
+    """The signals of all layers for one error [batch, n]: one row of a table.
 
-    The available backends take part, and `rivals`, by their names in contenders.py. `precision`
-    is torch's float32_matmul_precision, for all of them. `graph`: all are replayed from a CUDA
-    graph. `threads`: 0 for torch's own choice. `series` and `x` place the case in a figure.
+    All available backends take part, and the `rivals`, named as in contenders.py. All run under
+    the `precision`, which is torch's float32_matmul_precision. With `graph`, all are replayed from
+    a CUDA graph. `threads` is 0 for torch's default. `series` and `x` place the case in a figure.
     """
 
     name: str
@@ -40,31 +43,31 @@ class Case:
     distribution: str = "normal"
     graph: bool = False
     threads: int = 0
-    matrix: bool = False  # the matrix itself, [sizes[0], n], and no projection
+    matrix: bool = False  # the matrix itself, [sizes[0], n], instead of a projection
     promises: tuple[Promise, ...] = ()
     series: str | None = None
     x: int = 0
 
     @property
     def all_promises(self) -> tuple[Promise, ...]:
-        """Its own, and that on a GPU "cuda" is slower than "triton" on no shape."""
+        """The case's own, and on a GPU that "cuda" is nowhere slower than "triton"."""
         no_slower = Promise("cuda", "triton", 1 / 1.05)
         return (*self.promises, *([no_slower] if self.device_type == "cuda" else []))
 
     @property
     def written_bytes(self) -> int:
-        """Of all layers' signals, where equal layers are one."""
+        """Bytes of the signals, where layers of equal size share one."""
         if self.matrix:
             return self.sizes[0] * self.n * self.dtype.itemsize
         return self.batch * sum(set(self.sizes)) * self.dtype.itemsize
 
     @property
     def all_signals_bytes(self) -> int:
-        """Of a signal for each layer."""
+        """Bytes of the signals with one for each layer."""
         return self.batch * sum(self.sizes) * self.dtype.itemsize
 
 
-# What tables and figures call the rivals, by their names in cases and results; ours go by theirs.
+# What tables and figures call the rivals. Our backends go by their own names.
 TITLES = {
     "views": "mm alone",
     "stored": "stored matrix",
@@ -78,25 +81,25 @@ TITLES = {
 
 
 def title(name: str) -> str:
-    """What tables and figures call a contender."""
+    """The name of a contender in tables and figures."""
     return TITLES.get(name, name)
 
 
 STORED = ("naive", "stored", "views")
 ALL = (*STORED, "randn blocks", "scikit-learn")
 
-# Hidden layers, and the length of the error.
+# Sizes of the hidden layers, and the length of the error.
 PAPER_MLP = ((800,) * 3, 10)
 DEEP_MLP = ((4096,) * 48, 1000)
 UNEQUAL_MLP = (tuple(round(2049 + i * 2047 / 47) for i in range(48)), 1000)  # 2,049 to 4,096
-# Output channels of VGG-16's convolutions; "pool" halves both sides (Simonyan, Zisserman 2014, D).
+# Output channels of VGG-16's convolutions (Simonyan, Zisserman 2014, D); "pool" halves both sides.
 VGG16_CONVOLUTIONS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool")
 VGG16_CONVOLUTIONS += (512, 512, 512, "pool") * 2
 VGG16_LINEAR = (4096, 4096)
 
 
 def vgg16_sizes(resolution: int) -> tuple[int, ...]:
-    """channels x height x width after each convolution, then the hidden linear layers."""
+    """channels * height * width after each convolution, then the hidden linear layers."""
     sizes, side = [], resolution
     for channels in VGG16_CONVOLUTIONS:
         if isinstance(channels, str):
@@ -107,20 +110,20 @@ def vgg16_sizes(resolution: int) -> tuple[int, ...]:
 
 
 VGG16 = (vgg16_sizes(224), 1000)  # on ImageNet
-# Three points a block: attention's output, the wide layer, the block's output.
+# Three signals a block: attention's output, the wide layer, the block's output.
 GPT2_SMALL = ((768, 3072, 768) * 12, 50_257)
-# Two points a block: attention's output and the wide layer.
+# Two signals a block: attention's output and the wide layer.
 LLAMA = ((4096, 11_008) * 32, 32_000)
 
 
 def layer_name(size: int, batch: int, n: int, *details: str) -> str:
-    """One layer as the reports name it."""
+    """The name of a case with one layer."""
     return ", ".join((f"M={batch:,}, n={n:,}, one layer of {size:,}", *details))
 
 
 def with_batch(
     network: tuple[tuple[int, ...], int], batch: int
 ) -> tuple[tuple[int, ...], int, int]:
-    """A network's layers and error with a batch between them, as `Case` takes them."""
+    """Sizes, batch and length of the error, in the order of `Case`."""
     sizes, n = network
     return sizes, batch, n

@@ -2,11 +2,11 @@
 
     python -m benchmarks.paper [table1|table2|table4|figure4|vgg16] [--quick] [--output DIR]
 
-What these follow: the questions are the paper's tables and figures by its numbers; architectures,
-rates, batches, epochs and numbers of seeds are those of its published code
-(github.com/lightonai/principled-dfa-training, commit a8f0e4d), and each place that departs from
-it says so. Of the paper's own results only figure 4's are in that code; they are in `published`.
-The text with tables 1, 2 and 4 was not at hand: rows and claims are those that this project's
-README reports of them, table 1 has networks of this project's choice, and no number is held
-against theirs.
+Experiments are named after the paper's tables and figures. Architectures, learning rates, batch
+sizes, epochs and numbers of seeds are those of its published code
+(github.com/lightonai/principled-dfa-training, commit a8f0e4d); where we depart from it, the code
+says so. That code contains the paper's results for figure 4 only; they are in `published`. The
+paper's text with tables 1, 2 and 4 was not available: their rows and claims are those in README.md
+beside this file, table 1 has networks of this project's choice, and no number of these tables is
+compared with the paper's.
 """

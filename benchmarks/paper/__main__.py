@@ -1,4 +1,4 @@
-"""The command line: see the package's docstring."""
+"""The command line; the package's docstring describes it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from dfa_kernels.backends import registry
 
 RUNS = Path(__file__).parents[2] / "paper-runs"
 CHOICES = ("table1", *EXPERIMENTS, "vgg16")
-# Of a stored matrix that --quick still measures.
-QUICK_BYTES = 10**8
+QUICK_BYTES = 10**8  # of stored matrices; --quick measures no more
 
 
 def positive(text: str) -> int:
-    """A count on the command line."""
+    """A count given on the command line."""
     count = int(text)
     if count < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {count}")
@@ -32,11 +31,13 @@ def positive(text: str) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line's arguments."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__)
     parser.add_argument("what", nargs="*", metavar="what", help=f"{', '.join(CHOICES)}; all")
-    parser.add_argument("--quick", action="store_true", help="one seed and one epoch: it runs")
-    parser.add_argument("--data", type=Path, help="folder of CIFAR-10; the digits without it")
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed and one epoch, to show that it runs"
+    )
+    parser.add_argument("--data", type=Path, help="folder of CIFAR-10; without it, the digits")
     parser.add_argument("--seeds", type=positive, help="runs of each variant")
     parser.add_argument("--epochs", type=positive)
     parser.add_argument("--resolution", type=positive, help="of VGG-16's images")
@@ -58,7 +59,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def run_experiment(
     name: str, options: argparse.Namespace, console: Console, progress: Progress
 ) -> dict:
-    """Table 2, table 4 or figure 4: its summary, printed."""
+    """Run table 2, table 4 or figure 4; print and return its summary."""
     experiment = EXPERIMENTS[name]
     images = data.load(options.data, options.device)
     jobs = list(experiment.jobs(images.name, options.quick, options.seeds, options.epochs))
@@ -72,7 +73,7 @@ def run_experiment(
 
 
 def run_table1(options: argparse.Namespace, console: Console, progress: Progress) -> dict:
-    """Table 1: bytes and measured peaks."""
+    """Table 1: stored bytes and measured peaks."""
     task = progress.add_task("Table 1", total=len(ARCHITECTURES) * len(STORAGES))
     largest = QUICK_BYTES if options.quick else 2**63
     rows = table1.run(options.device, largest, lambda: progress.advance(task))
@@ -81,7 +82,7 @@ def run_table1(options: argparse.Namespace, console: Console, progress: Progress
 
 
 def run_vgg16(options: argparse.Namespace, console: Console, progress: Progress) -> dict:
-    """The VGG-16 demonstration: 224 x 224 on a GPU, half of it on a CPU."""
+    """The VGG-16 demonstration, by default at 224 x 224 on a GPU and 112 x 112 on a CPU."""
     task = progress.add_task("VGG-16", total=len(vgg16.WAYS))
     gpu = options.device.type == "cuda"
     resolution = options.resolution or (32 if options.quick else 224 if gpu else 112)
@@ -93,12 +94,12 @@ def run_vgg16(options: argparse.Namespace, console: Console, progress: Progress)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run what is asked for, one after the other."""
+    """Run the experiments asked for, one after the other."""
     options = parse(arguments)
     console = Console(width=max(120, Console().width))
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
-    # Now, so that a file edited during the run is not taken for what was measured.
+    # Before the run, because files may be edited while it goes on.
     origin = provenance.origin(options.device.type)
     others: dict[str, Callable[..., dict]] = {"table1": run_table1, "vgg16": run_vgg16}
     columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn())

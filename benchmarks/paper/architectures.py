@@ -1,4 +1,4 @@
-"""Layers whose activations get a signal, the length of the error, and VGG-16 itself."""
+"""The networks of table 1 as sizes of layers and errors, and VGG-16 as a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.harness import shapes
 
 
 def vgg16(resolution: int, classes: int) -> tuple[nn.Sequential, list[str]]:
-    """VGG-16 without its dropout, He initialization, and the names of its 15 hidden activations."""
+    """VGG-16 without dropout, from He initialization; the names of its 15 hidden activations."""
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     points: list[str] = []
     pools, channels, side = 0, 3, resolution
@@ -38,7 +38,7 @@ def vgg16(resolution: int, classes: int) -> tuple[nn.Sequential, list[str]]:
 
 
 def he_initialization(model: nn.Module) -> None:
-    """Weights of variance 2 / fan-in, zero biases (He et al. 2015)."""
+    """Draw weights with variance 2 / fan-in and set biases to zero (He et al. 2015)."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -47,22 +47,22 @@ def he_initialization(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a projection needs to know of a network."""
+    """What a projection needs to know about a network."""
 
     name: str
     sizes: tuple[int, ...]
     n: int
 
     def feedback_bytes(self, storage: str) -> int:
-        """Bytes of feedback matrices in fp32: one per layer, one for all, or none."""
+        """Bytes of feedback matrices in fp32: one for each layer, one for all, or none."""
         entries = {"naive": sum(self.sizes), "shared": max(self.sizes), "seeded": 0}
         return 4 * self.n * entries[storage]
 
     def signal_bytes(self, storage: str, batch: int) -> int:
-        """Bytes of what the projection of [batch, n] returns, in fp32.
+        """Bytes of the signals of an error [batch, n], in fp32.
 
-        Stored matrices give each layer its own signal, and the shared one first the longest; ours
-        gives equal layers one tensor.
+        With stored matrices each layer has its own signal, with the shared one after a product for
+        the largest. From the seed, layers of equal size share a tensor.
         """
         entries = {
             "naive": sum(self.sizes),
@@ -75,7 +75,7 @@ class Architecture:
 STORAGES = ("naive", "shared", "seeded")
 ARCHITECTURES = (
     Architecture("3 x 800, n = 10", *shapes.PAPER_MLP),
-    # The paper's CNN for 32 x 32 images: its three pooled convolutions and a linear layer.
+    # The paper's CNN for 32 x 32 images: three convolutions with pooling and a linear layer.
     Architecture("3 convolutions, 32 x 32, n = 10", (7200, 3136, 576, 128), 10),
     Architecture("48 x 4,096, n = 1,000", *shapes.DEEP_MLP),
     Architecture("VGG-16, ImageNet, n = 1,000", *shapes.VGG16),

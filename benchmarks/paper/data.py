@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Of CIFAR-10's training images by channel, as the published code has them.
+# Of CIFAR-10's training images by channel, from the published code.
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_DEVIATION = (0.2023, 0.1994, 0.2010)
 
@@ -27,7 +27,7 @@ class Data:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of an image."""
+        """Channels, height and width of an image."""
         return tuple(self.train_x.shape[1:])  # type: ignore[return-value]
 
     def resized(self, side: int) -> Data:
@@ -41,12 +41,12 @@ class Data:
 
 
 def load(folder: Path | None, device: torch.device) -> Data:
-    """CIFAR-10 from `folder`, the one that holds cifar-10-batches-py; None: the digits."""
+    """CIFAR-10 from the `folder` that holds cifar-10-batches-py; the digits if it is None."""
     return digits(device) if folder is None else cifar10(folder, device)
 
 
 def digits(device: torch.device) -> Data:
-    """scikit-learn's digits: 8x8 images in [-1, 1], of which a third is held out."""
+    """scikit-learn's digits: 8x8 images in [-1, 1], a third of them held out for testing."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -61,10 +61,10 @@ def digits(device: torch.device) -> Data:
 
 
 def cifar10(folder: Path, device: torch.device) -> Data:
-    """CIFAR-10 through torchvision, standardized by channel, nothing augmented."""
+    """CIFAR-10 through torchvision, standardized by channel, without augmentation."""
     try:
         from torchvision.datasets import CIFAR10
-    except (ImportError, RuntimeError) as error:  # RuntimeError: one for another torch
+    except (ImportError, RuntimeError) as error:  # the latter if it was built for another torch
         raise SystemExit(
             f"CIFAR-10 needs a torchvision that fits torch {torch.__version__} ({error}); without "
             "--data the experiments run on scikit-learn's digits"

@@ -1,6 +1,6 @@
-"""The results drawn.
+"""Figures of the paper's experiments.
 
-python -m benchmarks.paper.drawings FILE ...    draws the JSON of results again, beside it
+python -m benchmarks.paper.drawings FILE ...    draws results again from their JSON, beside it
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.report.texts import LEAST_PEAK, STORAGES, bytes_text
 
 
 def bars(axes: Axes, groups: list[str], series: dict[str, list[dict | None]]) -> None:
-    """A bar for each group and series, with its deviation; None leaves a gap."""
+    """Draw a bar for each group and series, with its deviation; None leaves a gap."""
     width = 0.8 / len(series)
     for index, (label, values) in enumerate(series.items()):
         here = [(i, value) for i, value in enumerate(values) if value is not None]
@@ -87,7 +87,7 @@ def figure4(summary: dict) -> Figure:
 
 
 def points(axes: Axes, values: list[dict], limits: tuple[int, int], **style: str) -> None:
-    """Means over the published bottlenecks, with deviations as far as values can be."""
+    """Draw means by bottleneck, with deviations cut off at the limits of possible values."""
     means = [value["mean"] for value in values]
     low, high = limits
     below = [min(value["deviation"], value["mean"] - low) for value in values]
@@ -97,7 +97,7 @@ def points(axes: Axes, values: list[dict], limits: tuple[int, int], **style: str
 
 
 def memory(results: dict) -> Figure:
-    """Table 1: bytes of matrices, and the measured peaks where there are any."""
+    """Table 1: bytes of matrices, and the peaks that were measured."""
     rows = results["rows"]
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     for index, (storage, name) in enumerate(STORAGES.items()):
@@ -121,7 +121,7 @@ def memory(results: dict) -> Figure:
 
 
 def vgg16(summary: dict) -> Figure:
-    """Peak memory and time of a step, of the ways that fit."""
+    """Peak memory and time of a step, for the ways that fit."""
     rows = [row for row in summary["rows"] if "peak" in row]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     names = [row["name"] for row in rows]
@@ -146,7 +146,7 @@ DRAWINGS = {
 
 
 def draw(name: str, results: dict, folder: Path) -> Path:
-    """Draw one table or figure with its origin; returns the file."""
+    """Draw one table or figure and say where it was measured; return the file."""
     figure, path = DRAWINGS[name](results), folder / f"paper_{name}.png"
     figure.suptitle(provenance.source(results), fontsize=8)
     figure.savefig(path, dpi=150)

@@ -1,4 +1,4 @@
-"""Tables 2 and 4 and figure 4: what is compared, how it is trained, and what the paper claims."""
+"""Tables 2 and 4 and figure 4: what they compare, how it is trained, and what the paper claims."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.paper.training import Job, Network, Settings, Store, train
 
 @dataclass(frozen=True)
 class Claim:
-    """The paper: `better` aligns better than `worse`."""
+    """A claim of the paper: `better` aligns better than `worse`."""
 
     better: str
     worse: str
@@ -22,20 +22,18 @@ class Claim:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A table or figure."""
+    """A table or figure of the paper."""
 
     name: str
     title: str
     network: Network
-    rows: tuple[tuple[Practice, tuple[str, ...]], ...]  # each with the modes it is trained in
+    rows: tuple[tuple[Practice, tuple[str, ...]], ...]  # each with its modes of training
     claims: tuple[Claim, ...]
     settings: dict[str, Settings]  # by data
     seeds: dict[str, int]
 
     def jobs(self, data: str, quick: bool, seeds: int | None, epochs: int | None) -> Iterator[Job]:
-        """Every run of the experiment; `quick`: one seed, and so few epochs that nothing is learned
-        but that it runs.
-        """
+        """Every training run. `quick` has one seed and one epoch, to show that everything runs."""
         settings = self.settings[data]
         settings = replace(settings, epochs=epochs or (1 if quick else settings.epochs))
         for seed in range(seeds or (1 if quick else self.seeds[data])):
@@ -46,9 +44,9 @@ class Experiment:
     def run(
         self, jobs: list[Job], data: Data, store: Store, tick: Callable[[int], None]
     ) -> list[tuple[Job, dict]]:
-        """The results of all jobs: those in the store, and the others trained and stored.
+        """The results of all jobs. Those not in the store are trained and stored.
 
-        `tick` gets the number of epochs that are done.
+        `tick` is called with the number of epochs just finished.
         """
         results = []
         for job in jobs:
@@ -65,8 +63,8 @@ class Experiment:
 
 EVERY = ("backprop", "shallow", "dfa")
 TRAINED = ("backprop", "dfa")
-# The published code's "no norm": U itself, entries of variance 1. The paper's eq. 7 alone is
-# normalization="shared", the same as eq. 8 where all layers have one size.
+# The published code's "no norm": U itself, with entries of variance 1. The paper's eq. 7 alone is
+# normalization="shared", which equals eq. 8 where all layers have the same size.
 UNNORMALIZED = Practice("no norm", normalization=1.0)
 LIGHT_DROPOUT, HEAVY_DROPOUT = (0.1, 0.1), (0.1, 0.5)
 SHARED_CLAIMS = (
@@ -76,9 +74,9 @@ SHARED_CLAIMS = (
     Claim("dropout 0.1", "dropout 0.5"),
 )
 
-# 50 epochs, batches of 128, a rate of 5e-4: best_practices.py, bottleneck.py.
+# 50 epochs, batch 128, learning rate 5e-4: best_practices.py and bottleneck.py.
 CIFAR10 = Settings(epochs=50, batch=128, hidden_rate=128 * 5e-4, output_rate=5e-4, side=32)
-# Ours: 1,198 images would make 9 such batches an epoch where CIFAR-10 makes 390, too few to align.
+# Our own: 1,198 images make 9 batches of 128 an epoch, CIFAR-10 makes 390. 9 are too few to align.
 DIGITS = Settings(epochs=15, batch=32, hidden_rate=0.1, output_rate=0.01, side=8)
 
 TABLE2 = Experiment(
@@ -127,8 +125,9 @@ TABLE4 = Experiment(
 
 
 def bottlenecks() -> tuple[tuple[Practice, tuple[str, ...]], ...]:
-    """The published code's bottleneck, a second layer of which b/800 of the weights learn; and one
-    that the name suggests, a second layer of b units.
+    """Bottlenecks in the second layer: only b/800 of its weights learn, or it has only b units.
+
+    The first is the published code's, the second what the name suggests.
     """
     rows: list[tuple[Practice, tuple[str, ...]]] = []
     for size in BOTTLENECKS:

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work in a process of its own, because resident memory has no owner."""
+"""Peak memory of a piece of work, in its own process: resident memory counts all of a process."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ from types import TracebackType
 
 import torch
 
-from benchmarks.harness.measure import available_bytes, is_out_of_memory, proc_bytes
-
-MISSING = "does not fit"
+from benchmarks.harness.measure import MISSING, available_bytes, is_out_of_memory, proc_bytes
 
 
 def available(device: torch.device) -> int:
-    """Bytes that a process could still take on the device."""
+    """Bytes that can still be allocated on the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return available_bytes("cpu")
 
 
 class Peak:
-    """`with Peak(device) as peak:`, then `peak.bytes` is the most held beyond the beginning."""
+    """After `with Peak(device) as peak:`, `peak.bytes` is the peak beyond the start's memory."""
 
     def __init__(self, device: torch.device):
         self.device, self.bytes = device, 0
@@ -47,7 +45,7 @@ class Peak:
             torch.cuda.synchronize(self.device)
             after = torch.cuda.max_memory_allocated(self.device)
         else:
-            # Not ru_maxrss, which starts at the parent's size.
+            # ru_maxrss would start at the parent's size.
             after = proc_bytes("/proc/self/status", "VmHWM")
         self.bytes = after - self.before
 
@@ -55,17 +53,17 @@ class Peak:
 def in_child(
     work: Callable[..., dict], need: int, device: torch.device, **arguments: object
 ) -> dict:
-    """What `work`, a function of a module, returns for device and arguments, in a new process.
+    """The result of `work`, a function of a module, for device and arguments in a new process.
 
-    Where `need` bytes are not to be had, or the process runs out of memory, {"does not fit": need}.
-    A tenth of the memory is left to others: the kernel ends whom it likes when there is none.
+    It is {MISSING: need} where fewer than `need` bytes are available or the process runs out of
+    memory. A tenth of the memory is left free: without any, the kernel may end other processes.
     """
     if need > 0.9 * available(device):
         return {MISSING: need}
     if device.type == "cuda":
-        context = multiprocessing.get_context("spawn")  # CUDA may not have been touched before
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     else:
-        context = multiprocessing.get_context("forkserver")  # imports torch once for all
+        context = multiprocessing.get_context("forkserver")  # imports torch once for all children
         context.set_forkserver_preload([work.__module__])
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_serve, args=(sender, work, {"device": device, **arguments}))
@@ -84,7 +82,7 @@ def in_child(
 
 
 def _serve(sender: Connection, work: Callable[..., dict], arguments: dict) -> None:
-    """The child's side; nothing is sent where memory runs out."""
+    """The child's side. It sends nothing if memory runs out."""
     try:
         result = work(**arguments)
     except (RuntimeError, MemoryError) as error:

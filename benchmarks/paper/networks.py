@@ -1,4 +1,4 @@
-"""The paper's networks in the variants that its tables compare."""
+"""The paper's networks, in the variants that its tables compare."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HIDDEN = (800, 800, 800)
 
 
 class Absolute(nn.Module):
-    """|x|, the leaky ReLU of negative slope -1."""
+    """|x|, the leaky ReLU with negative slope -1."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.abs()
@@ -39,22 +39,22 @@ class Practice:
     activation: str = "tanh"
     normalization: str | float = "layer"
     batch_norm: bool = False
-    dropout: tuple[float, float] = (0.0, 0.0)  # of the inputs, of hidden fully connected units
-    masked: float | None = None  # the fraction of the second layer's weights that learn
-    narrow: int | None = None  # units of the second layer
+    dropout: tuple[float, float] = (0.0, 0.0)  # of the inputs, of fully connected hidden units
+    masked: float | None = None  # fraction of the second layer's weights that learn
+    narrow: int | None = None  # number of units in the second layer
 
 
 def block(
     linear: nn.Module, practice: Practice, norm: Callable[[], nn.Module], dropout: float = 0.0
 ) -> list[nn.Module]:
-    """A hidden layer: the published code's order, dropout before and normalization after."""
+    """A hidden layer in the published code's order: dropout, activation, batch norm."""
     modules = [linear, *([nn.Dropout(dropout)] if dropout else [])]
     modules.append(ACTIVATIONS[practice.activation]())
     return modules + ([norm()] if practice.batch_norm else [])
 
 
 def perceptron(shape: tuple[int, int, int], classes: int, practice: Practice) -> nn.Sequential:
-    """Three hidden layers of 800; the points of feedback are all modules but the last."""
+    """Three hidden layers of 800; all modules but the last get feedback."""
     before, hidden = practice.dropout
     inputs = shape[0] * shape[1] * shape[2]
     modules: OrderedDict[str, nn.Module] = OrderedDict()
@@ -86,7 +86,7 @@ def _multiplied(factor: Tensor, gradient: Tensor) -> Tensor:
 
 
 def convolutional(shape: tuple[int, int, int], classes: int, practice: Practice) -> nn.Sequential:
-    """Three 5x5 convolutions with overlapping pools and a linear layer of 128."""
+    """Three 5x5 convolutions with overlapping pooling, and a linear layer of 128."""
     before, hidden = practice.dropout
     channels, side = shape[0], shape[1]
     modules: OrderedDict[str, nn.Module] = OrderedDict()
@@ -106,5 +106,5 @@ def convolutional(shape: tuple[int, int, int], classes: int, practice: Practice)
 
 
 def points(model: nn.Sequential) -> list[str]:
-    """The hidden layers' names: where feedback arrives."""
+    """The names of the hidden layers, which get feedback."""
     return [name for name, _ in model.named_children() if name != "output"]

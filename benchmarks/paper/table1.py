@@ -1,4 +1,4 @@
-"""Table 1: bytes of feedback matrices by the way they are stored, confirmed by peak memory."""
+"""Table 1: bytes of feedback matrices by way of storing, and the peak memory that confirms them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BATCH = 4
 
 
 def projected(storage: str, error: Tensor, sizes: Sequence[int]) -> tuple[list[Tensor], list]:
-    """The signals of eq. 8 by one way of storage, and the matrices it keeps for the next step."""
+    """The signals of eq. 8 by one way of storing, and the matrices kept for the next step."""
     n = error.shape[1]
     if storage == "seeded":
         return project(error, sizes), []
@@ -36,7 +36,7 @@ def projected(storage: str, error: Tensor, sizes: Sequence[int]) -> tuple[list[T
 
 
 def measure(storage: str, sizes: list[int], n: int, batch: int, device: torch.device) -> dict:
-    """Peak bytes of making the matrices and projecting once; runs in a child."""
+    """Peak bytes of generating the matrices and projecting once; runs in a child process."""
     error = torch.randn(batch, n, device=device)
     projected(storage, error[:, :8], [8])
     with memory.Peak(device) as peak:
@@ -46,7 +46,7 @@ def measure(storage: str, sizes: list[int], n: int, batch: int, device: torch.de
 
 
 def run(device: torch.device, largest: int, tick: Callable[[], None]) -> list[dict]:
-    """A row for each architecture; what would store more than `largest` bytes is not measured."""
+    """A row for each architecture; matrices of more than `largest` bytes are not measured."""
     rows = []
     for architecture in ARCHITECTURES:
         row: dict = {"name": architecture.name, "n": architecture.n, "batch": BATCH}
@@ -59,7 +59,7 @@ def run(device: torch.device, largest: int, tick: Callable[[], None]) -> list[di
 
 
 def cell(architecture: Architecture, storage: str, device: torch.device, largest: int) -> dict:
-    """Bytes stored, bytes of the signals, and the measured peak or what it would have needed."""
+    """Bytes of matrices and of signals, and the measured peak, or the bytes it would need."""
     stored = architecture.feedback_bytes(storage)
     signals = architecture.signal_bytes(storage, BATCH)
     counted = {"stored": stored, "signals": signals}

@@ -1,4 +1,4 @@
-"""Runs made a table, in the paper's layout, and held against what the paper says."""
+"""Training runs summarized as tables in the paper's layout, and compared with its claims."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Runs = list[tuple[Job, dict]]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean and sample standard deviation, 0 for a single value."""
+    """Mean and sample standard deviation, which is 0 for a single value."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return {"mean": statistics.fmean(values), "deviation": deviation}
 
 
 def row_of(practice: Practice, mode: str, results: list[dict]) -> dict:
-    """Seeds put together. An angle's deviation is the one over a batch (eq. 6), not over seeds."""
+    """One row over all seeds. The deviation of a cosine is over the test images, as in eq. 6."""
     row: dict = {"practice": practice.name, "mode": mode, "seeds": len(results)}
     for part in ("train_accuracy", "test_accuracy"):
         row[part] = spread([result[part] for result in results])
@@ -42,7 +42,7 @@ def row_of(practice: Practice, mode: str, results: list[dict]) -> dict:
 
 
 def seed_alignments(runs: Runs) -> dict[str, dict[int, float]]:
-    """By practice and seed: the alignment, averaged over layers."""
+    """The alignment averaged over layers, by practice and seed."""
     found: dict[str, dict[int, float]] = defaultdict(dict)
     for job, result in runs:
         if job.mode == "dfa":
@@ -52,24 +52,24 @@ def seed_alignments(runs: Runs) -> dict[str, dict[int, float]]:
 
 
 def hold(claim: Claim, alignments: dict[str, dict[int, float]]) -> dict:
-    """Whether a claim of the paper holds here: the difference, seed by seed.
+    """Whether a claim of the paper holds here, from the differences seed by seed.
 
-    "yes" or "no" where its 95 % confidence interval (Student's t) leaves out zero, else "unclear",
-    as with a single seed.
+    "yes" or "no" if their 95 % confidence interval (Student's t) excludes zero, else "unclear"; so
+    a single seed is "unclear".
     """
     better, worse = alignments[claim.better], alignments[claim.worse]
     difference = spread([better[seed] - worse[seed] for seed in better])
     count = len(better)
-    error = difference["deviation"] / math.sqrt(count) * t.ppf(0.975, count - 1)  # nan for one
+    error = difference["deviation"] / math.sqrt(count) * t.ppf(0.975, count - 1)  # NaN for one
     clear = abs(difference["mean"]) > error
     holds = ("yes" if difference["mean"] > 0 else "no") if clear else "unclear"
     return {"better": claim.better, "worse": claim.worse, "difference": difference, "holds": holds}
 
 
 def rank_agreement(rows: list[dict]) -> dict[str, float | None]:
-    """Figure 4's order of masked bottlenecks here and as published: Spearman's rank correlation.
+    """Spearman's rank correlation of figure 4's masked bottlenecks here with the published ones.
 
-    None where all are equal. Narrow layers have no published counterpart.
+    None if all values here are equal. Narrow layers have no published counterpart.
     """
     chosen = {row["practice"]: row for row in rows if row["mode"] == "dfa"}
     ours = [chosen[f"masked {size}"] for size in published.BOTTLENECKS]
@@ -86,7 +86,7 @@ def rank_agreement(rows: list[dict]) -> dict[str, float | None]:
 
 
 def summarize(experiment: Experiment, runs: Runs) -> dict:
-    """What is kept of an experiment."""
+    """What the results of an experiment keep of its runs."""
     grouped: dict[tuple[Practice, str], list[dict]] = defaultdict(list)
     for job, result in runs:
         grouped[job.practice, job.mode].append(result)
@@ -120,12 +120,12 @@ def percent(value: dict[str, float]) -> str:
 
 
 def cosine(value: dict[str, float]) -> str:
-    """Mean (standard deviation) of an angle's cosine."""
+    """Mean (standard deviation) of a cosine."""
     return f"{value['mean']:.3f} ({value['deviation']:.3f})"
 
 
 def tables(summary: dict) -> list[Table]:
-    """A summary to look at."""
+    """A summary for the terminal."""
     layers = next(row["alignment"] for row in summary["rows"] if "alignment" in row)
     columns = ["practice", "trained by", "train, %", "test, %", *layers]
     title = f"{summary['title']}, on {summary['data']}: accuracy, and cos(beta) by layer"
@@ -151,7 +151,7 @@ def tables(summary: dict) -> list[Table]:
 
 
 def memory_table(rows: list[dict]) -> Table:
-    """Table 1."""
+    """Table 1 for the terminal."""
     title = "Table 1: feedback matrices in fp32, and the peak of making and using them once, M = 4"
     columns = [*STORAGES.values(), *(f"peak, {title}" for title in STORAGES.values())]
     found = Table("network", *columns, title=title)
@@ -162,7 +162,7 @@ def memory_table(rows: list[dict]) -> Table:
 
 
 def vgg16_table(summary: dict) -> Table:
-    """The VGG-16 demonstration."""
+    """The VGG-16 demonstration for the terminal."""
     title = f"VGG-16, {summary['resolution']} x {summary['resolution']}, batch {summary['batch']}"
     found = Table("trained by", "matrices", "peak memory", "s per step", "losses", title=title)
     for row in summary["rows"]:

@@ -1,4 +1,4 @@
-"""One network trained once, and a store of such runs that an interruption leaves intact."""
+"""Trains one network once, and stores such runs so that an interrupted experiment can go on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.paper.data import Data
 from benchmarks.paper.networks import Practice
 from dfa_kernels import alignment, attach
 
-# The alignment is taken on this many held-out images at most.
+# The alignment is measured on at most this many test images.
 ALIGNMENT_IMAGES = 1024
 
 Network = Callable[[tuple[int, int, int], int, Practice], nn.Sequential]
@@ -28,12 +28,12 @@ Network = Callable[[tuple[int, int, int], int, Practice], nn.Sequential]
 
 @dataclass(frozen=True)
 class Settings:
-    """Hyperparameters: SGD without momentum on the mean cross-entropy, incomplete batches dropped.
+    """Hyperparameters of SGD without momentum on the mean cross-entropy, in full batches only.
 
-    The published code trains hidden layers with softmax - one-hot, not divided by the batch, and
-    the last layer with the gradient of the mean: with one rate for both, hidden layers learn
-    `batch` times as fast. Two rates for one loss are the same arithmetic, and give backpropagation
-    the hidden rate too, where the published code has the small one.
+    The published code trains hidden layers with softmax - one-hot, undivided by the batch size, and
+    the last layer with the gradient of the mean. With one learning rate for both, hidden layers
+    learn `batch` times as fast. Two rates for one loss are the same arithmetic, but here
+    backpropagation gets the hidden rate too; in the published code it has the small one.
     """
 
     epochs: int
@@ -45,7 +45,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """One training run: what to train, in which of the modes of `DFA`, from which seed."""
+    """One training run: what to train, in which mode of `DFA`, from which seed."""
 
     experiment: str
     practice: Practice
@@ -56,7 +56,7 @@ class Job:
 
     @property
     def file_name(self) -> str:
-        """Readable, and another for every other job."""
+        """A readable name that differs for every job."""
         described = asdict(self)
         text = json.dumps(described, sort_keys=True)
         parts = (self.data, self.experiment, self.practice.name, self.mode, str(self.seed))
@@ -65,19 +65,19 @@ class Job:
 
 
 class Store:
-    """A folder with one file for each job that is done."""
+    """A folder with one file for each finished job."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, job: Job) -> dict | None:
-        """The result of a job, None where it is still to do."""
+        """The result of a job, or None if it is still to be done."""
         path = self.folder / job.file_name
         return json.loads(path.read_text()) if path.exists() else None
 
     def put(self, job: Job, result: dict) -> None:
-        """Keep a result; an interruption leaves the whole file or none."""
+        """Store a result; an interruption leaves the whole file or none."""
         path = self.folder / job.file_name
         partial = path.with_suffix(f".{os.getpid()}.partial")
         partial.write_text(json.dumps({"job": asdict(job)} | result, indent=2) + "\n")
@@ -85,7 +85,7 @@ class Store:
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """The fraction of images that a model in evaluation mode gets right."""
+    """The fraction of images that a model in evaluation mode classifies correctly."""
     with torch.no_grad():
         right = sum(
             int((model(images).argmax(1) == labels).sum())
@@ -95,7 +95,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def train(network: Network, job: Job, data: Data, tick: Callable[[], None]) -> dict:
-    """Do a job: accuracies in [0, 1], and the alignment of every layer where DFA trained it.
+    """Train, and return accuracies in [0, 1] and, for DFA, the alignment of each layer.
 
     `tick` is called after every epoch.
     """

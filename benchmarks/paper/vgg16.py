@@ -27,7 +27,7 @@ WAYS = {
 
 
 def feedback(way: str, sizes: tuple[int, ...], device: torch.device) -> dict:
-    """What `attach` is given for a way of storing the feedback matrices."""
+    """Arguments of `attach` for one way of storing the feedback matrices."""
     if way == "naive":
         return {
             "matrix": [
@@ -41,7 +41,7 @@ def feedback(way: str, sizes: tuple[int, ...], device: torch.device) -> dict:
 
 
 def measure(way: str, resolution: int, batch: int, steps: int, device: torch.device) -> dict:
-    """Train for `steps` steps; runs in a child."""
+    """Train for `steps` steps; runs in a child process."""
     torch.manual_seed(0)
     images = torch.randn(batch, 3, resolution, resolution, device=device)
     labels = torch.randint(0, CLASSES, (batch,), device=device)
@@ -58,18 +58,18 @@ def measure(way: str, resolution: int, batch: int, steps: int, device: torch.dev
             loss = F.cross_entropy(model(images), labels)
             loss.backward()
             optimizer.step()
-            losses.append(loss.item())  # waits for the forward pass
+            losses.append(loss.item())
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - start)
     if not all(map(math.isfinite, losses)):
         raise ArithmeticError(f"{way}: the loss is not finite: {losses}")
-    # The first step allocates and chooses algorithms.
+    # The first step also allocates memory and chooses algorithms.
     return {"peak": peak.bytes, "seconds": statistics.median(seconds[1:]), "losses": losses}
 
 
 def needed(way: str, resolution: int, batch: int) -> int:
-    """Bytes at least: weights, their gradients, convolutions' and ReLUs' outputs, matrices."""
+    """A lower bound in bytes: weights, gradients, outputs of layers and ReLUs, matrices."""
     sizes = vgg16_sizes(resolution)
     with torch.device("meta"):
         model, _ = vgg16(resolution, CLASSES)

@@ -1,1 +1,1 @@
-"""Shows what was measured: in the terminal, as figures, and as pages of tables."""
+"""Shows what was measured: in the terminal, in figures, and in pages of tables."""

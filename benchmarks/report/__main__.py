@@ -1,6 +1,6 @@
 """The command line of reports.
 
-python -m benchmarks.report            makes the pages of all committed results, and the tables in
+python -m benchmarks.report            writes the pages of all committed results, and the tables in
                                        the other Markdown files
 python -m benchmarks.report FILE ...   shows runs again and draws their figures beside them
 """
@@ -15,14 +15,14 @@ from benchmarks.report import pages
 
 
 def main(files: list[str]) -> None:
-    """Show the runs in `files`, or make all pages."""
+    """Show the runs in `files`, or write all pages."""
     if not files:
         for path, text in pages.pages():
             if not path.exists() or path.read_text() != text:
                 path.write_text(text)
                 print(f"written: {path}")
         return
-    from benchmarks.report import terminal  # needs rich, which pages do without
+    from benchmarks.report import terminal  # needs rich, which the pages do not
 
     console = terminal.console()
     for file in map(Path, files):

@@ -21,7 +21,7 @@ AXES = {"batch": "batch M", "n": "length of the error n", "size": "layer size", 
 
 
 def series(results: dict) -> dict[str, list[dict]]:
-    """The cases of every series, by x."""
+    """The cases of each series, sorted by x."""
     found: dict[str, list[dict]] = {}
     for case in results["cases"]:
         if case["series"]:
@@ -30,7 +30,7 @@ def series(results: dict) -> dict[str, list[dict]]:
 
 
 def drawings(results: dict) -> dict[str, Figure]:
-    """What there is to draw in results, by the names of the files."""
+    """The figures that results have data for, by file name."""
     found = series(results)
     drawn = {}
     if found:
@@ -44,7 +44,7 @@ def drawings(results: dict) -> dict[str, Figure]:
 
 
 def draw(results: dict, folder: Path) -> list[Path]:
-    """Draw what the results have, into a folder; returns the files."""
+    """Draw all figures of the results into a folder; return the files."""
     paths = []
     for name, figure in drawings(results).items():
         figure.suptitle(provenance.source(results), fontsize=8)
@@ -55,7 +55,7 @@ def draw(results: dict, folder: Path) -> list[Path]:
 
 
 def _style(name: str, names: list[str]) -> dict:
-    """A contender looks the same in every panel; ours are thick, and above the others."""
+    """A contender's style, the same in every panel. Our lines are thicker and on top."""
     ours = name in BACKENDS
     color = f"C{names.index(name) % 10}"
     return {"color": color, "linewidth": 2.5 if ours else 1.2, "zorder": 3 if ours else 2}
@@ -66,7 +66,7 @@ def _names(cases: list[dict]) -> list[str]:
 
 
 def time(found: dict[str, list[dict]]):
-    """Time as one thing about the shape grows; dashed, the limit of each contender's own work."""
+    """Time as one dimension of the shape grows; dashed, the bound of a contender's own work."""
     rows = -(-len(found) // 2)
     figure, panels = plt.subplots(
         rows, min(len(found), 2), figsize=(11, 4.2 * rows), squeeze=False, layout="constrained"
@@ -82,7 +82,7 @@ def time(found: dict[str, list[dict]]):
             panel.plot(x, times, "o-", label=title(name), ms=3, **style)
             if name in BACKENDS or name == "views":
                 bounds = [1e3 * row["bound_seconds"] for row in of]
-                # Where two limits are one, the dashes of each fill the other's gaps.
+                # Where two bounds coincide, the dashes of each fill the other's gaps.
                 dashes = (4 * (name == "views"), (4, 4))
                 panel.plot(x, bounds, linestyle=dashes, **style | {"linewidth": 1})
         panel.set(xscale="log", yscale="log", xlabel=AXES[grows.split(",")[0]], ylabel="ms")
@@ -95,7 +95,7 @@ def time(found: dict[str, list[dict]]):
 
 
 def _fixed(cases: list[dict]) -> str:
-    """What stays as it is along a series."""
+    """What stays constant along a series."""
     facts = {"batch": "M", "n": "n", "largest": "l"}
     same = {key: {case[key] for case in cases} for key in facts}
     known = [f"{facts[key]}={value.pop():,}" for key, value in same.items() if len(value) == 1]
@@ -103,7 +103,7 @@ def _fixed(cases: list[dict]) -> str:
 
 
 def memory(cases: list[dict]):
-    """Memory of matrices, signals and workspace against depth; hollow, what would not fit."""
+    """Memory of matrices, signals and workspace against depth; hollow, what was not run."""
     figure, panel = plt.subplots(figsize=(6, 4.2), layout="constrained")
     names = [name for name in _names(cases) if name in (*BACKENDS, "naive", "stored", "views")]
     for name in names:
@@ -129,7 +129,7 @@ def memory(cases: list[dict]):
 
 
 def roofline(found: dict[str, list[dict]], results: dict):
-    """Arithmetic reached against intensity; hollow, what each contender's limit would allow."""
+    """FLOP/s against FLOP a byte; hollow, what each contender's bound would allow."""
     figure, panel = plt.subplots(figsize=(6.5, 4.6), layout="constrained")
     machine = results["roofs"]["0"]
     memory = {int(size): rate for size, rate in machine["memory"].items()}
@@ -149,7 +149,7 @@ def roofline(found: dict[str, list[dict]], results: dict):
             panel.plot(intensity, done, "o", ms=5, color=color, label=title(name))
             panel.plot(intensity, allowed, "o", ms=5, mfc="none", color=color)
             x += intensity
-            if name in BACKENDS:  # all of one intensity, whatever the batch
+            if name in BACKENDS:  # at nearly the same intensity for every batch size
                 batches = [case["batch"] for case in timed]
                 _name_batches(panel, sorted(zip(done, intensity, batches, strict=True)))
     ends = [min(x) / 2, max(x) * 3]
@@ -168,7 +168,7 @@ def roofline(found: dict[str, list[dict]], results: dict):
 
 
 def _name_batches(panel: Axes, points: list[tuple[float, float, int]]) -> None:
-    """Say M beside points from low to high: right and left in turns, because some are close."""
+    """Write M beside the points, right and left in turns, because some lie close together."""
     for index, (y, x, batch) in enumerate(points):
         side, align = ((6, 0), "left") if index % 2 == 0 else ((-6, 0), "right")
         place = {"xytext": side, "textcoords": "offset points", "ha": align, "va": "center"}

@@ -1,16 +1,17 @@
 """The pages of `results/`, and the tables in the project's other Markdown files.
 
-Both come from the committed JSON alone. A table stands between `<!-- table NAME FILE -->` and
-`<!-- end -->`: NAME is a function of `speed_tables` or `paper_tables`, FILE a result in `results/`.
+Both come from the committed JSON alone. In other files a table stands between
+`<!-- table NAME FILE -->` and `<!-- end -->`, where NAME is a function of `speed_tables` or
+`paper_tables` and FILE a path in `results/`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.harness import provenance
 from benchmarks.report import paper_tables, speed_tables
@@ -19,60 +20,120 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 TABLE = re.compile(r"(<!-- table (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-# For each result of a run: the heading of each part, its table if it has one, and its figures.
-Part = tuple[str, Callable[[dict], list[str]] | None, list[str]]
-PARTS: dict[str, list[Part]] = {
-    "bench.json": [
-        ("Networks", speed_tables.bench_networks, []),
-        ("Memory", speed_tables.bench_memory, ["memory.png"]),
-        ("One large layer", speed_tables.bench_layer, ["roofline.png"]),
-        ("As one thing grows", speed_tables.bench_sweeps, ["time.png"]),
-        ("The matrix itself", speed_tables.bench_matrix, []),
-        ("The machine", speed_tables.bench_machine, []),
-    ],
-    "training_step.json": [("A training step", speed_tables.training_step, [])],
-    "paper_table1.json": [("The paper's table 1", paper_tables.paper_table1, ["paper_table1.png"])],
-    "paper_table2.json": [
-        ("The paper's table 2", paper_tables.paper_practices, ["paper_table2.png"])
-    ],
-    "paper_table4.json": [
-        ("The paper's table 4", paper_tables.paper_practices, ["paper_table4.png"])
-    ],
-    "paper_figure4.json": [
-        ("The paper's figure 4", paper_tables.paper_figure4, ["paper_figure4.png"])
-    ],
-    "paper_vgg16.json": [("VGG-16", paper_tables.paper_vgg16, ["paper_vgg16.png"])],
+
+class Part(NamedTuple):
+    """A part of a page: a heading, what it shows, and a table or a figure or both."""
+
+    heading: str
+    about: str
+    table: Callable[[dict], list[str]] | None
+    figure: str | None = None
+
+
+# The parts of a page, by the result file that they show.
+PARTS: dict[str, tuple[Part, ...]] = {
+    "bench.json": (
+        Part(
+            "Networks",
+            "The signals of several layers, by the fastest of our backends and by each rival "
+            "(`bench_networks.py`).",
+            speed_tables.bench_networks,
+        ),
+        Part(
+            "Memory",
+            "Matrices and the peak of a call beyond them, signals included. In parentheses the "
+            "matrices alone, where nothing was run.",
+            speed_tables.bench_memory,
+            "memory.png",
+        ),
+        Part(
+            "One large layer",
+            "By batch size (`bench_sweeps.py`).",
+            speed_tables.bench_layer,
+            "roofline.png",
+        ),
+        Part(
+            "Precisions",
+            "Other dtypes, distributions and lengths of the error (`bench_precisions.py`).",
+            speed_tables.bench_precisions,
+        ),
+        Part(
+            "Sweeps",
+            "As the error, the layer or the number of layers grows (`bench_sweeps.py`). In the "
+            'figure, dashed lines are the bounds of our work and of "mm alone".',
+            speed_tables.bench_sweeps,
+            "time.png",
+        ),
+        Part(
+            "The matrix",
+            "Entries written to memory by `feedback_matrix` (`bench_matrix.py`).",
+            speed_tables.bench_matrix,
+        ),
+        Part(
+            "Promises",
+            "The ratios that the project promises, and what this run reached.",
+            speed_tables.bench_promises,
+        ),
+        Part("Roofs", "The best rates seen in this run.", speed_tables.bench_machine),
+    ),
+    "training_step.json": (
+        Part(
+            "Training step",
+            "Forward, backward and optimizer of a tanh network (`benchmarks/training_step.py`). "
+            "Memory is the peak of a step beyond the weights.",
+            speed_tables.training_step,
+        ),
+    ),
+    "paper_table1.json": (
+        Part("The paper's table 1", "", paper_tables.paper_table1, "paper_table1.png"),
+    ),
+    "paper_table2.json": (
+        Part("The paper's table 2", "", paper_tables.paper_practices, "paper_table2.png"),
+    ),
+    "paper_table4.json": (
+        Part("The paper's table 4", "", paper_tables.paper_practices, "paper_table4.png"),
+    ),
+    "paper_figure4.json": (
+        Part("The paper's figure 4", "", paper_tables.paper_figure4, "paper_figure4.png"),
+    ),
+    "paper_vgg16.json": (Part("VGG-16", "", paper_tables.paper_vgg16, "paper_vgg16.png"),),
 }
 
 
 def page(folder: Path) -> str:
     """Every table and figure of the results in a folder, as Markdown."""
     found = {name: _load(folder / name) for name in PARTS if (folder / name).exists()}
-    first = next(iter(found.values()))
-    lines = [
-        f"# {first['device']}",
-        "",
-        "Made by `python -m benchmarks.report` from the JSON beside it. "
-        "[How it was measured](../../README.md), and what the columns are.",
-        "",
+    blocks = [
+        "<!-- Generated by `python -m benchmarks.report` from the JSON files beside it. -->",
+        f"# {', '.join(dict.fromkeys(measured['device'] for measured in found.values()))}",
+        "\n".join(files(found)),
+        "[What is timed, and what the columns mean](../../README.md). "
+        "[The paper's experiments](../../paper/README.md).",
     ]
     for name, measured in found.items():
-        for heading, table, figures in PARTS[name]:
-            rows = table(measured) if table else []
-            drawn = [figure for figure in figures if (folder / figure).exists()]
-            if len(rows) <= 2 and not any(row.startswith("- ") for row in rows):
-                rows = []  # a head without a row
-            if not rows and not drawn:
+        for part in PARTS[name]:
+            table = part.table(measured) if part.table else []
+            figure = part.figure if part.figure and (folder / part.figure).exists() else None
+            if not table and figure is None:
                 continue
-            lines += [f"## {heading}", "", *rows, *[""] * bool(rows)]
-            for figure in drawn:
-                lines += [f"![{heading}]({figure})", ""]
-            lines += [f"{provenance.source(measured)}: [`{name}`]({name}).", ""]
-    return "\n".join(lines)
+            blocks += [f"## {part.heading}", part.about, "\n".join(table)]
+            blocks += [f"![{part.heading}]({figure})"] if figure else []
+    return "\n\n".join(filter(None, blocks)) + "\n"
+
+
+def files(found: dict[str, dict]) -> list[str]:
+    """A table of the results: when, with which versions and from which commit each was measured."""
+    lines = ["| result | date | commit | versions |", "|---|---|---|---|"]
+    for name, measured in found.items():
+        versions = ", ".join(f"{what} {version}" for what, version in measured["versions"].items())
+        date = measured["date"] + ", unfinished" * (not measured.get("finished", True))
+        cells = (f"[`{name}`]({name})", date, provenance.short(measured["commit"]), versions)
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def render(text: str) -> str:
-    """A Markdown file's text with every table made anew."""
+    """A Markdown file's text with every table generated again."""
     tables = vars(speed_tables) | vars(paper_tables)
 
     def table(match: re.Match) -> str:
@@ -84,13 +145,16 @@ def render(text: str) -> str:
 
 
 def pages() -> Iterator[tuple[Path, str]]:
-    """Every generated file, or file with generated tables, and what should be in it."""
-    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+    """Every Markdown file of the source, and what should be in it."""
+    folders = {path.parent for path in RESULTS.glob("*/*.json") if path.name in PARTS}
+    for folder in sorted(folders):
         yield folder / "README.md", page(folder)
-    command = ["git", "ls-files", "*.md", ":!benchmarks/results"]
-    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    for name in listed.stdout.split():
-        yield ROOT / name, render((ROOT / name).read_text())
+    written = [*ROOT.glob("*.md")]
+    for source in (".ci", "benchmarks", "csrc", "dfa_kernels", "tests"):
+        written += (ROOT / source).rglob("*.md")
+    for path in sorted(written):
+        if path.parent not in folders:
+            yield path, render(path.read_text())
 
 
 def _load(path: Path) -> dict:

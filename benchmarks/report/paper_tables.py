@@ -1,4 +1,4 @@
-"""The paper's experiments as Markdown tables, from the JSON that `benchmarks.paper` writes."""
+"""Markdown tables of the paper's experiments, from the JSON that `benchmarks.paper` writes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from benchmarks.report.texts import STORAGES, bytes_text, peak
 
 
 def paper_table1(measured: dict) -> list[str]:
-    """`python -m benchmarks.paper table1`: bytes of feedback matrices, and measured peaks."""
+    """Table 1: bytes of feedback matrices, and measured peaks."""
     titles = " | peak | ".join(STORAGES.values())
     lines = [f"| network | {titles} | peak |", "|---|---:|---:|---:|---:|---:|---:|"]
     for row in measured["rows"]:
@@ -17,14 +17,14 @@ def paper_table1(measured: dict) -> list[str]:
 
 
 def runs(measured: dict) -> str:
-    """How much training is behind a table, and by which code; the table itself may be younger."""
+    """Seeds, epochs and the commit that trained; the table may have been made by a later one."""
     seeds, epochs = measured["rows"][0]["seeds"], measured["settings"]["epochs"]
     commits = ", ".join(map(provenance.short, measured["run_commits"]))
     return f"{seeds} seeds, {epochs} epochs, trained at commit {commits}."
 
 
 def paper_practices(measured: dict) -> list[str]:
-    """`python -m benchmarks.paper table2 table4`: accuracy, alignment, and the paper's claims."""
+    """Tables 2 and 4: accuracy, alignment, and whether the paper's claims hold."""
     rows = {(row["practice"], row["mode"]): row for row in measured["rows"]}
     practices = dict.fromkeys(row["practice"] for row in measured["rows"])
     layers = rows[next(iter(practices)), "dfa"]["alignment"]
@@ -54,7 +54,7 @@ def paper_practices(measured: dict) -> list[str]:
 
 
 def paper_figure4(measured: dict) -> list[str]:
-    """`python -m benchmarks.paper figure4`: beside what was published for other data."""
+    """Figure 4 as a table, beside what was published for other data."""
     rows = {(row["practice"], row["mode"]): row for row in measured["rows"]}
     published, agreement = measured["published"], measured["rank_agreement"]
     data, theirs = measured["data"], published["data"]
@@ -76,11 +76,15 @@ def paper_figure4(measured: dict) -> list[str]:
         lines.append(f"| {size_of} | {' | '.join(cells)} |")
     found = {key: "none" if v is None else f"{v:+.3f}" for key, v in agreement.items()}
     ranks = f"{found['test_accuracy']} for accuracy, {found['alignment']} for alignment"
-    return [*lines, "", f"{runs(measured)} Rank correlation with the published over b: {ranks}."]
+    return [
+        *lines,
+        "",
+        f"{runs(measured)} Rank correlation with the published values over b: {ranks}.",
+    ]
 
 
 def paper_vgg16(measured: dict) -> list[str]:
-    """`python -m benchmarks.paper vgg16`: peak memory and time of a training step."""
+    """VGG-16: peak memory and time of a training step."""
     side, batch = measured["resolution"], measured["batch"]
     lines = [
         f"| VGG-16, {side}x{side}, batch {batch} | matrices | peak memory | a step |",

@@ -1,8 +1,8 @@
-"""A run's results as data for tables, pages and figures.
+"""A run's results as data, and what follows from them.
 
-Each contender's time is the median of its rounds; "faster" is the median over the rounds of the two
-times of a round. Each contender's limit is that of its own work: what it has to write and read,
-multiply and generate, at the best rates that this machine has shown in the same run.
+A contender's time is the median of its rounds. How many times faster one is than another is the
+median, over the rounds, of the ratio of their times in the same round. A contender's bound is that
+of its own work: what it must move, multiply and generate, under the roofs measured in the same run.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import asdict
 
 from benchmarks.harness import roofs
 from benchmarks.harness.race import LeftOut, Result
-from benchmarks.harness.shapes import Case
+from benchmarks.harness.shapes import RATE, Case
 from dfa_kernels.backends.registry import BACKENDS
 
-# --- from what a race returns to what is kept ---
+# --- from a race to JSON ---
 
 
 def row(result: Result, machine: roofs.Roofs) -> dict:
@@ -37,7 +37,7 @@ def row(result: Result, machine: roofs.Roofs) -> dict:
 
 
 def case_results(case: Case, outcome: dict[str, Result | Exception], machine: roofs.Roofs) -> dict:
-    """All contenders of one case, those left out, and what was promised."""
+    """One case: its contenders, those left out and why, and its promises."""
     entry = {
         "case": case.name,
         "layers": len(case.sizes),
@@ -78,7 +78,7 @@ def measured(
     cases: dict[str, Case],
     machine: dict[int, roofs.Roofs],
 ) -> dict:
-    """Everything a run has measured, as JSON's types."""
+    """Everything that a run has measured, in types of JSON."""
     return {
         "roofs": {str(threads): asdict(one) for threads, one in machine.items()},
         "cases": [
@@ -88,11 +88,11 @@ def measured(
     }
 
 
-# --- what follows from it ---
+# --- what follows ---
 
 
 def ratio(case: dict, ours: str, rival: str) -> float | None:
-    """How many times faster `ours` is, or None where one of them was not timed."""
+    """How many times faster `ours` is, or None if one of the two was not timed."""
     rows = case["contenders"]
     if ours not in rows or rival not in rows:
         return None
@@ -101,15 +101,15 @@ def ratio(case: dict, ours: str, rival: str) -> float | None:
 
 
 def reached(case: dict, ours: str, rival: str) -> float | None:
-    """What a promise is held to: a ratio, or entries made and used a second."""
-    if rival != "entries/s":
+    """What a promise is compared with: a ratio, or the entries generated and used a second."""
+    if rival != RATE:
         return ratio(case, ours, rival)
     row = case["contenders"].get(ours)
     return row and row["work"]["entries"] / row["seconds"]
 
 
 def fastest(case: dict, names: Iterable[str]) -> str | None:
-    """Of those that were timed in a case, or None."""
+    """The fastest of `names` in a case, or None if none was timed."""
     rows = case["contenders"]
     timed = [name for name in names if name in rows]
     return min(timed, key=lambda name: rows[name]["seconds"], default=None)
@@ -121,10 +121,10 @@ def best_of_ours(case: dict) -> str | None:
 
 
 def fastest_stored(case: dict) -> str | None:
-    """The fastest of those that keep a matrix."""
+    """The fastest contender with a stored matrix."""
     return fastest(case, [name for name, row in case["contenders"].items() if row["stored_bytes"]])
 
 
 def memory(row: dict) -> int | None:
-    """Bytes that a contender keeps, and takes beyond that in a call, signals included."""
+    """Bytes of a contender's matrices, plus the peak of a call beyond them."""
     return None if row["peak_bytes"] is None else row["stored_bytes"] + row["peak_bytes"]

@@ -1,16 +1,25 @@
-"""Runs of `python -m dfa_kernels bench` and of `benchmarks.training_step` as Markdown tables."""
+"""Markdown tables of `python -m dfa_kernels bench` and `python -m benchmarks.training_step`.
+
+Each function takes what the JSON of a run holds and returns lines, or none where the run has no
+such case.
+"""
 
 from __future__ import annotations
 
+from benchmarks.harness.race import NO_ROOM, OUT_OF_MEMORY, TOO_LONG
 from benchmarks.harness.roofs import BEYOND_CACHES, bandwidth
-from benchmarks.harness.shapes import TITLES
+from benchmarks.harness.shapes import RATE, TITLES, title
 from benchmarks.report.results import best_of_ours, fastest_stored, memory, ratio
-from benchmarks.report.texts import bytes_text, time_text, times_text
+from benchmarks.report.texts import bytes_text, rate_text, time_text, times_text
+
+GROWING = ("n", "size", "layers")  # the sweeps of bench_sweeps.py beside that over the batch
 
 
 def comparison(measured: dict, cases: list[dict]) -> list[str]:
     """Our fastest backend in every case: its time, its limit, how many times faster it is."""
     cases = [case for case in cases if best_of_ours(case)]
+    if not cases:
+        return []
     rivals = [
         name
         for name in TITLES
@@ -32,7 +41,7 @@ def comparison(measured: dict, cases: list[dict]) -> list[str]:
 
 
 def rounds(measured: dict, cases: list[dict]) -> str:
-    """How many rounds the medians of a table are of, and of which run."""
+    """How many rounds each median is taken over, and whether the run was quick or full."""
     counts = [row["rounds"] for case in cases for row in case["contenders"].values()]
     least, most = min(counts), max(counts)
     many = f"{least}" if least == most else f"{least} to {most}"
@@ -40,51 +49,57 @@ def rounds(measured: dict, cases: list[dict]) -> str:
 
 
 def than_fastest_stored(case: dict, ours: str) -> str:
-    """How many times faster `ours` is than the fastest contender that keeps a matrix, and which."""
+    """How many times faster `ours` is than the fastest contender with a stored matrix; its name."""
     rival = fastest_stored(case)
     return f"{faster(case, ours, rival)}, {TITLES[rival]}" if rival else ""
 
 
 def faster(case: dict, ours: str, rival: str) -> str:
-    """How many times faster `ours` is, or why that is not known."""
+    """How many times faster `ours` is, or why `rival` was not timed."""
     times = ratio(case, ours, rival)
     if times is not None:
         return times_text(times)
-    why = case["left_out"].get(rival, {})
-    if why.get("reason") == "does not fit into memory":
+    why = case["left_out"].get(rival)
+    if why is None:
+        return ""
+    if why["reason"] in (NO_ROOM, OUT_OF_MEMORY):
         return f"{bytes_text(why['stored_bytes'])} do not fit"
-    return f"over {time_text(why['least_seconds'])}" if "least_seconds" in why else ""
+    return f"over {time_text(why['least_seconds'])}" if why["reason"] == TOO_LONG else "not run"
 
 
 def bench_networks(measured: dict) -> list[str]:
-    """`bench_networks.py`: every network's signals against what they replace."""
+    """Several layers, mostly networks that people have, against what the kernels replace."""
     return comparison(measured, [case for case in measured["cases"] if _is_network(case)])
 
 
 def bench_layer(measured: dict) -> list[str]:
-    """One large layer by batch, dtype and distribution."""
-    single = [case for case in measured["cases"] if case["layers"] == 1 and not case["matrix"]]
-    by_batch = [case for case in single if (case["series"] or "batch").startswith("batch")]
-    return comparison(measured, by_batch)
+    """One large layer, by batch size."""
+    return comparison(measured, [case for case in measured["cases"] if case["series"] == "batch"])
+
+
+def bench_precisions(measured: dict) -> list[str]:
+    """One layer with other dtypes, distributions or lengths of the error."""
+    outside = [case for case in measured["cases"] if case["series"] not in ("batch", *GROWING)]
+    one = [case for case in outside if case["layers"] == 1 and not case["matrix"]]
+    return comparison(measured, one)
 
 
 def bench_sweeps(measured: dict) -> list[str]:
-    """The rest of `bench_sweeps.py`: as the error, the layer and the number of layers grow."""
-    others = ("n", "size", "layers")
-    return comparison(measured, [case for case in measured["cases"] if case["series"] in others])
+    """As the error, the layer or the number of layers grows."""
+    return comparison(measured, [case for case in measured["cases"] if case["series"] in GROWING])
 
 
 def bench_matrix(measured: dict) -> list[str]:
-    """`bench_matrix.py`: the matrix itself."""
+    """The matrix itself, from `feedback_matrix`."""
     return comparison(measured, [case for case in measured["cases"] if case["matrix"]])
 
 
 def bench_memory(measured: dict) -> list[str]:
-    """Matrices and the most that a call takes, signals included; in parentheses, matrices alone."""
-    lines = [
-        f"| network | from the seed | {TITLES['stored']} | {TITLES['naive']} |",
-        "|---|---:|---:|---:|",
-    ]
+    """Matrices, and the peak of a call beyond them, signals included.
+
+    In parentheses the matrices alone, where nothing was run.
+    """
+    lines = []
     for case in measured["cases"]:
         if not _is_network(case) or case["graph"]:
             continue
@@ -98,7 +113,10 @@ def bench_memory(measured: dict) -> list[str]:
                     f"({bytes_text(why['stored_bytes'])})" if "stored_bytes" in why else ""
                 )
         lines.append(f"| {' | '.join(cells)} |")
-    return lines + _largest_layer(measured)
+    if not lines:
+        return []
+    titles = f"| network | from the seed | {TITLES['stored']} | {TITLES['naive']} |"
+    return [titles, "|---|---:|---:|---:|", *lines, *_largest_layer(measured)]
 
 
 def _largest_layer(measured: dict) -> list[str]:
@@ -117,27 +135,45 @@ def _largest_layer(measured: dict) -> list[str]:
     return [
         "",
         f"A layer of {case['largest']:,} with n = {case['n']:,} and M = {case['batch']} takes "
-        f"{time_text(row['seconds'])} and {extra:.1f} MiB beyond its signal; the stored fp32 "
+        f"{time_text(row['seconds'])} and {extra:.1f} MiB beyond its signal. The stored fp32 "
         f"matrix would take {bytes_text(stored)}.",
     ]
 
 
-def bench_machine(measured: dict) -> list[str]:
-    """The machine's best rates, in one sentence for each number of threads."""
+def bench_promises(measured: dict) -> list[str]:
+    """Each promised ratio, what was reached, and what was asked."""
     lines = []
-    for roofs in measured["roofs"].values():
-        written = {int(size): rate for size, rate in roofs["write"].items()}
-        write = bandwidth(written, BEYOND_CACHES)
-        products = ", ".join(f"{2 * r / 1e12:.3g} in {n}" for n, r in roofs["multiply"].items())
-        kinds = ("normal", "uniform", "rademacher")
-        made = [source for name, source in roofs["generation"].items() if name != "torch.randn"]
-        entries = ", ".join(f"{max(s.get(kind, 0.0) for s in made):.2g} {kind}" for kind in kinds)
-        threads = f", {roofs['threads']} thread" + "s" * (roofs["threads"] > 1)
-        threads = threads if roofs["device_type"] == "cpu" else ""
-        lines.append(
-            f"- this machine{threads}: {write / 1e9:.0f} GB/s written, TFLOP/s: {products}; "
-            f"entries made and used a second: {entries}"
-        )
+    for case in measured["cases"]:
+        for promise in case["promises"]:
+            show = rate_text if promise["rival"] == RATE else times_text
+            value, rival = promise["reached"], title(promise["rival"])
+            cells = [case["case"], f"`{promise['ours']}`", rival, show(promise["at_least"])]
+            cells.append("not measured" if value is None else show(value))
+            lines.append(f"| {' | '.join(cells)} |")
+    titles = ["| case | ours | rival | promised at least | reached |", "|---|---|---|---:|---:|"]
+    return [*titles, *lines] if lines else []
+
+
+def bench_machine(measured: dict) -> list[str]:
+    """The roofs: the best rates seen in this run, for each number of threads."""
+    every = measured["roofs"].values()
+    kinds = dict.fromkeys(kind for roofs in every for kind in roofs["multiply"])
+    sources = [rates for roofs in every for rates in roofs["generation"].values()]
+    distributions = dict.fromkeys(name for rates in sources for name in rates)
+    titles = ["threads", "a call", "written", "moved"]
+    titles += [f"products in {kind}" for kind in kinds]
+    titles += [f"{distribution} entries" for distribution in distributions]
+    lines = [f"| {' | '.join(titles)} |", "|" + "---:|" * len(titles)]
+    for roofs in every:
+        cells = [str(roofs["threads"]), time_text(roofs["latency"]["call"])]
+        for moved in ("write", "memory"):
+            rates = {int(size): rate for size, rate in roofs[moved].items()}
+            cells.append(f"{bandwidth(rates, BEYOND_CACHES) / 1e9:.0f} GB/s")
+        cells += [f"{2 * roofs['multiply'][kind] / 1e12:.3g} TFLOP/s" for kind in kinds]
+        made = [rates for name, rates in roofs["generation"].items() if name != "torch.randn"]
+        for distribution in distributions:
+            cells.append(rate_text(max(rates.get(distribution, 0.0) for rates in made)))
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -145,16 +181,26 @@ def _is_network(case: dict) -> bool:
     return case["layers"] > 1 and not case["series"]
 
 
+WAYS = {  # of training, by their names in the JSON
+    "backprop": "backpropagation",
+    "shallow": "the last layer alone",
+    "DFA, matrix=": "DFA, stored matrix",
+    "DFA": "DFA, from the seed",
+    "DFA, lean": "DFA, from the seed, lean",
+}
+
+
 def training_step(measured: dict) -> list[str]:
-    """`benchmarks/training_step.py`: a step by DFA as a fraction of one by backpropagation."""
+    """A training step each way, as a fraction of one by backpropagation."""
     lines = [
-        "| network | backpropagation | DFA | of it | a free projection would make it |",
-        "|---|---:|---:|---:|---:|",
+        "| network | trained by | a step | of backpropagation | memory |",
+        "|---|---|---:|---:|---:|",
     ]
     for case in measured["cases"]:
-        lines.append(
-            f"| {case['case']}, batch {case['batch']} | {1e3 * case['seconds']['backprop']:.0f} ms "
-            f"| {1e3 * case['seconds']['DFA']:.0f} ms | {case['ratio']['DFA']:.2f} "
-            f"| {case['limit']:.2f} |"
-        )
+        network = f"{case['case']}, batch {case['batch']}"
+        peaks = case.get("peak_bytes", {})
+        for way, seconds in case["seconds"].items():
+            cells = [network, WAYS[way], time_text(seconds), f"{case['ratio'][way]:.2f}"]
+            lines.append(f"| {' | '.join((*cells, bytes_text(peaks.get(way))))} |")
+        lines.append(f"| {network} | DFA, if projecting were free |  | {case['limit']:.2f} |  |")
     return lines

@@ -11,14 +11,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.harness import roofs
-from benchmarks.harness.shapes import title
+from benchmarks.harness.shapes import RATE, title
 from benchmarks.report.results import best_of_ours, memory, ratio
-from benchmarks.report.texts import bytes_text, time_text, times_text
+from benchmarks.report.texts import bytes_text, rate_text, time_text, times_text
 from dfa_kernels.backends.registry import BACKENDS
 
 
 def progress(case: dict) -> Table:
-    """One case, as soon as it has been run."""
+    """One case, shown as soon as it has been run."""
     best = best_of_ours(case)
     columns = ("contender", "time", "rounds", "memory", "of its limit, which is")
     table = Table(*columns, box=None, padding=(0, 2))
@@ -43,12 +43,11 @@ def progress(case: dict) -> Table:
 
 
 def promises(results: dict) -> Table:
-    """Every promised ratio with its target."""
+    """Each promised ratio, what was reached, and what was asked."""
     table = Table("case", "ours", "against", "faster", "asked", "aim", title="promises")
     for case in results["cases"]:
         for promise in case["promises"]:
-            is_rate = promise["rival"] == "entries/s"
-            show = (lambda x: f"{x:.2g}/s") if is_rate else times_text
+            show = rate_text if promise["rival"] == RATE else times_text
             value, asked = promise["reached"], promise["at_least"]
             color = "" if value is None else "[green]" if value >= asked else "[red]"
             table.add_row(
@@ -63,7 +62,7 @@ def promises(results: dict) -> Table:
 
 
 def machine(results: dict) -> Table:
-    """The roofs of the machine."""
+    """The roofs: the best rates seen in this run."""
     table = Table("threads", "roof", "rate", title="this machine at its best in this run")
     for one in results["roofs"].values():
         threads = str(one["threads"])
@@ -78,24 +77,24 @@ def machine(results: dict) -> Table:
             table.add_row(threads, f"products, {name}", f"{2 * rate / 1e12:.3g} TFLOP/s")
         for source, rates in one["generation"].items():
             for distribution, rate in rates.items():
-                table.add_row(threads, f"{distribution} entries, {source}", f"{rate:.2g}/s")
+                table.add_row(threads, f"{distribution} entries, {source}", rate_text(rate))
     return table
 
 
 def console() -> Console:
-    """As wide as the terminal; wide enough for a table where there is none."""
+    """As wide as the terminal, or wide enough for a table where there is none."""
     return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def show(console: Console, results: dict) -> None:
-    """What a run ends with."""
+    """The tables at the end of a run."""
     console.print(machine(results))
     if any(case["promises"] for case in results["cases"]):
         console.print(promises(results))
 
 
 def draw(console: Console, results: dict, path: Path) -> None:
-    """Draw the figures beside the file of a run, where matplotlib is installed."""
+    """Draw the figures beside the file of a run, if matplotlib is installed."""
     if importlib.util.find_spec("matplotlib") is None:
         console.print(f"no matplotlib here; where it is: python -m benchmarks.report {path}")
         return
@@ -106,7 +105,7 @@ def draw(console: Console, results: dict, path: Path) -> None:
 
 
 def show_all(console: Console, results: dict) -> None:
-    """A run once more, as it was shown case by case."""
+    """A whole run, as it was shown while it ran."""
     for case in results["cases"]:
         console.print(f"\n[bold]{case['case']}[/]")
         console.print(progress(case))

@@ -1,12 +1,13 @@
-"""Numbers as they stand in tables, figures and the terminal."""
+"""Numbers as text, for tables, figures and the terminal."""
 
 from __future__ import annotations
 
+from benchmarks.harness.measure import MISSING
 from benchmarks.harness.shapes import TITLES
 
-# What the paper's tables of memory call the ways to store.
+# What the paper's tables of memory call the ways of storing.
 STORAGES = {"naive": TITLES["naive"], "shared": TITLES["stored"], "seeded": "from the seed"}
-# Bytes below which resident memory says more of the allocator than of the work.
+# Bytes. Below this, resident memory tells more about the allocator than about the work.
 LEAST_PEAK = 1e6
 
 
@@ -29,18 +30,21 @@ def bytes_text(count: float | None) -> str:
 
 
 def times_text(times: float) -> str:
-    """How many times faster; a small fraction keeps a digit."""
+    """How many times faster; a small fraction keeps one digit."""
     return f"{times:.2f}x" if times > 0.1 else f"{times:.1g}x"
+
+
+def rate_text(rate: float) -> str:
+    """A number a second, in two digits."""
+    return f"{rate:.2g}/s"
 
 
 def peak(cell: dict) -> str:
     """A measured peak, or why there is none."""
-    if "does not fit" in cell:
-        return f"does not fit ({bytes_text(cell['does not fit'])})"
+    if MISSING in cell:
+        return f"{MISSING} ({bytes_text(cell[MISSING])})"
     if "peak" not in cell:
         return "not measured"
-    return (
-        bytes_text(cell["peak"])
-        if cell["peak"] >= LEAST_PEAK
-        else f"under {bytes_text(LEAST_PEAK)}"
-    )
+    if cell["peak"] < LEAST_PEAK:
+        return f"under {bytes_text(LEAST_PEAK)}"
+    return bytes_text(cell["peak"])

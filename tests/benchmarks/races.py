@@ -1,4 +1,4 @@
-"""Races between small contenders, for the tests of the benchmarks."""
+"""Races between contenders of small cases, for the tests of the benchmarks."""
 
 from benchmarks.harness.race import Limits, Race
 from benchmarks.harness.roofs import Roofs
@@ -9,7 +9,7 @@ SMALL = Case("small", (70, 40, 70), 5, 30, (*ALL, "fill"), promises=(Promise("cp
 
 
 def machine():
-    """Roofs of no machine, for arithmetic by hand."""
+    """Made-up roofs, for arithmetic by hand."""
     return Roofs(
         "cpu",
         2,

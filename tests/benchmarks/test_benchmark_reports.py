@@ -1,20 +1,23 @@
-"""What a run of the benchmarks leaves: its results, tables, figures, and the command."""
+"""What a run of the benchmarks writes and shows, the pages made of it, and the command."""
 
 import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from benchmarks.harness import contenders, gate, provenance, race
 from benchmarks.harness.shapes import ALL, Case, title
-from benchmarks.report import figures, speed_tables, terminal
+from benchmarks.report import __main__ as report
+from benchmarks.report import figures, pages, speed_tables, terminal
 from benchmarks.report import results as data
 from dfa_kernels import cli
 from dfa_kernels.backends.registry import BACKENDS
@@ -41,7 +44,7 @@ def test_a_save_that_is_killed_leaves_what_was_there(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def results():
-    """A run of a few tiny cases, as its JSON comes back."""
+    """A run of a few tiny cases, as read back from JSON."""
     sweep = [Case(f"M={m}", (64,), m, 20, ("views", "stored"), series="batch", x=m) for m in (1, 4)]
     layers = [
         Case(f"{n} layers", tuple(range(30, 30 - n, -1)), 2, 20, ("naive", "stored"), x=n)
@@ -50,7 +53,8 @@ def results():
     sweep.append(Case("large", (500,), 2, 20, (), series="size", x=500))
     layers = [dataclasses.replace(case, series="layers") for case in layers]
     options = {"matrix": True, "threads": 1}
-    cases = [SMALL, *sweep, *layers, Case("matrix", (9,), 1, 9, ("torch.randn",), **options)]
+    low = Case("low", (50,), 2, 20, ("views",), dtype=torch.bfloat16)
+    cases = [SMALL, *sweep, *layers, Case("matrix", (9,), 1, 9, ("torch.randn",), **options), low]
     runner = new_race()
     outcomes = {case.name: runner.run(case, contenders.names(case)) for case in cases}
     naive = contenders.contender("naive", SMALL)
@@ -148,15 +152,19 @@ def test_figures_are_written_and_say_where_they_come_from(results, tmp_path, mon
         ("bench_networks", "| small |"),
         ("bench_networks", "| fastest stored | mm alone | stored matrix | matrix per layer |"),
         ("bench_networks", "Medians of 2 rounds of a quick run."),
+        ("bench_networks", "| 54 GB do not fit |"),
+        ("bench_networks", "| not run |"),  # it was wrong
         ("bench_layer", "| M=4 |"),
+        ("bench_precisions", "| low |"),
         ("bench_sweeps", "| 3 layers |"),
         ("bench_matrix", "| matrix |"),
         ("bench_memory", "(54 GB)"),
         ("bench_memory", "A layer of 500 with n = 20 and M = 2 takes"),
-        ("bench_machine", "GB/s written"),
+        ("bench_promises", "| small | `cpp` | matrix per layer | 2.00x | not measured |"),
+        ("bench_machine", "| threads | a call | written | moved | products in fp32 |"),
     ],
 )
-def test_readme_tables(results, table, expected):
+def test_tables(results, table, expected):
     lines = getattr(speed_tables, table)(results)
     assert expected in "\n".join(lines)
     rows = [line for line in lines if line.startswith("|")]
@@ -174,6 +182,73 @@ def test_the_fastest_of_those_that_keep_a_matrix_is_named():
     assert speed_tables.than_fastest_stored(case, "cpp") == "0.62x, scikit-learn"
     del rows["views"], rows["scikit-learn"]
     assert speed_tables.than_fastest_stored(case, "cpp") == ""
+
+
+@pytest.mark.parametrize(
+    ("reason", "expected"),
+    [
+        (race.NO_ROOM, "3 GB do not fit"),
+        (race.OUT_OF_MEMORY, "3 GB do not fit"),
+        (race.TOO_LONG, "over 7 s"),
+        ("No module named 'sklearn'", "not run"),
+    ],
+)
+def test_why_a_rival_was_not_timed(reason, expected):
+    why = {"reason": reason, "stored_bytes": 3e9, "least_seconds": 7.0}
+    case = {"contenders": {}, "left_out": {"stored": why}}
+    assert speed_tables.faster(case, "cpp", "stored") == expected
+    assert speed_tables.faster(case, "cpp", "naive") == ""  # was no contender
+
+
+def test_tables_of_no_case_are_empty():
+    empty = {"cases": [], "full": False}
+    tables = (part.table for part in pages.PARTS["bench.json"] if part.heading != "Roofs")
+    assert [table(empty) for table in tables] == [[]] * 7
+
+
+def test_the_table_of_a_training_step():
+    seconds = {"backprop": 2.0, "DFA": 1.0}
+    case = {"case": "net", "batch": 8, "seconds": seconds, "limit": 0.4}
+    case["ratio"] = {"backprop": 1.0, "DFA": 0.5}
+    lines = speed_tables.training_step({"cases": [case | {"peak_bytes": {"DFA": 3e6}}]})
+    assert lines[2:] == [
+        "| net, batch 8 | backpropagation | 2 s | 1.00 |  |",
+        "| net, batch 8 | DFA, from the seed | 1 s | 0.50 | 3 MB |",
+        "| net, batch 8 | DFA, if projecting were free |  | 0.40 |  |",
+    ]
+
+
+def test_a_page_has_what_its_folder_has(results, tmp_path):
+    matrices = [case for case in results["cases"] if case["matrix"]]
+    provenance.save(tmp_path / "bench.json", results | {"cases": matrices, "finished": False})
+    text = pages.page(tmp_path)
+    assert text.startswith("<!-- Generated")
+    assert f"# {results['device']}" in text
+    assert f"{results['date']}, unfinished" in text
+    assert provenance.short(results["commit"]) in text
+    assert f"torch {results['versions']['torch']}" in text
+    assert re.findall("^## (.*)", text, re.MULTILINE) == ["The matrix", "Roofs"]
+    (tmp_path / "time.png").touch()
+    assert "## Sweeps" in pages.page(tmp_path)
+    assert "![Sweeps](time.png)" in pages.page(tmp_path)
+
+
+def test_the_committed_pages_are_what_the_command_makes(capsys, monkeypatch):
+    monkeypatch.setattr(Path, "write_text", lambda path, text: None)
+    report.main([])
+    assert capsys.readouterr().out == "", "run python -m benchmarks.report"
+    monkeypatch.setattr(pages, "page", lambda folder: "other\n")
+    report.main([])
+    assert len(capsys.readouterr().out.split()) == 2 * len(list(pages.RESULTS.iterdir()))
+
+
+def test_the_command_shows_a_run_again(results, tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    provenance.save(path, results)
+    report.main([str(path)])
+    shown = capsys.readouterr().out
+    assert all(case["case"] in shown for case in results["cases"])
+    assert (tmp_path / "time.png").exists()
 
 
 def test_rounds_are_counted_over_the_cases_of_a_table():
@@ -216,7 +291,7 @@ def test_a_run_of_a_few(tmp_path):
     root = Path(__file__).parents[2]
     theirs = tmp_path / "pytest-benchmark.json"
     options = {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": f"--benchmark-json={theirs}"}
-    # Where it takes itself for a part of this run, pytest-benchmark measures nothing.
+    # Under pytest-xdist, of which this test may be a part, pytest-benchmark measures nothing.
     own = {name: value for name, value in os.environ.items() if "PYTEST_XDIST" not in name}
     ran = subprocess.run(command, cwd=root, capture_output=True, text=True, env=own | options)
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -1,4 +1,4 @@
-"""The benchmarks' own logic: limits, the check before the times, and races."""
+"""The harness: roofs and bounds, the correctness check, measuring, and races."""
 
 import dataclasses
 import math
@@ -21,11 +21,11 @@ from tests.conftest import COMPILER, needs
 
 @pytest.fixture(autouse=True)
 def single_calls(monkeypatch):
-    """One call a round: these tests are not about times."""
+    """One call a round, because these tests are not about times."""
     monkeypatch.setattr(race, "ROUND", 0.0)
 
 
-# --- limits ---
+# --- bounds ---
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_what_ours_has_to_do():
     assert (work.multiplications, work.arithmetic) == (2 * 4 * 1000, "bf16")
 
 
-# --- the check before the times ---
+# --- the correctness check ---
 
 
 def spoil_scale(signals):
@@ -315,7 +315,7 @@ def test_rounds_end(rounds, elapsed, over):
 
 
 def reduced(case):
-    """A GPU's case for the CPU: the same contenders and promises, less of everything."""
+    """A case for a GPU, made small enough for the CPU, with the same rivals and promises."""
     stand_ins = {"cuda": "cpp", "triton": "torch"}
     promises = [
         dataclasses.replace(

@@ -91,7 +91,7 @@ def test_the_measured_peak_is_what_is_stored(storage, stored):
 
 
 def end(device, how):
-    """A child's work that does not come to its end."""
+    """Work in a child process that does not finish."""
     if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "crashed":
@@ -124,7 +124,7 @@ def test_a_peak_below_what_resident_memory_can_show():
     assert texts.peak({"peak": 2e6}) == "2 MB"
 
 
-def test_the_readme_tables_of_memory():
+def test_the_tables_of_memory():
     lines = paper_tables.paper_table1({"rows": table1.run(CPU, -1, lambda: None)})
     (vgg,) = [line for line in lines if "VGG" in line]
     assert vgg.count("not measured") == 3
@@ -148,7 +148,7 @@ def test_he_initialization():
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)
 def test_every_variant_trains(experiment, tmp_path):
-    """Two batches each; the rows of a claim exist, and every table can be printed and drawn."""
+    """Train on two batches each; every claim has its rows, every table is printed and drawn."""
     settings = replace(SHORT, side=experiment.settings["digits"].side)
     jobs = [
         replace(job, settings=settings, data="noise")
@@ -176,7 +176,7 @@ def test_every_variant_trains(experiment, tmp_path):
 
 
 def committed(name):
-    """A committed result."""
+    """A committed result of the paper's experiments."""
     path = min(pages.RESULTS.glob(f"*/paper_{name}.json"))
     return json.loads(path.read_text())
 
@@ -373,7 +373,7 @@ def test_digits():
 
 
 def write_cifar10(folder, count):
-    """Random images in the files that CIFAR-10 comes in; returns what each holds."""
+    """Write random images in the files of CIFAR-10; return what each holds."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     parts = {}
@@ -388,7 +388,7 @@ def write_cifar10(folder, count):
 
 
 class Cifar10:
-    """What the loader needs of torchvision's CIFAR10, read from the same files."""
+    """What the loader needs of torchvision's CIFAR10, reading the same files."""
 
     base_folder = "cifar-10-batches-py"
     train_list = tuple((f"data_batch_{i}", None) for i in range(1, 6))
@@ -416,7 +416,7 @@ def cifar10_class(request, monkeypatch):
         from torchvision.datasets import CIFAR10
     except (ImportError, RuntimeError):
         pytest.skip("no torchvision for this torch")
-    # The sums are the real files'.
+    # Their checksums are of the real files.
     for name in ("train_list", "test_list"):
         monkeypatch.setattr(CIFAR10, name, [(file, None) for file, _ in getattr(CIFAR10, name)])
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": None})

@@ -1,11 +1,11 @@
 """The guard band of the codebook, derived from its coefficients.
 
-    python benchmarks/codebook_guard_band.py
+    python -m tests.stream.codebook_guard_band
 
-Stream v1 asks every backend for the same 4096 bfloat16 numbers, whatever its fp32 arithmetic. That
-holds because no exact value of the formula lies near a rounding tie of bfloat16: this script
-evaluates all of them to 60 digits, measures the nearest tie, and compares it with what fp32 loses
-in several orders of evaluation and with an inaccurate log2. `tests/stream/test_codebook.py`
+In stream v1, every backend must get the same 4096 bfloat16 numbers from its own fp32 arithmetic.
+It does, because no exact value of the formula lies near a rounding tie of bfloat16. This script
+evaluates the formula to 60 digits and finds the nearest tie. It compares that distance with the
+error of fp32 in several orders of evaluation and with an inaccurate log2. `test_codebook.py`
 asserts what is printed here.
 """
 
@@ -28,7 +28,7 @@ from dfa_kernels import stream
 LEVELS = stream.CODEBOOK_LEVELS
 COEFFICIENTS = stream.CODEBOOK_COEFFICIENTS
 DIGITS = 60
-LOG2_ERROR = 2.0**-15  # absolute error of log2 that a backend is allowed
+LOG2_ERROR = 2.0**-15  # the absolute error that a backend's log2 may have
 
 
 def exact_values() -> tuple[list[Decimal], list[Decimal]]:
@@ -51,7 +51,7 @@ def exact_values() -> tuple[list[Decimal], list[Decimal]]:
 
 
 def in_half_steps(value: Decimal) -> tuple[Decimal, int]:
-    """|value| = x * 2^(e - 8) with x in [256, 512): bfloat16 numbers are even x, ties odd x."""
+    """x in [256, 512) and e with |value| = x * 2^(e - 8): bfloat16 at even x, ties at odd x."""
     _, above = math.frexp(float(abs(value)))  # 2^(above - 1) <= |value| < 2^above
     with localcontext() as context:
         context.prec = DIGITS
@@ -59,32 +59,32 @@ def in_half_steps(value: Decimal) -> tuple[Decimal, int]:
 
 
 def bf16_pattern(value: Decimal) -> int:
-    """The bit pattern of the bfloat16 number nearest to an exact value (normal range, no ties)."""
+    """The bit pattern of the bfloat16 number nearest to an exact value: normal, and no tie."""
     x, exponent = in_half_steps(value)
     magnitude = ((exponent + 127) << 7) + round(x / 2) - 128
     return magnitude | (0x8000 if value < 0 else 0)
 
 
 def tie_distance(value: Decimal) -> float:
-    """Relative distance of an exact value to the nearest tie between two bfloat16 numbers."""
+    """Relative distance from an exact value to the nearest tie between two bfloat16 numbers."""
     x, _ = in_half_steps(value)
     odd = 2 * math.floor(x / 2) + 1
-    below_binade = x - Decimal("255.5")  # the spacing halves below a power of two
+    below_binade = x - Decimal("255.5")  # below a power of two the spacing halves
     return float(min(abs(x - odd), below_binade) / x)
 
 
 def digest(patterns: list[int]) -> str:
-    """SHA-256 of the patterns as little-endian 16-bit words, k ascending."""
+    """SHA-256 of the patterns as little-endian 16-bit words, in order of k."""
     return hashlib.sha256(struct.pack(f"<{len(patterns)}H", *patterns)).hexdigest()
 
 
 def patterns_of(values: Tensor) -> list[int]:
-    """Bit patterns of values rounded to bfloat16 by torch."""
+    """Bit patterns of the values, rounded to bfloat16 by torch."""
     return (values.bfloat16().view(torch.int16).int() & 0xFFFF).tolist()
 
 
 def floats_of(patterns: list[int]) -> list[float]:
-    """bfloat16 bit patterns are the high halves of fp32 bit patterns."""
+    """The numbers of bfloat16 bit patterns, which are the high halves of fp32 patterns."""
     return [struct.unpack("<f", struct.pack("<I", pattern << 16))[0] for pattern in patterns]
 
 
@@ -96,7 +96,7 @@ def horner(p: Tensor, w: Tensor) -> Tensor:
 
 
 def horner_fma(p: Tensor, w: Tensor) -> Tensor:
-    """Horner with one rounding a step: the fp64 product of two fp32 numbers is exact."""
+    """Horner with one rounding a step: in fp64 the product of two fp32 numbers is exact."""
     polynomial = torch.zeros_like(w)
     for c in reversed(COEFFICIENTS):
         polynomial = (polynomial.double() * w.double() + c).float()
@@ -125,14 +125,14 @@ EVALUATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def fp32_values(evaluation: str, log2_error: Tensor | float = 0.0) -> Tensor:
-    """The formula in fp32. p has 12 bits, so 1 - p*p is exact: only log2 and the polynomial err."""
+    """The formula in fp32. p has 12 bits, so 1 - p*p is exact; only log2 and the polynomial err."""
     p = (2 * torch.arange(LEVELS, dtype=torch.float32) + 1) / LEVELS - 1
     w = -(torch.log2(1 - p * p) + log2_error)
     return EVALUATIONS[evaluation](p, w)
 
 
 def log2_errors() -> dict[str, Tensor | float]:
-    """An inaccurate log2: the bound with one sign, with alternating signs, and random below it."""
+    """Errors of log2: at the bound with one sign or with alternating signs, or random below it."""
     alternating = LOG2_ERROR * (1 - 2 * (torch.arange(LEVELS, dtype=torch.float32) % 2))
     uniform = torch.rand(LEVELS, generator=torch.Generator().manual_seed(1)) * 2 - 1
     return {
@@ -149,7 +149,7 @@ def relative_error(values: Tensor, exact: list[Decimal]) -> float:
 
 
 def log2_tolerance(values: list[Decimal], slopes: list[Decimal], fp32_error: float) -> float:
-    """Largest absolute error of log2 that moves no value across a tie, to first order."""
+    """The largest absolute error of log2 that moves no value across a tie, to first order."""
     room = (
         (tie_distance(value) - fp32_error) * float(abs(value / slope))
         for value, slope in zip(values, slopes, strict=True)
@@ -158,7 +158,7 @@ def log2_tolerance(values: list[Decimal], slopes: list[Decimal], fp32_error: flo
 
 
 def law(levels: list[float]) -> dict[str, float]:
-    """Moments of equally likely levels in rational arithmetic, and their distance to N(0,1)."""
+    """Exact moments of equally likely levels, and their distance to N(0,1)."""
     exact = [Fraction(v) for v in levels]
     mean, variance, fourth = (sum(v**i for v in exact) / len(exact) for i in (1, 2, 4))
     below, distance = 0, 0.0
@@ -178,7 +178,7 @@ def law(levels: list[float]) -> dict[str, float]:
 
 
 def count_wrong(values: Tensor, patterns: list[int]) -> int:
-    """How many of the values round to another bfloat16 number than they should."""
+    """The number of values that round to a wrong bfloat16 number."""
     return sum(a != b for a, b in zip(patterns_of(values), patterns, strict=True))
 
 

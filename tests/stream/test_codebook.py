@@ -1,9 +1,7 @@
-"""The 4096 normal levels: exact values, guard band against rounding, and the law they follow."""
+"""The 4096 normal levels: their exact values, the guard band around ties, and their law."""
 
-import importlib.util
 import math
 from decimal import Decimal
-from pathlib import Path
 from statistics import NormalDist
 
 import pytest
@@ -11,19 +9,9 @@ import torch
 
 from dfa_kernels import stream
 from tests import reference
+from tests.stream import codebook_guard_band as guard_band
 
 SHA256 = reference.KNOWN["codebook_bf16_sha256"]
-
-
-def load_guard_band():
-    path = Path(__file__).with_name("codebook_guard_band.py")
-    spec = importlib.util.spec_from_file_location("codebook_guard_band", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-guard_band = load_guard_band()
 LOG2_ERRORS = {"exact": 0.0, **guard_band.log2_errors()}
 
 
@@ -92,7 +80,7 @@ def test_every_fp32_evaluation_gives_the_same_levels(evaluation, log2_error, pat
 
 
 def test_any_log2_within_its_bound_gives_the_same_levels():
-    """Not only the errors tried above: no error up to the bound carries a value across a tie."""
+    """No error up to the bound carries a value across a tie, beyond those tried above."""
     assert guard_band.log2_tolerance(*guard_band.exact_values(), 2**-21) > guard_band.LOG2_ERROR
 
 
@@ -136,7 +124,7 @@ def test_documented_law(patterns):
 
 
 def test_most_of_the_distance_to_normal_is_bf16_rounding(patterns):
-    """N(0,1) itself, rounded to bfloat16, is off by half a step at 1; 4096 levels add the rest."""
+    """Rounding N(0,1) itself to bfloat16 is off by half a step at 1. 4096 levels add the rest."""
     rounding = NormalDist().cdf(1 + 2**-8) - NormalDist().cdf(1)
     assert rounding == pytest.approx(0.00094, abs=5e-6)
     distance = guard_band.law(guard_band.floats_of(patterns))["Kolmogorov-Smirnov"]

@@ -42,7 +42,7 @@ class Tile(NamedTuple):
     warps: int
 
 
-# For batches up to 16, 32 and 64. Chosen from compiled sm_90 and sm_80 code: no spills, and as many warps on a
+# Tiles by batch. Chosen from compiled sm_90 and sm_80 code: no spills, and as many warps on a
 # multiprocessor as the registers of a tile's sums allow.
 _TILES = (Tile(128, 16, 32, 4), Tile(128, 32, 32, 4), Tile(128, 64, 32, 4))
 _WIDE = Tile(64, 128, 64, 4)

@@ -11,7 +11,7 @@ Without a stage all run. `gpu_steps.py` has the steps.
 
 On a rented machine, one command at a time; $OUT is the folder that comes back:
 
-    export DFA_KERNELS_COMMIT=...    only without a .git: what, elsewhere,
+    export DFA_KERNELS_COMMIT=...    needed only where there is no .git; it is what
                                      git describe --always --abbrev=40 --dirty --exclude '*' prints
     python3 .ci/gpu_check.py --stage A --output /tmp/check --archive $OUT/check.tar.gz
     python3 .ci/gpu_check.py --stage B --output /tmp/check --archive $OUT/check.tar.gz
@@ -46,7 +46,7 @@ from pathlib import Path
 import gpu_steps
 from gpu_steps import ROOT, STAGES, Step
 
-RESERVE = 15.0  # seconds of a stage that are left for its last archive
+RESERVE = 15.0  # seconds of a stage that are kept for its last archive
 LEAST = 5.0  # a step needs that many seconds to begin
 GRACE = 10.0  # the last seconds of a step's limit, for it to write what it has
 ARCHIVE_BYTES = 15 * 2**20
@@ -108,7 +108,7 @@ class Check:
     def passed_before(self, step: Step) -> bool:
         """Whether a step need not be repeated.
 
-        One that makes files (it has `unless`) is asked itself, because this may be another machine.
+        A step with `unless` makes files, which another machine may lack, so `unless` decides.
         """
         if self.again or step.unless:
             return False

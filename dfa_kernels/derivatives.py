@@ -36,7 +36,7 @@ def transformed() -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result  # torch.compile enters transforms to trace
+@torch.compiler.assume_constant_result  # while tracing, torch.compile enters transforms
 def _transforms() -> tuple[str, ...]:
     """The names of torch.func's transforms around this call, outermost first."""
     return tuple(level.key().name for level in torch._C._functorch.get_interpreter_stack() or ())
@@ -55,8 +55,8 @@ def project(
 def _one_node(error: Tensor, *arguments: Any) -> list[Tensor]:
     """One node of a compiled graph, which keeps its derivatives for the transforms around it.
 
-    torch.compile itself would trace only the forward of `Projection`. A graph can hold an
-    operator's arguments, but no records of them.
+    torch.compile itself would trace only the forward of `Projection`. A graph holds an operator's
+    arguments, no NamedTuples of them.
     """
     layers, stream = Layers.of(*arguments[:3]), Stream(*arguments[3:6])
     return list(Projection.apply(error, layers, stream, *arguments[6:]))

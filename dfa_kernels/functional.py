@@ -44,15 +44,15 @@ def project(
             variance 1.
         normalization: "layer" for 1/sqrt(l_i n) (eq. 8), "shared" for 1/sqrt(max(sizes) n) (eq. 7
             alone, the paper's "no norm"), a finite number for all layers, or one for each.
-        row_offsets: each layer's first row of U, which has 2**63. None: 0 for all, so that layers
+        row_offsets: each layer's first row of U, which has 2**63 rows. None: 0 for all, so layers
             share slices of one matrix, as in the paper. Disjoint ranges give every layer its own.
         column_offset: the column of U for error[..., 0]. U has 2**34 columns.
         error_size: n of the whole error, for `normalization`, if `error` is a shard of it that
             begins at column_offset. The shards' signals add up to the whole error's. None:
             error.shape[-1], not a shard.
         dtype: of the signals. None: the error's (under autocast, the autocast dtype).
-        backend: a name from `backends()`, or None for the best one available. On a GPU that one is
-            checked at its first use, once per machine, which may take minutes.
+        backend: a name from `backends()`, or None for the best one available. On a GPU the best one
+            is checked at its first use, once per machine, which may take minutes.
 
     Returns:
         One tensor (..., l_i) per size. Layers with equal size, offset and scale share one tensor

@@ -280,7 +280,7 @@ def _one_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _poisoned() -> Iterator[None]:
-    """Fill fresh memory with NaN, so that no signal is right which a kernel did not write.
+    """Fill fresh memory with NaN, so that a signal which a kernel leaves unwritten cannot pass.
 
     The allocator might hand it the right signals of the case before.
     """

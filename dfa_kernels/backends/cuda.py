@@ -35,13 +35,13 @@ _log = logging.getLogger(__name__)
 
 # Costs for each entry of U, in issue slots of a lane, of which an H200 has 2.9e13 a second. From
 # instruction counts and the data sheet, not measured.
-_BATCH = 128  # batch that shares one making of an entry in the fused kernel
+_BATCH = 128  # the batch that one making of an entry serves in the fused kernel
 _ISSUE = 0.02  # to issue the fused kernel's product with one term of one error,
 _MULTIPLY_FUSED = 0.09  # which tensor cores carry out meanwhile, by mma.sync
 _MULTIPLY_SLABS = 0.07  # the same product in cuBLAS
 _STORE = 20.0  # to write the entry and read it again, for one term
 _SUM = 60.0  # to write and read one error's sum, which all columns share
-_LAUNCH = 2.5e8  # in the 9 us that the host takes for one more launch, whatever the entries
+_LAUNCH = 2.5e8  # for one launch, not for each entry: the slots in 9 us of the host
 
 
 def unavailable(device_type: str) -> str | None:

@@ -19,12 +19,12 @@ from dfa_kernels.stream import DISTRIBUTIONS, Stream
 TERMS = {"highest": 3, "high": 2, "medium": 1}
 
 # The columns of a slab begin and end at multiples of _COLUMN_STEP, so that addresses are multiples
-# of 16 bytes: matrix products and the making of U are then fast. Its rows are a multiple of
-# _ROW_STEP, for the products.
+# of 16 bytes: matrix products and the making of U are then fast. More than _ROW_STEP rows are cut
+# to a multiple of it, for the products.
 _COLUMN_STEP = 8
 _ROW_STEP = 128
 _IN_PLACE_COLUMNS = 2**11  # beyond, a vendor's product may add up its parts in 16 bits
-_BATCH = 2**14  # the largest that a slab is made for, so that its sums leave room for it
+_BATCH = 2**14  # the largest batch of a slab, so that its sums leave room for it
 
 
 @functools.cache

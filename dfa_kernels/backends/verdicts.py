@@ -310,7 +310,7 @@ def _read(name: str, key: dict[str, str], since: float = 0.0) -> Verdict | None:
 
 
 def _store(folder: Path | None, name: str, key: dict[str, str], verdict: Verdict) -> None:
-    """Write a result, whole or not at all. One that does not last replaces none that does."""
+    """Write a result, whole or not at all. One that may change replaces no lasting one."""
     stored = _read(name, key)
     if stored is not None and stored.lasting and not verdict.lasting:
         return

@@ -61,7 +61,7 @@ class Cost(NamedTuple):
         """
         generation = _SLOTS / DISTRIBUTIONS[distribution].slots["triton"]  # entries a second
         products = max(terms, 1)
-        # An error that ends within a tile of the fused kernel takes the time of all of it.
+        # A tile that the error fills only in part takes its full time.
         entries = rows * -(-columns // tile.columns) * tile.columns
         tiles = -(-batch // tile.batch)
         made = entries * tiles / generation

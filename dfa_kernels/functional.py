@@ -111,14 +111,11 @@ def project(
     checks.distribution("project", distribution)
     if dtype is not None:
         checks.dtype("project", "dtype", dtype)
-    choose = registry.choose_for_graph if compiling else registry.choose
-    backend = choose("project", error.device, backend)
-
     # Equal layers share one output.
     layers, places = Layers.distinct(row_offsets, sizes, scales)
     batch = error.shape[:-1]
-    signals = ops.project(
-        error if error.dim() == 2 else error.reshape(batch.numel(), columns),  # [batch, n]
+    signals = project_layers(
+        error if error.dim() == 2 else error.reshape(batch.numel(), columns),
         layers,
         Stream(seed, column_offset, distribution),
         dtype,
@@ -127,6 +124,17 @@ def project(
     if error.dim() != 2:
         signals = [signal.view(*batch, signal.shape[1]) for signal in signals]
     return [signals[place] for place in places]
+
+
+def project_layers(
+    error: Tensor, layers: Layers, stream: Stream, dtype: torch.dtype | None, backend: str | None
+) -> list[Tensor]:
+    """`project` for callers that have checked the arguments, and have no two equal layers.
+
+    error is [batch, n]; each signal is [batch, size].
+    """
+    choose = registry.choose_for_graph if torch.compiler.is_compiling() else registry.choose
+    return ops.project(error, layers, stream, dtype, choose("project", error.device, backend))
 
 
 def feedback_matrix(

@@ -54,7 +54,7 @@ SHOWN = 25  # last lines of a step's log, on the terminal
 
 
 def origin() -> dict:
-    """The device, commit and versions, from a process that ends and so releases the GPU."""
+    """The device, the commit and the versions, found by a process that ends and leaves the GPU."""
     command = [sys.executable, str(ROOT / "benchmarks" / "provenance.py")]
     environment = gpu_steps.environment()
     return json.loads(subprocess.check_output(command, cwd=ROOT, env=environment, timeout=90))

@@ -1,6 +1,7 @@
 # Every target installs what it needs in $(VENV), if it is not there yet, and does its job.
 #   make demo    train a network on real data by DFA and compare it with backpropagation
 #   make test    run the tests with coverage in PROCESSES processes; a test that hangs ends its own
+#   make test-slow    run the longer battery: more statistics, all GPU kernels compiled, all pairs
 #   make bench   time the kernels against what they replace; results and figures in bench-<date>/
 #   make paper   run the paper's experiments; ARGS="table2 --quick" and the like
 #   make lint    formatting, lint and types
@@ -26,10 +27,17 @@ endif
 demo: $(VENV)/demo
 	$(bin)/dfa-kernels demo
 
-# Threads that wait for work sleep, because the other processes' tests need the cores.
-test: export OMP_WAIT_POLICY = PASSIVE
+# Threads that wait for work sleep, because the other processes' tests need the cores. A file's tests
+# run in one process, which compiles for them once.
+test test-slow: export OMP_WAIT_POLICY = PASSIVE
+pytest = $(bin)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder \
+	-o faulthandler_exit_on_timeout=true
+
 test: $(VENV)/test
-	$(bin)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder -o faulthandler_exit_on_timeout=true --cov --cov-report=term $(ARGS)
+	$(pytest) --cov --cov-report=term $(ARGS)
+
+test-slow: $(VENV)/test
+	$(pytest) -m slow $(ARGS)
 
 bench: $(VENV)/bench
 	$(bin)/dfa-kernels bench $(ARGS)
@@ -70,4 +78,4 @@ $(VENV)/demo $(VENV)/test $(VENV)/bench $(VENV)/paper $(VENV)/dev: $(VENV)/torch
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-.PHONY: demo test bench paper lint format gpu-check clean
+.PHONY: demo test test-slow bench paper lint format gpu-check clean

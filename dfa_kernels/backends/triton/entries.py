@@ -8,7 +8,6 @@ dimension of the result, over which the callers contract.
 
 from __future__ import annotations
 
-import math
 
 import triton
 import triton.language as tl
@@ -23,7 +22,6 @@ _C0, _C1, _C2, _C3, _C4 = (
     tl.constexpr(coefficient * (-1) ** power)
     for power, coefficient in enumerate(stream.CODEBOOK_COEFFICIENTS)
 )
-SQRT3 = tl.constexpr(math.sqrt(3))
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dfa_kernels.backends.triton.entries import SQRT3, entries, fragment_order, pinned, to_bfloat16
+from dfa_kernels.backends.triton.entries import entries, fragment_order, pinned, to_bfloat16
 
 _INTEGERS = (
     "width",
@@ -242,7 +242,7 @@ def matrix_kernel(
     DISTRIBUTION: tl.constexpr,
     WIDTH: tl.constexpr,
     DTYPE: tl.constexpr,
-    LATTICE: tl.constexpr,
+    FACTOR: tl.constexpr,
     VECTOR: tl.constexpr,
     TARGET: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -250,7 +250,7 @@ def matrix_kernel(
 ):
     """Fill matrix [rows, columns] from U; column 0 is entry `shift` of block `first_block`.
 
-    LATTICE leaves out the factor of uniform entries.
+    FACTOR is the distribution's, or 1.0 for the lattice alone.
     """
     program = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(rows, BLOCK_R)
@@ -267,9 +267,9 @@ def matrix_kernel(
     values = entries(
         block.to(tl.uint32), first_row + r, key0, key1, DISTRIBUTION, TARGET, tl.float32
     )
-    if DISTRIBUTION == "uniform" and not LATTICE:
+    if FACTOR != 1.0:
         if tl.float64 == DTYPE:
             values = values.to(tl.float64)
-        values = values * SQRT3
+        values = values * FACTOR
     inside = (r < rows) & (c >= 0) & (c < columns)
     tl.store(matrix + r * row_stride + c, _rounded(values, DTYPE, TARGET), mask=inside)

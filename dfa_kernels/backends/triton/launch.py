@@ -324,7 +324,8 @@ def fill(matrix: Tensor, row_offset: int, stream: Stream, lattice: bool = False)
         return matrix
     rows, columns = matrix.shape
     seed, column_offset, distribution = stream
-    width = DISTRIBUTIONS[distribution].block
+    facts = DISTRIBUTIONS[distribution]
+    width = facts.block
     shift = column_offset % width
     row_stride = matrix.stride(0)
     block_rows, block_columns, warps = matrix_tile(distribution)
@@ -333,7 +334,7 @@ def fill(matrix: Tensor, row_offset: int, stream: Stream, lattice: bool = False)
         distribution,
         width,
         _DTYPES[matrix.dtype],
-        lattice,
+        1.0 if lattice else facts.factor,
         _vector(matrix, row_stride, columns, shift),
         TARGET,
         block_rows,

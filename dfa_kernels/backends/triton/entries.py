@@ -8,7 +8,6 @@ dimension of the result, over which the callers contract.
 
 from __future__ import annotations
 
-
 import triton
 import triton.language as tl
 

@@ -1,11 +1,12 @@
-# Every target sets up what it needs in $(VENV) and does its job; a second run finds it there.
+# Every target installs what it needs in $(VENV), if it is not there yet, and does its job.
 #   make demo    train a network on real data by DFA and compare it with backpropagation
-#   make test    run the tests with coverage, in PROCESSES at once; one that hangs ends its process
+#   make test    run the tests with coverage in PROCESSES processes; a test that hangs ends its own
+#   make test-slow    run the longer battery: more statistics, all GPU kernels compiled, all pairs
 #   make bench   time the kernels against what they replace; results and figures in bench-<date>/
 #   make paper   run the paper's experiments; ARGS="table2 --quick" and the like
 #   make lint    formatting, lint and types
 #   make gpu-check    on a machine with an NVIDIA GPU: build, tests, sanitizer, benchmarks, profile;
-#                     GPU_PYTHON=python3 takes a Python that has what it needs, ARGS="--stage A" a part
+#                     GPU_PYTHON=python3 uses a Python that has what it needs, ARGS="--stage A" runs a part
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +15,7 @@ PROCESSES ?= 2
 bin := $(VENV)/bin
 sources := pyproject.toml setup.py $(shell find csrc -type f)
 
-# With an NVIDIA driver the torch wheel with CUDA; else the CPU one, from wherever pip looks, then from PyTorch's own index.
+# With an NVIDIA driver, torch's CUDA wheel. Without one, its CPU wheel, from pip's own index or else from PyTorch's.
 ifeq ($(wildcard /proc/driver/nvidia/version),)
 install_torch = $(bin)/pip install --quiet torch==$(TORCH)+cpu 2>/dev/null \
 	|| $(bin)/pip install --quiet --retries 0 torch==$(TORCH) --index-url https://download.pytorch.org/whl/cpu \
@@ -26,10 +27,17 @@ endif
 demo: $(VENV)/demo
 	$(bin)/dfa-kernels demo
 
-# Threads that wait for work sleep: they share the cores with the other processes' tests.
-test: export OMP_WAIT_POLICY = PASSIVE
+# Threads that wait for work sleep, because the other processes' tests need the cores. A file's tests
+# run in one process, which compiles for them once.
+test test-slow: export OMP_WAIT_POLICY = PASSIVE
+pytest = $(bin)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder \
+	-o faulthandler_exit_on_timeout=true
+
 test: $(VENV)/test
-	$(bin)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder -o faulthandler_exit_on_timeout=true --cov --cov-report=term $(ARGS)
+	$(pytest) --cov --cov-report=term $(ARGS)
+
+test-slow: $(VENV)/test
+	$(pytest) -m slow $(ARGS)
 
 bench: $(VENV)/bench
 	$(bin)/dfa-kernels bench $(ARGS)
@@ -61,7 +69,7 @@ $(VENV)/torch:
 	$(install_torch)
 	@touch $@
 
-# The package itself is installed in place; $(VENV)/<extra> marks that its extra is installed.
+# The package is installed in place. The file $(VENV)/<extra> marks that this extra is installed.
 $(VENV)/demo $(VENV)/test $(VENV)/bench $(VENV)/paper $(VENV)/dev: $(VENV)/torch $(sources)
 	$(bin)/pip install --quiet "setuptools>=77" ninja
 	$(bin)/pip install --quiet --no-build-isolation --editable ".[$(@F)]"
@@ -70,4 +78,4 @@ $(VENV)/demo $(VENV)/test $(VENV)/bench $(VENV)/paper $(VENV)/dev: $(VENV)/torch
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-.PHONY: demo test bench paper lint format gpu-check clean
+.PHONY: demo test test-slow bench paper lint format gpu-check clean

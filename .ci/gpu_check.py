@@ -4,14 +4,14 @@
     python3 .ci/gpu_check.py --plan     what would run and how long it may take; needs no GPU
     make gpu-check [GPU_PYTHON=python3] [ARGS="--stage A"]
 
-A builds the extension for the GPU that is here, proves its entries and tiles, and runs memcheck and
+A builds the extension for the GPU that is here, checks its entries and tiles, and runs memcheck and
 the tests of "cuda" and "torch". B does the same for Triton, with racecheck and synccheck for both.
 C measures: benchmarks, a training step, the paper's memory and VGG-16, profiles of the kernels.
 Without a stage all run. `gpu_steps.py` has the steps.
 
-On a rented machine, a command each, where $OUT is the folder that comes back:
+On a rented machine, one command at a time; $OUT is the folder that comes back:
 
-    export DFA_KERNELS_COMMIT=...    where there is no .git; where there is one, it is what
+    export DFA_KERNELS_COMMIT=...    needed only where there is no .git; it is what
                                      git describe --always --abbrev=40 --dirty --exclude '*' prints
     python3 .ci/gpu_check.py --stage A --output /tmp/check --archive $OUT/check.tar.gz
     python3 .ci/gpu_check.py --stage B --output /tmp/check --archive $OUT/check.tar.gz
@@ -19,12 +19,12 @@ On a rented machine, a command each, where $OUT is the folder that comes back:
 
 DIR gets gpu-check.json (what ran, how long, how it ended, on which device, of which commit),
 gpu-check.log, a log for each step, and what the steps leave: JUnit XML, JSON, figures, a profile.
-The archive holds all of it, and is written anew after every step, so that a run that is cut off
-leaves what it has. Unpacked over DIR, it takes a run up again on another machine.
+The archive holds all of it and is rewritten after every step, so a run that is cut off keeps its
+results. To continue a run on another machine, unpack its archive over DIR.
 
-A step that passed is not repeated with the same DIR, commit and device, unless --again says so or
-the commit does not tell what is in the files (it is unknown, or they have changed since). A step
-that fails, or takes longer than it may, does not stop the next one. What a machine lacks is
+A step that passed is not repeated with the same DIR, commit and device, unless --again is given or
+the commit does not identify the files (it is unknown, or they have changed since). A step that
+fails or exceeds its limit does not stop the next one. A step that needs what the machine lacks is
 skipped, with a line that says so. The exit status is the number of steps that failed.
 """
 
@@ -46,15 +46,15 @@ from pathlib import Path
 import gpu_steps
 from gpu_steps import ROOT, STAGES, Step
 
-RESERVE = 15.0  # seconds of a stage for its last archive
-LEAST = 5.0  # seconds that are worth beginning a step
-GRACE = 10.0  # seconds of its limit that a step gets to write what it has
+RESERVE = 15.0  # seconds of a stage that are kept for its last archive
+LEAST = 5.0  # a step needs that many seconds to begin
+GRACE = 10.0  # the last seconds of a step's limit, for it to write what it has
 ARCHIVE_BYTES = 15 * 2**20
-SHOWN = 25  # lines of a step's log
+SHOWN = 25  # last lines of a step's log, on the terminal
 
 
 def origin() -> dict:
-    """The device, the commit and the versions, found by a process that ends and leaves the GPU."""
+    """The device, commit and versions, from a process that ends and so releases the GPU."""
     command = [sys.executable, str(ROOT / "benchmarks" / "harness" / "provenance.py")]
     environment = gpu_steps.environment()
     return json.loads(subprocess.check_output(command, cwd=ROOT, env=environment, timeout=90))
@@ -66,7 +66,7 @@ def tells_the_files(commit: str) -> bool:
 
 
 def write(path: Path, text: str) -> None:
-    """At once: who is killed here leaves the file as it was."""
+    """Replace a file at once: a process that is killed here leaves the old one."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(text)
     unfinished.replace(path)
@@ -87,13 +87,13 @@ class Check:
         self.records: dict[str, dict] = {record["name"]: record for record in before}
 
     def say(self, line: str) -> None:
-        """To the terminal and the log of the whole."""
+        """Print a line, and add it to the log of the whole run."""
         print(line, flush=True)
         with (self.output / "gpu-check.log").open("a") as log:
             print(line, file=log)
 
     def run(self, stage: str, steps: Sequence[Step], end: float) -> None:
-        """Run the steps of a stage that is over at `end`, on the monotonic clock."""
+        """Run the steps of a stage that ends at `end`, on the monotonic clock."""
         for step in steps:
             left = end - RESERVE - time.monotonic()
             if self.passed_before(step):
@@ -108,7 +108,7 @@ class Check:
     def passed_before(self, step: Step) -> bool:
         """Whether a step need not be repeated.
 
-        One that makes files need not where they are, which may be another machine.
+        A step with `unless` makes files, which another machine may lack, so `unless` decides.
         """
         if self.again or step.unless:
             return False
@@ -123,7 +123,7 @@ class Check:
         self.record(stage, step, None, 0.0, f"skipped, {reason}")
 
     def run_step(self, stage: str, step: Step, limit: float) -> None:
-        """Run one step, its output to a log of its own, the end of it to the terminal."""
+        """Run one step: its output goes to its own log, and the end of it to the terminal."""
         command = step.command_line(self.output)
         self.say(f"\n{stage} {step.name}, at most {limit:.0f} s\n$ {command}")
         path = self.output / f"{step.name}.log"
@@ -144,7 +144,7 @@ class Check:
     def record(
         self, stage: str, step: Step, status: int | None, seconds: float, ended: str
     ) -> None:
-        """Keep how a step ended, and write everything."""
+        """Keep how a step ended, and write all records and the archive."""
         self.records[step.name] = {
             "name": step.name,
             "stage": stage,
@@ -160,7 +160,7 @@ class Check:
         self.pack()
 
     def pack(self) -> None:
-        """Write the archive: all files, or without the largest ones, so that it is small enough."""
+        """Write the archive, without the largest files if it would be too large."""
         unfinished = self.archive.with_name(f"{self.archive.name}.unfinished")
         own = {self.archive, unfinished}
         files = [path for path in sorted(self.output.rglob("*")) if path.is_file()]
@@ -183,8 +183,8 @@ def execute(
 ) -> tuple[int, str]:
     """Run a command, its output to a file: its exit status, and a remark if it took too long.
 
-    At its limit it is interrupted, for pytest and the benchmarks to write what they have, and
-    killed with all that it started.
+    Shortly before its limit it is interrupted, so that pytest and the benchmarks write what they
+    have. At its limit it is killed with all that it started.
     """
     with log.open("wb") as sink:
         process = subprocess.Popen(
@@ -213,7 +213,7 @@ def execute(
 
 def is_there(process: subprocess.Popen) -> bool:
     """Whether any process of a command's session is still there."""
-    process.poll()  # one that has ended is there until it is asked for
+    process.poll()  # one that has ended stays there until it is waited for
     try:
         os.killpg(process.pid, 0)
     except ProcessLookupError:
@@ -222,7 +222,7 @@ def is_there(process: subprocess.Popen) -> bool:
 
 
 def plan(stages: Mapping[str, Sequence[Step]], output: Path) -> str:
-    """What would run: by stage and step the estimated and the greatest minutes, and the command."""
+    """What would run: each step's command, and minutes by stage and step, estimated and at most."""
     lines = ["Minutes are estimated, not measured."]
     for stage, steps in stages.items():
         estimate, limit = (sum(getattr(s, name) for s in steps) for name in ("estimate", "limit"))
@@ -253,14 +253,14 @@ def parse(
 
 
 def terminated(number: int, frame: object) -> None:
-    """Let a signal end the run as an exception, which leaves records and archive behind."""
+    """End the run on a signal by an exception, so that records and archive are written."""
     raise SystemExit(128 + number)
 
 
 def main(
     arguments: Sequence[str] | None = None, stages: Mapping[str, Sequence[Step]] = STAGES
 ) -> int:
-    """Run the chosen stages; see the module's text."""
+    """Run the chosen stages; see the module's docstring."""
     begin = time.monotonic()
     options = parse(arguments, stages)
     chosen = {options.stage: stages[options.stage]} if options.stage else stages
@@ -268,7 +268,7 @@ def main(
         print(plan(chosen, options.output))
         return 0
     signal.signal(signal.SIGTERM, terminated)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & leaves it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # after a shell's & it is ignored
     check = Check(options.output, options.archive, origin(), options.again)
     check.say(f"{check.origin['device']}, commit {check.origin['commit']}")
     for remark in gpu_steps.remarks():

@@ -16,16 +16,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PROCESSES = 8  # that share the GPU in the tests, so that a dead context spoils one of them
-TEST_SECONDS = 75  # for one test
+PROCESSES = 8  # that share the GPU in the tests, so that a dead CUDA context spoils only one
+TEST_SECONDS = 75  # the limit of one test
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command, the seconds it is estimated to take, and the most that it may take.
+    """A command, the seconds it is estimated to take, and its limit in seconds.
 
-    It is skipped without its `programs` and Python `modules`. `unless` says why its work is done;
-    without it, that the step passed before does.
+    It is skipped if one of its `programs` or Python `modules` is missing. `unless` says why its
+    work is done already, or None. A step without it is done if it passed before.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Step:
 
 
 def find(program: str) -> str | None:
-    """A program on the PATH, else one of the CUDA toolkit: in CUDA_HOME, or where nvcc is."""
+    """A program on the PATH, else in the CUDA toolkit: in CUDA_HOME, or beside nvcc."""
     home, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
     toolkit = [str(Path(home) / "bin")] if home else []
     toolkit += [str(Path(nvcc).resolve().parent)] if nvcc else []
@@ -71,12 +71,12 @@ def find(program: str) -> str | None:
 
 
 def parallel() -> str:
-    """Options of pytest that spread the tests over processes, where its plugin is here."""
+    """Options of pytest that spread the tests over processes, if its plugin is here."""
     return f"-n {PROCESSES}" if importlib.util.find_spec("xdist") else ""
 
 
 def test_limit() -> str:
-    """Options of pytest that end the process of a test that hangs, whatever it hangs in."""
+    """Options of pytest that end the process of a test that hangs, wherever it hangs."""
     if importlib.util.find_spec("pytest") is None:
         return ""
     if int(importlib.metadata.version("pytest").split(".")[0]) >= 9:
@@ -100,23 +100,23 @@ def remarks() -> list[str]:
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 @functools.cache
 def architecture() -> str:
-    """The present GPU's compute capability, as TORCH_CUDA_ARCH_LIST takes it; "" if none tells."""
+    """The GPU's compute capability, as TORCH_CUDA_ARCH_LIST takes it; "" if it is not known."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
-        return ""  # setup.py then builds for those of a release
+        return ""  # setup.py then builds for its default architectures
     return ";".join(sorted(set(said.stdout.split())))
 
 
 def built(root: Path = ROOT) -> str | None:
-    """That the CUDA extension is newer than everything it is built from, or None."""
+    """A line if the CUDA extension is newer than everything it is built from, else None."""
     sources = [root / "setup.py", *(path for path in (root / "csrc").rglob("*") if path.is_file())]
     newest = max(path.stat().st_mtime for path in sources)
     for extension in (root / "dfa_kernels").glob("_CUDA.*so"):
@@ -125,48 +125,50 @@ def built(root: Path = ROOT) -> str | None:
     return None
 
 
-# setup.py leaves out what it cannot build and goes on, so that what must be there is imported. An
-# extension from before would be taken for it.
+# setup.py leaves out what it cannot build and goes on, so the extension is imported to see that it
+# is there. An old one is removed first, because it would pass for the new one.
 BUILD = (
     "rm -f dfa_kernels/_CUDA.*so && TORCH_CUDA_ARCH_LIST='{architecture}' MAX_JOBS={cores} "
     "{python} setup.py build_ext --inplace && {python} -c 'import torch, dfa_kernels._CUDA'"
 )
 
-# There is no initcheck: it would have to see every write, those of torch's and the vendor's kernels
-# too, which are not checked, and so takes what they made for never written. The tests find what our
-# own kernels leave unwritten, by their fresh memory full of NaN.
-# Of API errors torch makes some on purpose and handles them; our launches check their own.
-# Python takes more than the default of 10 seconds from its start to the first call of CUDA.
+# There is no initcheck: torch's and the vendor's kernels are excluded, so it would not see their
+# writes, and would take what they made for never written. The tests fill fresh memory with NaN, and
+# so find what our own kernels leave unwritten.
+# API errors are not reported: torch makes some on purpose and handles them, and our launches check
+# their own.
+# The launch timeout is raised: Python takes more than the default of 10 seconds to its first call
+# of CUDA.
 SANITIZER = (
     "{sanitizer} --tool=TOOL --error-exitcode=1 --report-api-errors=no "
     "--destroy-on-device-error=kernel --target-processes=application-only --launch-timeout=120 "
     "--kernel-name-exclude='regex=FOREIGN' {python} tests/backends/small_shapes.py"
 )
-# In the mangled names of torch's kernels and of the vendor's matrix products.
+# Parts of the mangled names of torch's kernels and of the vendor's matrix products.
 FOREIGN = "at6native|at_cuda|cublas|cutlass|nvjet|gemm|gemv"
-# Most of what verify and the sanitizers would compile one by one, by all cores.
+# Compiles on all cores most of what verify and the sanitizers would compile one by one.
 COMPILE = (
     "seq {cores} | xargs -P {cores} -I@ "
     "{python} tests/backends/small_shapes.py triton --part @/{cores}"
 )
-# Every tensor an allocation of its own, so that an access beyond it is seen.
+# Gives every tensor its own allocation, so that an access beyond it is seen.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
-# A file that cannot be imported, for want of a library, leaves the others their run. A line a test,
-# because a run that is killed writes no XML.
+# A file that cannot be imported, because a library is missing, does not stop the others. Every test
+# has its line in the log, because a run that is killed writes no XML.
 PYTEST = (
     "{python} -m pytest -v --tb=short -p no:cacheprovider -p no:benchmark "
     "--continue-on-collection-errors {parallel} {test_limit} --junitxml={output}/NAME.xml "
     "-m 'MARKS'"
 )
-# Processes side by side leave each a part of the cores.
+# Each of the processes gets its part of the cores.
 SHARED_CORES = {"OMP_NUM_THREADS": str(max(1, cores() // PROCESSES))}
-# What is timed is named.
+# What is timed is named, not chosen automatically.
 WITH_CUDA = {"DFA_KERNELS_BACKEND": "cuda"}
 
 
 def verify(backend: str, estimate: float, limit: float) -> Step:
-    """Entries and every tile of a backend, held against their definition."""
+    """Entries and every tile of a backend, compared with the definition."""
     name = f"verify-{backend}"
     command = f"{{python}} -m dfa_kernels verify --backend {backend} --json {{output}}/{name}.json"
     modules = ("triton",) if backend == "triton" else ()
@@ -174,14 +176,14 @@ def verify(backend: str, estimate: float, limit: float) -> Step:
 
 
 def tests(name: str, marks: str, estimate: float, limit: float, *modules: str) -> Step:
-    """Those of the tests that run on a GPU that have these marks."""
+    """The tests with these marks, which run on a GPU."""
     command = PYTEST.replace("NAME", name).replace("MARKS", marks)
     modules = ("pytest", "numpy", *modules)
     return Step(name, command, estimate, limit, modules=modules, environment=SHARED_CORES)
 
 
 def sanitize(tool: str, estimate: float, limit: float, *backends: str) -> Step:
-    """Every tile of the backends, of all of them if none is named, under compute-sanitizer."""
+    """Every tile of the backends (of all if none is named) under compute-sanitizer."""
     command = SANITIZER.replace("TOOL", tool).replace("FOREIGN", FOREIGN)
     return Step(
         "-".join((tool, *backends)),
@@ -194,7 +196,7 @@ def sanitize(tool: str, estimate: float, limit: float, *backends: str) -> Step:
     )
 
 
-# By stage, the most important first. Seconds are estimated, not measured.
+# The steps of each stage, the most important first. Seconds are estimated, not measured.
 STAGES: dict[str, tuple[Step, ...]] = {
     "A": (
         Step("build", BUILD, 70, 150, programs=("nvcc",), unless=built),
@@ -250,9 +252,9 @@ STAGES: dict[str, tuple[Step, ...]] = {
 
 
 def environment(step: Step | None = None) -> dict[str, str]:
-    """What a step's command finds in its environment, or what they all find.
+    """The environment of a step's command, or what all steps share.
 
-    Of the source tree only the folder build/ and the extensions are written.
+    In the source tree only the folder build/ and the extensions are written.
     """
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     caches = {

@@ -3,8 +3,8 @@
 #
 #     .ci/torch_versions.sh 2.10.0 2.14.1
 #
-# A line for each version ends it; the exit status is the number of versions that failed. ARGS are
-# pytest's, PYTHON the Python to use.
+# It ends with a line for each version. The exit status is the number of versions that failed. ARGS
+# are pytest's arguments, PYTHON is the Python to use.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 if [ $# -eq 0 ]; then

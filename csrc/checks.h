@@ -1,6 +1,6 @@
-// Checks of the operators' arguments, and their outputs, for every compiled backend. The Python
-// package has made the same ones, with the same texts (dfa_kernels/checks.py); these serve direct
-// callers.
+// Checks the operators' arguments and allocates their outputs, for every compiled backend. The
+// Python package makes the same checks with the same texts (dfa_kernels/checks.py); these serve
+// those who call the operators directly.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

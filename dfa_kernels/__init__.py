@@ -15,7 +15,7 @@ from dfa_kernels.nn import (
 )
 from dfa_kernels.version import __version__
 
-if TYPE_CHECKING:  # to whom a module cannot be called
+if TYPE_CHECKING:  # for type checkers a module cannot be called
     from dfa_kernels.backends.registry import backends
 else:
     from dfa_kernels import backends

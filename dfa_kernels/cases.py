@@ -1,7 +1,7 @@
-"""Projections whose signals are known, for proving a kernel.
+"""Projections with known signals, to check kernels against.
 
-`Case` builds one error whose rows fail in different ways, layers that overlap, begin at odd rows
-and lie far out, and says what is wrong with the signals a kernel made of them.
+A `Case` has an error whose batch mixes kinds that catch different mistakes, and layers that
+overlap, begin at odd rows and lie far out. It says what is wrong with a kernel's signals.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from dfa_kernels import stream as definition
 from dfa_kernels.layers import Layers
 from dfa_kernels.stream import DISTRIBUTIONS, Stream
 
-# All 24 bits of it count, also where it is the sum of three numbers of 8 bits.
+# All 24 bits count, also if it is split into three numbers of 8 bits.
 _NEEDLE = 1 + 2**-6 + 2**-12 + 2**-20
 
-# The first two cross row 2**32, and two read the same rows. Scales are powers of two, which round
-# nothing.
+# The first three cross row 2**32, and two of them read the same rows. Scales are powers of two, so
+# that scaling is exact.
 LAYERS = Layers(
     row_offsets=(2**32 - 150, 2**32 - 20, 2**32 - 20, 5, 2**63 - 9),
     sizes=(301, 77, 77, 33, 9),
@@ -33,20 +33,20 @@ _UNIT_ROWS = 141
 
 
 class Signal(NamedTuple):
-    """A layer's signal in fp64 [M, size], and how far off each number may be."""
+    """A layer's signal in fp64 [batch, size], and how far off each number may be."""
 
     values: Tensor
     bounds: Tensor
 
 
 class Case(NamedTuple):
-    """One projection: an error [M, n], the layers, and where in U they are.
+    """One projection: an error [batch, n], the layers, and where in U they are.
 
-    `rows` names the kinds of the error's rows, each a slice of them:
+    `rows` gives the slice of the batch that each kind of error has:
 
-    - "unit": a single 1, so that the signals are entries of U, bit for bit.
+    - "unit": a single 1, so the signals are entries of U, bit for bit.
     - "integer": small integers. Sums of signs, and of uniform entries without their factor, are
-      exact in every order of summation, and so the same bits in every kernel.
+      exact in any order of summation, so every kernel gives the same bits.
     - "needle": a single number of 24 significant bits, which a lost term of an fp32 error changes.
     - "random": normal numbers, held to the a priori bound of a sum.
     """
@@ -67,7 +67,7 @@ class Case(NamedTuple):
     ) -> Case:
         """A case with an error of `dtype` and `columns` columns, on the CPU.
 
-        1041 columns are three steps or more of every tile. At most `unit_rows` rows are unit
+        1041 columns take every tile at least three steps. At most `unit_rows` of the batch are unit
         vectors, spread over all columns.
         """
         generator = torch.Generator().manual_seed(columns)
@@ -87,17 +87,17 @@ class Case(NamedTuple):
         return cls(error, layers, Stream(_SEED, _COLUMN_OFFSET, distribution), rows)
 
     def expected(self, dtype: torch.dtype, *, terms: int, lattice: bool) -> list[Signal]:
-        """The signals in `dtype`, one per layer.
+        """The expected signals in `dtype`, one per layer.
 
-        `terms`: how many numbers of 8 bits the kernel makes of each fp32 number; 3 where it is
-        taken as it is. `lattice`: uniform entries get their factor after the sum.
+        `terms`: how many numbers of 8 bits the kernel splits each fp32 number into; 3 if it takes
+        fp32 as it is. `lattice`: the kernel applies the factor of uniform entries after the sum.
         """
         return [
             self._signal(layer, dtype, terms, lattice) for layer in range(len(self.layers.sizes))
         ]
 
     def mistake(self, signals: list[Tensor], expected: list[Signal]) -> str | None:
-        """What is wrong with the signals, one [M, size] per layer, or None."""
+        """What is wrong with the signals, one [batch, size] per layer, or None."""
         if len(signals) != len(expected):
             return f"{len(signals)} signals for {len(expected)} layers"
         for layer, (signal, (values, bounds)) in enumerate(zip(signals, expected, strict=True)):
@@ -107,7 +107,7 @@ class Case(NamedTuple):
                     f"not {tuple(values.shape)}"
                 )
             found = signal.cpu().double()
-            wrong = ~((found - values).abs() <= bounds)  # NaN is wrong
+            wrong = ~((found - values).abs() <= bounds)  # NaN counts as wrong
             if wrong.any():
                 row, unit = (int(i) for i in wrong.nonzero()[0])
                 kind = next(name for name, rows in self.rows.items() if row < rows.stop)
@@ -120,10 +120,10 @@ class Case(NamedTuple):
 
     def _signal(self, layer: int, dtype: torch.dtype, terms: int, lattice: bool) -> Signal:
         scale, row_offset = self.layers.scales[layer], self.layers.row_offsets[layer]
-        block = (self.layers.sizes[layer], self.error.shape[1], row_offset, self.stream)
+        piece = (self.layers.sizes[layer], self.error.shape[1], row_offset, self.stream)
         facts = DISTRIBUTIONS[self.stream.distribution]
         arithmetic = torch.float64 if self.error.dtype == torch.float64 else torch.float32
-        error, entries = self.error.double(), _entries(*block, arithmetic).double()
+        error, entries = self.error.double(), _entries(*piece, arithmetic).double()
         values = error @ entries.T * scale
         unit = torch.finfo(arithmetic).eps / 2
         left_out = 2.0 ** (-8 * terms) if self.error.dtype == torch.float32 and terms < 3 else 0.0
@@ -133,11 +133,11 @@ class Case(NamedTuple):
         info = torch.finfo(dtype)
         bounds += info.eps / 2 * values.abs() + info.smallest_normal * info.eps
         exact = ["unit"]
-        if facts.bits <= 8 and (lattice or facts.factor == 1.0):  # few bits, whose sums are exact
+        if facts.bits <= 8 and (lattice or facts.factor == 1.0):  # few bits: sums are exact
             exact.append("integer")
             factor = torch.tensor(facts.factor * scale, dtype=arithmetic)
             rows = self.rows["integer"]
-            values[rows] = ((error[rows] @ _lattice(*block).T).to(arithmetic) * factor).double()
+            values[rows] = ((error[rows] @ _lattice(*piece).T).to(arithmetic) * factor).double()
         for kind in exact:
             rows = self.rows[kind]
             values[rows], bounds[rows] = values[rows].to(dtype).double(), 0.0
@@ -145,7 +145,7 @@ class Case(NamedTuple):
 
 
 def _at(columns: Tensor, count: int, value: float) -> Tensor:
-    """Rows of `count` columns, each with `value` in one of `columns` and zeros elsewhere."""
+    """An error for each of `columns`: `count` numbers, all 0 but `value` in that column."""
     rows = torch.zeros(len(columns), count, dtype=torch.float64)
     rows[torch.arange(len(columns)), columns] = value
     return rows
@@ -160,6 +160,6 @@ def _entries(
 
 
 def _lattice(rows: int, columns: int, row_offset: int, stream: Stream) -> Tensor:
-    """Entries without the factor of uniform ones, exact: multiples of 1/256, or +-1."""
+    """Entries without the factor of uniform ones, which is exact: multiples of 1/256, or +-1."""
     entries = _entries(rows, columns, row_offset, stream, torch.float64)
     return (entries / DISTRIBUTIONS[stream.distribution].factor * 256).round() / 256

@@ -1,4 +1,4 @@
-"""Checks of public arguments; errors name the function, the argument and what was got."""
+"""Checks of public arguments. Errors name the function, the argument and what it got."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def integer(function: str, argument: str, value: int, *, low: int, high: int) -> int:
-    """`value` as an int in [low, high]; numpy's integers are welcome, booleans are not."""
+    """`value` as an int in [low, high]. Takes numpy's integers, but no booleans."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
             raise TypeError(
@@ -46,7 +46,7 @@ def integers(
 
 
 def rows(function: str, argument: str, first: int, count: int) -> None:
-    """The rows [first, first + count) are rows of U."""
+    """Check that the rows [first, first + count) are rows of U."""
     if first + count > stream.ROWS:
         raise ValueError(
             f"{function}: {argument} must leave the rows below 2**63, got {first} with {count} rows"
@@ -54,7 +54,7 @@ def rows(function: str, argument: str, first: int, count: int) -> None:
 
 
 def columns(function: str, argument: str, first: int, count: int) -> None:
-    """The columns [first, first + count) are columns of U."""
+    """Check that the columns [first, first + count) are columns of U."""
     if first + count > stream.COLUMNS:
         raise ValueError(
             f"{function}: {argument} must leave the columns below 2**34, "
@@ -63,20 +63,20 @@ def columns(function: str, argument: str, first: int, count: int) -> None:
 
 
 def seed(function: str, value: int) -> int:
-    """The two's complement of a seed in [0, 2**64), which is how it fits an operator's int64."""
+    """A seed in [0, 2**64) as its two's complement, which fits an operator's int64."""
     value = integer(function, "seed", value, low=0, high=2**64 - 1)
     return value - 2**64 if value >= 2**63 else value
 
 
 def distribution(function: str, value: str) -> None:
-    """The name of a distribution of the stream."""
+    """Check that this is the name of a distribution of the stream."""
     if not isinstance(value, str) or value not in stream.DISTRIBUTIONS:
         names = ", ".join(map(repr, stream.DISTRIBUTIONS))
         raise ValueError(f"{function}: distribution must be one of {names}, got {value!r}")
 
 
 def dtype(function: str, argument: str, value: torch.dtype) -> None:
-    """A floating-point dtype the library computes in."""
+    """Check that this is a floating-point dtype the library computes in."""
     if value not in DTYPES:
         raise TypeError(
             f"{function}: {argument} must be float16, bfloat16, float32 or float64, got {value!r}"
@@ -89,7 +89,7 @@ def scales(
     sizes: Sequence[int],
     error_size: int,
 ) -> list[float]:
-    """Each layer's factor before U @ e: 1/sqrt(l_i n), 1/sqrt(l_max n), or what was given."""
+    """Each layer's factor of U @ e: 1/sqrt(l_i n), 1/sqrt(l_max n), or the given one."""
     if isinstance(normalization, str):
         if normalization == "layer":
             return [1 / math.sqrt(size * error_size) for size in sizes]
@@ -119,7 +119,7 @@ def _finite(function: str, scale: Any) -> float:
         value = float(scale)
     except OverflowError:
         value = math.inf
-    if not -math.inf < value < math.inf:  # math.isfinite is not for torch.compile's symbols
+    if not -math.inf < value < math.inf:  # math.isfinite cannot take torch.compile's symbols
         raise ValueError(f"{function}: normalization must be finite, got {scale!r}")
     return value
 

@@ -102,7 +102,7 @@ def _seed(text: str) -> int:
 def _device(text: str) -> torch.device:
     try:
         return torch.empty(0, device=text).device
-    except (AssertionError, RuntimeError) as error:  # the former where torch is built without it
+    except (AssertionError, RuntimeError) as error:  # the former if torch is built without it
         raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
 
 
@@ -247,7 +247,7 @@ def run_bench(options: argparse.Namespace) -> int:
 
 
 def _benchmarks() -> Path | None:
-    """The benchmarks of the source that is imported, or of the working directory."""
+    """The folder `benchmarks` of the imported source, else of the working directory, or None."""
     for root in (Path(__file__).resolve().parent.parent, Path.cwd()):
         if (root / "benchmarks" / "conftest.py").exists():
             return root / "benchmarks"

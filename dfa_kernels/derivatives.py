@@ -1,7 +1,7 @@
 """The projection under torch.func's transforms and in forward mode.
 
-It is linear in the error, so every derivative is a projection again, or its transpose. What reverse
-mode alone needs is registered with the operators, in `ops`, where torch.compile sees it.
+It is linear in the error, so every derivative is a projection or its transpose. The rule for plain
+reverse mode is registered with the operators, in `ops`, where torch.compile sees it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dfa_kernels.stream import Stream
 def transformed() -> bool:
     """Whether forward mode is on, or a transform of torch.func that differentiates or maps.
 
-    Raises NotImplementedError for functionalize together with one of them: torch has no rule for a
-    Function there, and an operator alone would have no derivatives.
+    Raises NotImplementedError if functionalize is combined with one of them: torch has no rule for
+    a Function there, and an operator alone would have no derivatives.
     """
     forward_mode = forward_ad._current_level >= 0
     if not torch._C._are_functorch_transforms_active():
@@ -36,9 +36,9 @@ def transformed() -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result  # torch.compile enters transforms as it traces
+@torch.compiler.assume_constant_result  # while tracing, torch.compile enters transforms
 def _transforms() -> tuple[str, ...]:
-    """The names of torch.func's transforms around this call, the outermost first."""
+    """The names of torch.func's transforms around this call, outermost first."""
     return tuple(level.key().name for level in torch._C._functorch.get_interpreter_stack() or ())
 
 
@@ -53,10 +53,10 @@ def project(
 
 @torch.compiler.allow_in_graph
 def _one_node(error: Tensor, *arguments: Any) -> list[Tensor]:
-    """One node of a compiled graph, which keeps its derivatives for where it meets the transforms.
+    """One node of a compiled graph, which keeps its derivatives for the transforms around it.
 
-    torch.compile itself would trace the forward of `Projection` alone. A graph holds an operator's
-    arguments, not records of them.
+    torch.compile itself would trace only the forward of `Projection`. A graph holds an operator's
+    arguments, no NamedTuples of them.
     """
     layers, stream = Layers.of(*arguments[:3]), Stream(*arguments[3:6])
     return list(Projection.apply(error, layers, stream, *arguments[6:]))
@@ -69,11 +69,11 @@ _eager = torch.compiler.disable(
 
 @_eager
 def _uncompiled(error: Tensor, *arguments: Any) -> list[Tensor]:
-    """A call that is left out of compiled graphs.
+    """A call that stays out of compiled graphs.
 
-    In them, forward mode without a transform would lose its tangents, and under vmap outermost a
-    trainer's Function its rule. Inside vjp and jacrev it must not be used: for what is left out
-    there, torch before 2.12 makes zeros of the gradients (pytorch/pytorch#172386).
+    In a graph, forward mode without a transform would lose its tangents, and if vmap is outermost,
+    a trainer's Function would lose its rule. Not for use inside vjp and jacrev: there, torch before
+    2.12 makes the gradients of calls outside the graph zero (pytorch/pytorch#172386).
     """
     return list(Projection.apply(error, *arguments))
 
@@ -85,13 +85,13 @@ class Projection(torch.autograd.Function):
     def forward(
         error: Tensor, layers: Layers, stream: Stream, dtype: torch.dtype | None, backend: str
     ) -> tuple[Tensor, ...]:
-        """By the operator."""
+        """Calls the operator."""
         operator = torch.ops.dfa_kernels.project.default
         return tuple(operator(error, *layers, *stream, dtype, backend))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        """No tensor is kept."""
+        """Keeps no tensor."""
         error, ctx.layers, ctx.stream, ctx.output_dtype, ctx.backend = inputs
         ctx.columns, ctx.dtype = error.shape[1], error.dtype
 
@@ -111,7 +111,7 @@ class Projection(torch.autograd.Function):
     @staticmethod
     @_eager
     def vmap(info, in_dims, error: Tensor, *arguments: Any):
-        """All calls' errors are rows of one."""
+        """All calls' errors become one batch."""
         errors = _stacked(error, in_dims[0], info.batch_size)
         signals = Projection.apply(errors.flatten(0, 1), *arguments)
         stacks = tuple(signal.unflatten(0, errors.shape[:2]) for signal in signals)
@@ -130,14 +130,14 @@ class Adjoint(torch.autograd.Function):
         backend: str,
         *signals: Tensor,
     ) -> Tensor:
-        """By the operator."""
+        """Calls the operator."""
         row_offsets, _, scales = layers
         where = (row_offsets, scales, *stream)
         return torch.ops.dfa_kernels.project_adjoint(list(signals), *where, columns, dtype, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        """No tensor is kept."""
+        """Keeps no tensor."""
         ctx.layers, ctx.stream, ctx.columns, ctx.output_dtype, ctx.backend, *signals = inputs
         ctx.dtype = signals[0].dtype
 
@@ -151,14 +151,14 @@ class Adjoint(torch.autograd.Function):
     @staticmethod
     @_eager
     def jvp(ctx, *tangents: Tensor | None) -> Tensor:
-        """The transpose, of the tangents."""
+        """The transpose of the tangents."""
         where = (ctx.layers, ctx.stream, ctx.columns, ctx.output_dtype, ctx.backend)
         return Adjoint.apply(*where, *tangents[len(where) :])
 
     @staticmethod
     @_eager
     def vmap(info, in_dims, *arguments: Any):
-        """All calls' signals are rows of one."""
+        """All calls' signals become one batch."""
         where, signals = arguments[:5], arguments[5:]
         pairs = zip(signals, in_dims[5:], strict=True)
         stacks = [_stacked(*pair, info.batch_size) for pair in pairs]
@@ -167,5 +167,5 @@ class Adjoint(torch.autograd.Function):
 
 
 def _stacked(tensor: Tensor, dim: int | None, calls: int) -> Tensor:
-    """[batch, size] of each call, along `dim` or the same for all: [calls, batch, size]."""
+    """[calls, batch, size] from calls along `dim`, or from one [batch, size] for all of them."""
     return tensor.expand(calls, *tensor.shape) if dim is None else tensor.movedim(dim, 0)

@@ -36,37 +36,37 @@ def project(
         [error @ U[:l].T / math.sqrt(l * n) for l in sizes]
 
     Args:
-        error: (..., n), the derivative of the loss by the output. fp16, bf16, fp32 or fp64, any
-            strides; leading dimensions are batch dimensions. Differentiable.
+        error: (..., n), the gradient of the loss with respect to the output. fp16, bf16, fp32 or
+            fp64, any strides; leading dimensions are batch dimensions. Differentiable.
         sizes: the layers' sizes l_i, at least one, each at least 1.
-        seed: which matrix, 0 <= seed < 2**64.
+        seed: selects the matrix, 0 <= seed < 2**64.
         distribution: of U's entries: "normal", "uniform" or "rademacher", each of mean 0 and
             variance 1.
         normalization: "layer" for 1/sqrt(l_i n) (eq. 8), "shared" for 1/sqrt(max(sizes) n) (eq. 7
             alone, the paper's "no norm"), a finite number for all layers, or one for each.
-        row_offsets: each layer's first row of U. None: 0 for all, the paper's one matrix shared by
-            slicing; disjoint ranges give every layer a matrix of its own. Rows end at 2**63.
-        column_offset: U's column for error[..., 0]. Columns end at 2**34.
-        error_size: n of the whole error, for `normalization`, where `error` is a shard of it that
-            begins at column_offset. The sum of the shards' signals is the whole error's. None:
-            error.shape[-1], no shard.
+        row_offsets: each layer's first row of U, which has 2**63 rows. None: 0 for all, so layers
+            share slices of one matrix, as in the paper. Disjoint ranges give every layer its own.
+        column_offset: the column of U for error[..., 0]. U has 2**34 columns.
+        error_size: n of the whole error, for `normalization`, if `error` is a shard of it that
+            begins at column_offset. The shards' signals add up to the whole error's. None:
+            error.shape[-1], not a shard.
         dtype: of the signals. None: the error's (under autocast, the autocast dtype).
-        backend: None for the best one available, or a name from `backends()`. A GPU's best one is
-            checked at its first use, once on a machine, which may take minutes.
+        backend: a name from `backends()`, or None for the best one available. On a GPU the best one
+            is checked at its first use, once per machine, which may take minutes.
 
     Returns:
-        One tensor (..., l_i) per size. Layers with equal size, offset and scale get the same tensor
+        One tensor (..., l_i) per size. Layers with equal size, offset and scale share one tensor
         object.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
-        RuntimeError: `backend` was asked for and cannot serve the error's device.
+        TypeError, ValueError: an argument is invalid. The message names it and what it got.
+        RuntimeError: the `backend` asked for cannot serve the error's device.
     """
     if not isinstance(error, Tensor):
         raise TypeError(f"project: error must be a tensor, got {type(error).__name__}")
     checks.dtype("project", "error", error.dtype)
     compiling = torch.compiler.is_compiling()
-    # The layout cannot be asked for while a Function's backward is compiled.
+    # A Function's backward cannot ask for the layout while it is compiled.
     if not compiling and (error.is_nested or error.layout != torch.strided):
         kind = "a nested one" if error.is_nested else error.layout
         raise TypeError(f"project: error must be a strided tensor, got {kind}")
@@ -111,14 +111,11 @@ def project(
     checks.distribution("project", distribution)
     if dtype is not None:
         checks.dtype("project", "dtype", dtype)
-    choose = registry.choose_for_graph if compiling else registry.choose
-    backend = choose("project", error.device, backend)
-
-    # Equal layers are one output.
+    # Equal layers share one output.
     layers, places = Layers.distinct(row_offsets, sizes, scales)
     batch = error.shape[:-1]
-    signals = ops.project(
-        error if error.dim() == 2 else error.reshape(batch.numel(), columns),  # [batch, n]
+    signals = project_layers(
+        error if error.dim() == 2 else error.reshape(batch.numel(), columns),
         layers,
         Stream(seed, column_offset, distribution),
         dtype,
@@ -127,6 +124,17 @@ def project(
     if error.dim() != 2:
         signals = [signal.view(*batch, signal.shape[1]) for signal in signals]
     return [signals[place] for place in places]
+
+
+def project_layers(
+    error: Tensor, layers: Layers, stream: Stream, dtype: torch.dtype | None, backend: str | None
+) -> list[Tensor]:
+    """`project` for callers that have checked the arguments, and have no two equal layers.
+
+    error is [batch, n]; each signal is [batch, size].
+    """
+    choose = registry.choose_for_graph if torch.compiler.is_compiling() else registry.choose
+    return ops.project(error, layers, stream, dtype, choose("project", error.device, backend))
 
 
 def feedback_matrix(
@@ -141,17 +149,17 @@ def feedback_matrix(
     device: torch.device | str | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """A block of U, unit variance, unscaled: [rows, columns].
+    """A piece of U, unit variance, unscaled: [rows, columns].
 
     U[row_offset : row_offset + rows, column_offset : column_offset + columns].
 
-    For inspection, and for those who want the matrix stored; `project` never makes it. The entries
-    are the same bits on every backend and device, whatever block they are asked for in. Normal and
-    rademacher entries are exact in every dtype; a uniform one is sqrt(3) * (2k - 255)/256,
-    multiplied in fp32 (fp64 for fp64), then rounded to `dtype`.
+    For inspection, or to store the matrix; `project` never makes it. An entry has the same bits on
+    every backend and device, and in every piece. Normal and rademacher entries are exact in every
+    dtype; a uniform one is sqrt(3) * (2k - 255)/256, multiplied in fp32 (fp64 for fp64), then
+    rounded to `dtype`.
 
     Args:
-        rows, columns: shape of the block, each at least 0.
+        rows, columns: shape of the piece, each at least 0.
         seed, distribution, row_offset, column_offset, backend: as for `project`.
         dtype: float16, bfloat16, float32 or float64.
         device: None for torch's default device.

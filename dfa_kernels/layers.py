@@ -1,6 +1,6 @@
 """The layers that a projection makes signals for, and the slabs of rows that they read.
 
-Each row in the union of the layers' rows is made once, whatever the number of layers that read it.
+Each row in the union of the layers' rows is made once, however many layers read it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import NamedTuple
 class Layers(NamedTuple):
     """Layer i reads rows [row_offsets[i], row_offsets[i] + sizes[i]) of U, times scales[i].
 
-    Tuples side by side, of equal length: they are an operator's arguments as they are, and hash
-    faster than a tuple of records.
+    Three tuples of equal length: operators take them as they are, and they hash faster than a tuple
+    of records.
     """
 
     row_offsets: tuple[int, ...]
@@ -24,14 +24,14 @@ class Layers(NamedTuple):
     def of(
         cls, row_offsets: Sequence[int], sizes: Sequence[int], scales: Sequence[float]
     ) -> Layers:
-        """From any sequences."""
+        """Layers from any sequences."""
         return cls(tuple(row_offsets), tuple(sizes), tuple(scales))
 
     @classmethod
     def distinct(
         cls, row_offsets: Sequence[int], sizes: Sequence[int], scales: Sequence[float]
     ) -> tuple[Layers, list[int]]:
-        """The layers without repetitions, and for each one given its place among them."""
+        """The distinct layers, and for each given layer its index among them."""
         places: dict[tuple[int, int, float], int] = {}
         given = zip(row_offsets, sizes, scales, strict=True)
         found = [places.setdefault(layer, len(places)) for layer in given]
@@ -48,18 +48,18 @@ class Layers(NamedTuple):
         return merged
 
     def union_rows(self) -> int:
-        """How many rows the union of the layers' rows has."""
+        """The number of rows in the union of the layers' rows."""
         return sum(last - first for first, last in self.unions())
 
     def slabs(self, rows: int) -> Iterator[Slab]:
         """Cut the union of the layers' rows into slabs of at most `rows` rows.
 
-        Every row of the union is in exactly one slab, and no other row is in any.
+        Every row of the union is in exactly one slab. Slabs have no other rows.
         """
         ends = [first + size for first, size in zip(self.row_offsets, self.sizes, strict=True)]
         waiting = sorted(
             range(len(ends)), key=lambda layer: (self.row_offsets[layer], ends[layer]), reverse=True
-        )  # the next one to begin is at the end
+        )  # the next layer to begin is last
         active: list[int] = []
         position = 0
         while waiting or active:
@@ -93,5 +93,5 @@ class Slab(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """How many rows it has."""
+        """The number of rows."""
         return self.last - self.first

@@ -3,15 +3,15 @@
     project(..., backend)       all layers' signals, differentiable; "" chooses when it runs
     project.<backend>           the same from one backend, without the autograd layer's 10 us a call
     project_adjoint             the transpose of project
-    feedback_matrix.<backend>   a block of U
+    feedback_matrix.<backend>   a piece of U
     cpu_isa                     the instruction set of backend "cpp"
-    cuda_fused, cuda_entries    the kernels of backend "cuda": the fused projection, and a block of
+    cuda_fused, cuda_entries    the kernels of backend "cuda": the fused projection, and a piece of
         U, on request without the sqrt(3) of uniform entries
-    cuda_tiles                  indices and names of the tiles that tests may force on `cuda_fused`,
-        which chooses one by itself (-1), and blocks for all of the GPU's `processors` (0)
+    cuda_tiles                  indices and names of the tiles that tests may force on `cuda_fused`.
+        By default it chooses one (-1), and launches thread blocks for all `processors` (0)
 
-`functional` checks arguments first; compiled operators check them again, for those who call them
-directly. `seed` is in two's complement.
+`functional` checks arguments. Compiled operators check them again, for direct callers. `seed` is in
+two's complement.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SCHEMAS = {
 }
 
 _library = torch.library.Library("dfa_kernels", "DEF")
-# What holds for any backend holds where one is chosen when it runs.
+# An operator that chooses its backend when it runs has the tags of all of them.
 _TAGS = tuple({tag for backend in BACKENDS.values() for tag in backend.TAGS})
 _library.define(f"project{_SCHEMAS['project']}, str backend) -> Tensor[]", tags=_TAGS)
 _library.define(f"project_adjoint{_SCHEMAS['project_adjoint']}, str backend) -> Tensor")
@@ -73,7 +73,7 @@ def project(
     if derivatives.transformed():
         return derivatives.project(error, layers, stream, dtype, backend)
     differentiable = error.requires_grad and torch.is_grad_enabled()
-    # functionalize alone hides whether what is around it differentiates.
+    # functionalize alone hides whether code around it differentiates.
     if not backend or differentiable or torch._C._are_functorch_transforms_active():
         return _projections.default(error, *layers, *stream, dtype, backend)
     return getattr(_projections, backend)(error, *layers, *stream, dtype)
@@ -86,7 +86,7 @@ def _project(error: Tensor, *arguments) -> list[Tensor]:
 
 
 def _project_by(kernel: Callable) -> Callable:
-    """The operator's kernel, of a backend's `project`."""
+    """The operator's kernel, from a backend's `project`."""
 
     def project(
         error, row_offsets, sizes, scales, seed, column_offset, distribution, dtype
@@ -118,7 +118,7 @@ def _project_backward(ctx, signal_gradients):
 
 
 def _project_autocast(operator, device_type: str, error: Tensor, *arguments) -> list[Tensor]:
-    """As for any matrix product: the error is cast to the autocast dtype, unless it is fp64."""
+    """Casts the error to the autocast dtype, unless it is fp64, as for any matrix product."""
     if error.dtype != torch.float64:
         error = error.to(torch.get_autocast_dtype(device_type))
     with torch.autocast(device_type, enabled=False):
@@ -169,7 +169,7 @@ def feedback_matrix(
 ) -> Tensor:
     """`rows` rows of U from `row_offset` on, and `columns` columns from the stream's on.
 
-    With backend "", by "torch": the bits are the same, and no operator here chooses when it runs.
+    Backend "" means "torch": the bits are the same, and no operator here chooses when it runs.
     """
     return _generate(backend or "torch", device, rows, columns, row_offset, stream, dtype)
 
@@ -189,7 +189,7 @@ def _generate(
 
 
 def _feedback_matrix_by(kernel: Callable) -> Callable:
-    """The operator's kernel, of a backend's `feedback_matrix`."""
+    """The operator's kernel, from a backend's `feedback_matrix`."""
 
     def feedback_matrix(
         rows, columns, seed, row_offset, column_offset, distribution, dtype, device
@@ -228,7 +228,7 @@ def _register() -> None:
             ("project", _project_by),
             ("feedback_matrix", _feedback_matrix_by),
         ):
-            if kernel := getattr(backend, function, None):  # else an extension registers it
+            if kernel := getattr(backend, function, None):  # otherwise its extension registers one
                 _library.impl(f"{function}.{name}", kernel_by(kernel), "CompositeExplicitAutograd")
         torch.library.register_fake(f"dfa_kernels::project.{name}", _project_fake, lib=_library)
         torch.library.register_fake(

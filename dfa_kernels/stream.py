@@ -1,6 +1,6 @@
 """Stream v1: every entry of the feedback matrix as a pure function of (seed, row, column).
 
-This is the specification in integer tensor operations; it runs on any torch device. U has `ROWS`
+This is the specification, in integer tensor operations that run on any torch device. U has `ROWS`
 rows and `COLUMNS` columns. One Philox4x32-10 block (Salmon et al. 2011, "Parallel random numbers:
 as easy as 1, 2, 3") gives the entries of one row in one block of consecutive columns:
 
@@ -8,13 +8,13 @@ as easy as 1, 2, 3") gives the entries of one row in one block of consecutive co
     counter = (column_block, 0, row & 0xffffffff, row >> 32)
 
     normal      8 columns a block, one halfword each: k = halfword >> 4, U = codebook[k]
-    uniform     8 columns a block, one halfword each: k = halfword >> 8, U = sqrt(3) * (2k -
-        255)/256
+    uniform     8 columns a block, one halfword each: k = halfword >> 8,
+        U = sqrt(3) * (2k - 255)/256
     rademacher  128 columns a block, one bit each: U = 1 - 2*bit
 
 Halfword 2j of a block is the low half of word j, halfword 2j+1 its high half. Within word j of a
-rademacher block, column 2i is bit i and column 2i+1 is bit 16+i. `DISTRIBUTIONS` has these facts
-for the rest of the package.
+rademacher block, column 2i is bit i and column 2i+1 is bit 16+i. `DISTRIBUTIONS` holds these
+facts for the rest of the package.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ CODEBOOK_COEFFICIENTS = tuple(
 
 
 class Stream(NamedTuple):
-    """Which matrix U is, and from which of its columns on it is read.
+    """Which matrix U is, and the first of its columns that is read.
 
-    `seed` may be unsigned, or in two's complement, as it fits an operator's int64.
+    `seed` is unsigned, or in two's complement, which fits an operator's int64.
     """
 
     seed: int
@@ -68,7 +68,7 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def philox(counter: Words, key: tuple[int, int]) -> Words:
-    """Philox4x32-10 of four counter words: int64 tensors below 2^32, of shapes that broadcast.
+    """Philox4x32-10 of four counter words: int64 tensors below 2^32, with shapes that broadcast.
 
     Returns four int64 tensors of values below 2^32. The int64 product wraps modulo 2^64, and its
     upper half is read through an arithmetic shift and a mask, so the sign bit never matters.
@@ -90,12 +90,12 @@ def philox(counter: Words, key: tuple[int, int]) -> Words:
 def codebook_values(
     arithmetic: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """The codebook's formula, 4096 normal quantiles, before their rounding to bfloat16."""
+    """The codebook's 4096 normal quantiles by their formula, before rounding to bfloat16."""
     return _quantiles(torch.arange(CODEBOOK_LEVELS, dtype=arithmetic, device=device))
 
 
 def _quantiles(k: Tensor) -> Tensor:
-    """Normal quantiles by their index k, in k's dtype, before their rounding to bfloat16.
+    """Normal quantiles by their index k, in k's dtype, before rounding to bfloat16.
 
     p = (2k + 1)/4096 - 1,  w = -log2(1 - p*p),  value = p * (C0 + w*(C1 + w*(C2 + w*(C3 + w*C4))))
 
@@ -115,13 +115,13 @@ class Distribution(NamedTuple):
     """The facts of a distribution of entries.
 
     Attributes:
-        block: how many columns of a row one Philox block gives the entries of.
-        bits: of the level index k that makes an entry, 2**bits levels in all.
-        lattice: from k, fp32 [2**bits], to the values that a level is a multiple of, which are
-            exact in 16 bits.
-        factor: what makes an entry of its lattice value.
-        slots: issue slots that one entry takes on a GPU, by backend: from instruction counts, not
-            measured. The backends' estimates of which way is faster rest on it.
+        block: columns of a row whose entries one Philox block gives.
+        bits: of an entry's level index k. There are 2**bits levels.
+        lattice: the levels' lattice values, which are exact in 16 bits, as a function of k, fp32
+            [2**bits].
+        factor: an entry is its lattice value times this.
+        slots: issue slots that an entry takes on a GPU, by backend. From instruction counts, not
+            measured. The backends estimate from it which way is faster.
     """
 
     block: int
@@ -159,20 +159,20 @@ DISTRIBUTIONS = {
 def levels(distribution: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The values that an entry can take, by its index k: [4096] normal, [256] uniform, [2] signs.
 
-    Normal and rademacher levels are exact in every dtype. A uniform level is one product of sqrt(3)
-    and the exact lattice value (2k - 255)/256, in fp64 for fp64 and in fp32, then rounded, for the
-    other dtypes.
+    Normal and rademacher levels are exact in every dtype. A uniform level is sqrt(3) times the
+    exact lattice value (2k - 255)/256, multiplied in fp64 for fp64; for the other dtypes in fp32,
+    then rounded.
     """
     if device.type == "cpu":
         return _levels_on_cpu(distribution, dtype)
-    # Made where they are used: a copy from the host would wait for it, and a table that was kept
-    # while a CUDA graph is captured would lie in the graph's own memory.
+    # Made anew on the device: the host would wait for a copy, and a table kept from the capture of
+    # a CUDA graph would lie in the graph's own memory.
     return _make_levels(distribution, dtype, device)
 
 
 @functools.cache
 def _levels_on_cpu(distribution: str, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):  # the table outlives the mode of the call that made it
+    with torch.inference_mode(False):  # the table outlives the caller's mode
         return _make_levels(distribution, dtype, torch.device("cpu"))
 
 
@@ -182,7 +182,7 @@ def _make_levels(distribution: str, dtype: torch.dtype, device: torch.device) ->
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
     values = facts.lattice(k).to(arithmetic)
     if facts.factor != 1.0:
-        values = values * facts.factor  # which is rounded to the arithmetic first
+        values = values * facts.factor  # the factor is rounded to `arithmetic` first
     return values.to(dtype)
 
 
@@ -208,7 +208,7 @@ def entries(
 ) -> Tensor:
     """`rows` rows of U from `row_offset` on, and `columns` columns from the stream's on, at once.
 
-    The temporaries are int64, about 30 bytes an entry, so callers ask for a slab at a time.
+    Temporaries are int64 and take about 30 bytes per entry, so callers ask for a slab at a time.
     """
     seed, column_offset, distribution = stream
     seed &= 2**64 - 1

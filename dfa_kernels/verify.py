@@ -1,4 +1,4 @@
-"""Proves that a backend computes what it should on this machine; see `checks_of`.
+"""Checks that a backend computes what it should on this machine; see `checks_of`.
 
 `python -m dfa_kernels verify` prints it as a table.
 """
@@ -34,8 +34,8 @@ _KEY = (0xA4093822, 0x299F31D0)
 _BLOCK = [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
 _CODEBOOK = "5ed3a79e706d6115f423a79720ff5fa68f0a6724c3fbd8b75d4e18c361900340"
 
-# Blocks of U: seed, rows, columns, row offset, column offset. The first has more than 2**18
-# entries, so that every normal level occurs, and crosses row 2**32; the last ends where U does.
+# Pieces of U: seed, rows, columns, row offset, column offset. The first crosses row 2**32 and has
+# more than 2**18 entries, so that every normal level occurs. The last ends where U ends.
 _BLOCKS = (
     (-3, 512, 521, 2**32 - 200, 8 * 12_345 + 3),
     (0, 9, 131, 0, 0),
@@ -44,7 +44,7 @@ _BLOCKS = (
 )
 
 
-# Each with its name and a function that returns its mistake or None.
+# A case is its name and a function that returns its mistake, or None.
 Cases = Iterable[tuple[str, Callable[[], str | None]]]
 
 
@@ -60,10 +60,10 @@ class Check(NamedTuple):
 def checks_of(backend: str, device: torch.device, only: str | None = None) -> Iterator[Check]:
     """Check an available backend on a device, one aspect after the other, or `only` one of them.
 
-    The bits of U in every distribution and dtype, and the signals of every way that a projection
-    can go there (each tile, each number of terms of an fp32 error, each instruction set), against
-    the definition in PyTorch on the CPU, which is held against known answers first. A GPU that a
-    fault has put out of use ends it.
+    Compares with the definition in PyTorch on the CPU, which is first compared with known answers:
+    the bits of U in every distribution and dtype, and the signals of every way that a projection
+    can go there (each tile, number of terms of an fp32 error, and instruction set). Stops if a
+    fault puts the GPU out of use.
     """
     for mode in getattr(BACKENDS[backend], "modes", lambda: ("",))():
         for name, check in _aspects(backend, device):
@@ -77,9 +77,9 @@ def checks_of(backend: str, device: torch.device, only: str | None = None) -> It
 
 
 def checks_side_by_side(backend: str, device: torch.device, processes: int) -> Iterator[Check]:
-    """The same, each aspect in a process of its own: for Triton, which compiles for each of them.
+    """The same, each aspect in its own process, `processes` at once.
 
-    `processes`: how many there are at once.
+    For Triton, which compiles for each aspect.
     """
     names = [name for name, _ in _aspects(backend, device)]
     with ThreadPoolExecutor(processes) as pool:
@@ -87,19 +87,19 @@ def checks_side_by_side(backend: str, device: torch.device, processes: int) -> I
 
 
 def _aspects(backend: str, device: torch.device) -> Iterator[tuple[str, Callable[[], Check]]]:
-    """What there is to check, by name."""
+    """The aspects to check, each with its name."""
 
     def aspect(name: str, cases: Cases) -> tuple[str, Callable[[], Check]]:
         return name, functools.partial(_check, name, cases)
 
     yield aspect("the definition, against known answers", [("this machine", _definition)])
     for distribution in DISTRIBUTIONS:
-        blocks = [
-            (f"{dtype}", functools.partial(_entries, backend, device, distribution, dtype, *block))
+        pieces = [
+            (f"{dtype}", functools.partial(_entries, backend, device, distribution, dtype, *piece))
             for dtype in checks.DTYPES
-            for block in _BLOCKS
+            for piece in _BLOCKS
         ]
-        yield aspect(f"entries, {distribution}", blocks)
+        yield aspect(f"entries, {distribution}", pieces)
     for dtype, precision in _errors(backend):
         signals = _signals(backend, device, dtype, precision)
         yield aspect(f"signals, {_named(dtype, precision)}", signals)
@@ -127,13 +127,13 @@ def _in_a_process(backend: str, device: torch.device, name: str) -> Check:
 
 
 def _check(what: str, cases: Cases) -> Check:
-    """Run cases, and say how it went."""
+    """Run the cases and sum up the result."""
     start = time.perf_counter()
     mistakes, count = [], 0
     with _poisoned():
         name, remaining = "preparation", iter(cases)
         while True:
-            try:  # whatever a kernel or a compiler raises is its result
+            try:  # an exception of a kernel or a compiler is its result
                 name, case = next(remaining, (name, None))
                 if case is None:
                     break
@@ -172,13 +172,13 @@ def _entries(
     row_offset: int,
     column_offset: int,
 ) -> str | None:
-    block = (rows, columns, row_offset, Stream(seed, column_offset, distribution), dtype)
-    found = ops.feedback_matrix(*block, device, backend).cpu()
+    piece = (rows, columns, row_offset, Stream(seed, column_offset, distribution), dtype)
+    found = ops.feedback_matrix(*piece, device, backend).cpu()
     with _one_thread():
-        expected = ops.feedback_matrix(*block, torch.device("cpu"), "torch")
+        expected = ops.feedback_matrix(*piece, torch.device("cpu"), "torch")
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return f"{found.dtype} of shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
-    wrong = found != expected  # NaN is wrong
+    wrong = found != expected  # NaN counts as wrong
     if wrong.any():
         row, column = (int(i) for i in wrong.nonzero()[0])
         return (
@@ -192,7 +192,7 @@ def _entries(
 def _signals(
     backend: str, device: torch.device, dtype: torch.dtype, precision: str
 ) -> Iterator[tuple[str, Callable[[], str | None]]]:
-    """The cases of one kind of error: all ways, distributions, and dtypes of the signals."""
+    """The cases for one kind of error: all ways, distributions and dtypes of the signals."""
     lattice = backend != "torch" and dtype != torch.float64
     terms = tensor_cores.TERMS[precision] if dtype == torch.float32 else 3
     with _precision(precision):
@@ -203,8 +203,8 @@ def _signals(
                 with _one_thread():
                     expected = case.expected(out, terms=terms, lattice=lattice)
                 for name, project in ways_of(backend, error, distribution):
-                    # Slabs write a single layer by another path. A tile does not, and Triton
-                    # would have to compile it for that.
+                    # Slabs write a single layer by another path. Tiles do not, and Triton would
+                    # have to compile them for it.
                     if layers is LONE_LAYER and name.startswith("fused"):
                         continue
                     yield (
@@ -214,9 +214,9 @@ def _signals(
 
 
 def ways_of(backend: str, error: Tensor, distribution: str) -> list[tuple[str, Callable]]:
-    """The functions, by name, that can project such an error.
+    """Every way to project such an error: its name and its function.
 
-    The backend's operator, which chooses for itself, and each way that it may choose.
+    First the backend's operator, which chooses a way by itself, then each that it may choose.
     """
     forced = getattr(BACKENDS[backend], "ways", lambda error, distribution: ())
     operator = getattr(torch.ops.dfa_kernels.project, backend)
@@ -244,7 +244,7 @@ def _projected(
 
 
 def _errors(backend: str) -> Iterator[tuple[torch.dtype, str]]:
-    """Dtypes of errors, each with the precisions of fp32 products that change what is done."""
+    """Dtypes of errors, each with the precisions of fp32 products that make a difference."""
     for dtype in checks.DTYPES:
         by_terms = dtype == torch.float32 and backend in ("cuda", "triton")
         for precision in tensor_cores.TERMS if by_terms else ("highest",):
@@ -258,7 +258,7 @@ def _named(dtype: torch.dtype, precision: str) -> str:
 
 @contextlib.contextmanager
 def _precision(name: str) -> Iterator[None]:
-    """The precision of fp32 products, and then what it was."""
+    """Set the precision of fp32 products, and restore it afterwards."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(name)
     try:
@@ -269,7 +269,7 @@ def _precision(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """No more threads for what is expected: on a busy machine they would wait for each other."""
+    """Compute expected values in one thread: on a busy machine more would wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -280,11 +280,11 @@ def _one_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _poisoned() -> Iterator[None]:
-    """Fresh memory is NaN, so that a signal which a kernel does not write is not right by chance.
+    """Fill fresh memory with NaN, so that a signal which a kernel leaves unwritten cannot pass.
 
-    The allocator would give it the right signals of the case before.
+    The allocator might hand it the right signals of the case before.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by the second line
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms need it
     before = torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
@@ -298,7 +298,7 @@ def _poisoned() -> Iterator[None]:
 
 
 def _lost(device: torch.device) -> Check | None:
-    """A GPU that no longer answers, as a check that failed."""
+    """A failed check if the GPU no longer answers, else None."""
     if device.type != "cuda":
         return None
     try:

@@ -1,5 +1,6 @@
 """What the tests share: backends to run on, sample inputs, and the bound that sums are held to."""
 
+import functools
 import os
 import shutil
 
@@ -50,7 +51,16 @@ def target(request):
     return request.param
 
 
-@pytest.fixture(params=[status.name for status in AVAILABLE if status.device == "cpu"])
+ON_CPU = [status.name for status in AVAILABLE if status.device == "cpu"]
+# For tests of much work: the definition's turn comes in the slow battery.
+definition_is_slow = pytest.mark.parametrize(
+    "backend",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "torch")) for name in ON_CPU],
+    indirect=True,
+)
+
+
+@pytest.fixture(params=ON_CPU)
 def backend(request):
     """Every backend that serves the CPU."""
     return request.param
@@ -64,17 +74,15 @@ def gpu_backend(request):
     return request.param
 
 
-RESOURCES = pytest.StashKey[list[str]]()
-
-
 @pytest.fixture
-def resources(request):
+def resources(record_property):
     """Takes lines on what compiled kernels use, which the run ends with where it is to say much."""
-    return request.config.stash.setdefault(RESOURCES, []).append
+    return functools.partial(record_property, "resources")
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    lines = config.stash.get(RESOURCES, [])
+    reports = terminalreporter.stats.get("passed", [])
+    lines = [line for one in reports for name, line in one.user_properties if name == "resources"]
     if lines and (config.option.verbose > 0 or "DFA_KERNELS_SKIP_NOTHING" in os.environ):
         terminalreporter.section("what the GPU kernels compile to")
         terminalreporter.write_line("\n".join(lines))
@@ -110,8 +118,7 @@ def assert_projected(signals, error, sizes, scales, *, dtype=None, **where):
     """
     dtype = dtype or error.dtype
     error = error.cpu()
-    exact = reference.project(error, sizes, scales, **where)
-    magnitudes = reference.project(error.abs(), sizes, map(abs, scales), absolute=True, **where)
+    exact, magnitudes = reference.signals(error, sizes, scales, **where)
     sums = torch.float64 if error.dtype == torch.float64 else torch.float32
     unit = EPSILON[sums]
     if signals[0].is_cuda and sums == torch.float32:

@@ -96,11 +96,17 @@ def matrix(rows, columns, *, dtype=torch.float64, distribution="normal", **where
     return torch.from_numpy(values).to(dtype)
 
 
-def project(error, sizes, scales, *, row_offsets=None, absolute=False, **where):
-    """The signals in float64, by a product with each layer's own block of U (or of |U|)."""
+def project(error, sizes, scales, **where):
+    """The signals in float64, by a product with each layer's own piece of U."""
+    return signals(error, sizes, scales, **where)[0]
+
+
+def signals(error, sizes, scales, *, row_offsets=None, **where):
+    """The signals in float64, and their magnitudes: the same of absolute values."""
     row_offsets = row_offsets or [0] * len(sizes)
-    signals = []
+    exact, magnitudes = [], []
     for size, scale, row_offset in zip(sizes, scales, row_offsets, strict=True):
         u = matrix(size, error.shape[-1], row_offset=row_offset, **where)
-        signals.append(scale * (error.double() @ (u.abs() if absolute else u).T))
-    return signals
+        exact.append(scale * (error.double() @ u.T))
+        magnitudes.append(abs(scale) * (error.double().abs() @ u.abs().T))
+    return exact, magnitudes

@@ -43,7 +43,8 @@ DFA_DEVICE uint32_t ballot(bool holds) { return __ballot_sync(~0u, holds); }
 DFA_DEVICE uint32_t shuffle(uint32_t value, int lane) { return __shfl_sync(~0u, value, lane); }
 DFA_DEVICE int lowest_bit(uint32_t mask) { return __ffs(static_cast<int>(mask)) - 1; }
 
-// Copies 16 bytes from global to shared memory, zeros if not `valid`. Both addresses are aligned.
+// Copies 16 bytes from global to shared memory, or zeros if not `valid`. Addresses are multiples of
+// 16.
 DFA_DEVICE void copy_async(void* to, const void* from, bool valid) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address),
@@ -117,7 +118,7 @@ inline void check_cuda(cudaError_t status, const char* what) {
 
 struct DeviceLimits {
   int processors;
-  int shared_bytes;  // most of one block
+  int shared_bytes;  // that a block may have
 };
 
 inline DeviceLimits device_limits() {

@@ -5,7 +5,7 @@
 
 namespace dfa {
 
-// Splits a float into bf16 terms, the largest first. Their sum has 8 bits of it a term; three have
+// Splits a float into bf16 terms, the largest first. Each gives 8 more of its bits, and three
 // all 24. What a term leaves is signed, so each rounding is to nearest. Infinities and NaN are the
 // first term alone. A number that would round to infinity is cut off instead.
 DFA_HOST_DEVICE void split_bf16(float value, int terms, uint16_t (&term)[3]) {

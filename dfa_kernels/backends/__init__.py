@@ -1,6 +1,6 @@
-"""The backends: a module or a folder for each, and `registry`, which says which one serves what.
+"""The backends, a module or a folder each, and `registry`, which says what each one serves.
 
-`dfa_kernels.backends()` lists them: this module can be called.
+This module can be called: `dfa_kernels.backends()` lists them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dfa_kernels.backends import registry
 
 
 class _Callable(types.ModuleType):
-    """A module that lists the backends when it is called, and is still the package of theirs."""
+    """A package that lists the backends when it is called."""
 
     def __call__(self) -> list[registry.BackendStatus]:
         """See `registry.backends`."""

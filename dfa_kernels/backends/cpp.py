@@ -21,7 +21,7 @@ _INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
 
 @functools.cache
 def _missing() -> str | None:
-    """Load the extension, or say why it cannot be."""
+    """Load the extension; why it cannot be loaded, or None."""
     try:
         importlib.import_module("dfa_kernels._C")
     except ImportError as error:
@@ -37,7 +37,7 @@ def unavailable(device_type: str) -> str | None:
 
 
 def modes() -> Iterator[str]:
-    """Every instruction set that runs here, by name, each in use while it is the current one."""
+    """Switch to each instruction set that runs here in turn, and yield its name."""
     force = torch.ops.dfa_kernels.cpu_isa
     try:
         for name in _INSTRUCTION_SETS:

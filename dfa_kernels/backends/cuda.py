@@ -1,10 +1,10 @@
 """The "cuda" backend: hand-written CUDA kernels, compiled from `csrc/cuda`, for sm_80 and newer.
 
-Importing the extension registers its kernels: the fused projection as `cuda_fused`, blocks of U as
+Importing the extension registers its kernels: the fused projection as `cuda_fused`, pieces of U as
 `cuda_entries`. This module decides which of two ways a projection takes:
 
-- **fused**: U is made in registers and multiplied there; nothing of it is ever stored.
-- **slabs**: U is made a slab at a time into a bounded workspace, and cuBLAS multiplies it.
+- **fused**: U is made and multiplied in registers; nothing of it is ever stored.
+- **slabs**: U is made a slab at a time in a bounded workspace, and cuBLAS multiplies it.
 
 Both use tensor cores: see `tensor_cores` for how they take an fp32 error. Tensor cores multiply no
 fp64 here; an fp64 error goes through slabs in fp64.
@@ -33,15 +33,15 @@ TAGS: tuple[torch.Tag, ...] = ()
 
 _log = logging.getLogger(__name__)
 
-# In issue slots of a lane, like the making of an entry: an H200 has 2.9e13 of them in a second.
-# From instruction counts and the data sheet, not measured.
-_BATCH = 128  # rows of the error that one making serves in the fused kernel
-_ISSUE = 0.02  # per row of the error and term, to issue the fused kernel's products,
-_MULTIPLY_FUSED = 0.09  # which tensor cores take meanwhile, by mma.sync
-_MULTIPLY_SLABS = 0.07  # the same in cuBLAS
-_STORE = 20.0  # to write it and read it again, per term
-_SUM = 60.0  # to write and read a sum, per row of the error and column
-_LAUNCH = 2.5e8  # in the host's 9 us for one more launch
+# Costs for each entry of U, in issue slots of a lane, of which an H200 has 2.9e13 a second. From
+# instruction counts and the data sheet, not measured.
+_BATCH = 128  # the batch that one making of an entry serves in the fused kernel
+_ISSUE = 0.02  # to issue the fused kernel's product with one term of one error,
+_MULTIPLY_FUSED = 0.09  # which tensor cores carry out meanwhile, by mma.sync
+_MULTIPLY_SLABS = 0.07  # the same product in cuBLAS
+_STORE = 20.0  # to write the entry and read it again, for one term
+_SUM = 60.0  # to write and read one error's sum, which all columns share
+_LAUNCH = 2.5e8  # for one launch, not for each entry: the slots in 9 us of the host
 
 
 def unavailable(device_type: str) -> str | None:
@@ -54,7 +54,7 @@ def unavailable(device_type: str) -> str | None:
 
 @functools.cache
 def _missing() -> str | None:
-    """Load the extension, or say why it cannot be."""
+    """Load the extension; why it cannot be loaded, or None."""
     try:
         importlib.import_module("dfa_kernels._CUDA")
     except ImportError as error:
@@ -76,8 +76,8 @@ def prefers_slabs(
     """Whether slabs are estimated to be faster than the fused kernel.
 
     The fused kernel makes U again for every tile of the batch; slabs write and read U, and the sums
-    unless their products are left `in_place`. Three terms are never slabs: a vendor's product adds
-    up all columns in the tensor cores, which cut sums off, and so loses what the third is for.
+    unless products are written `in_place`. Three terms never go through slabs: a vendor's product
+    sums all columns in the tensor cores, which truncate, and so loses what the third term adds.
     """
     if terms == 3:
         return False
@@ -115,8 +115,8 @@ def project(error: Tensor, layers: Layers, stream: Stream, dtype: torch.dtype) -
 def ways(error: Tensor, distribution: str) -> Iterator[tuple[str, Callable[..., list[Tensor]]]]:
     """Every way a projection of such an error can go here: its name, and a function like `project`.
 
-    There is one for each tile of the fused kernel that the error's device has room for, with so few
-    blocks that each of them takes several tiles, as it does of millions of rows.
+    One for each tile of the fused kernel that fits the error's device, with so few thread blocks
+    that each takes several tiles, as it does with millions of rows; and slabs, if they may serve.
     """
     if error.dtype == torch.float64:
         yield "slabs", _by_slabs
@@ -138,9 +138,9 @@ def _fused(
     tile: int = -1,
     processors: int = 0,
 ) -> list[Tensor]:
-    """`project` by the fused kernel, with a tile of its own choice or the one of index `tile`.
+    """`project` by the fused kernel, with the tile of index `tile`, or -1 for its own choice.
 
-    It has blocks for `processors` multiprocessors, or for all there are.
+    Launches thread blocks for `processors` multiprocessors, or with 0 for all.
     """
     forced = (tensor_cores.terms_of(error), tile, processors)
     try:
@@ -169,7 +169,7 @@ def feedback_matrix(
 ) -> Tensor:
     """`rows` rows of U from `row_offset` on, and `columns` of its columns.
 
-    `lattice` leaves out the factor of uniform entries, which makes them exact.
+    With `lattice`, uniform entries come without their factor, which makes them exact.
     """
     seed, column_offset, distribution = stream
     where = (seed, row_offset, column_offset, distribution)
@@ -183,9 +183,9 @@ def feedback_matrix(
 
 
 def _raise_if_out_of_memory(failure: RuntimeError, device: torch.device) -> None:
-    """Raise torch's own error where an allocation failed, which callers may know how to meet.
+    """If an allocation failed, raise torch's own error, which callers may handle.
 
-    It does not come through the stable ABI, so the same is asked of torch again.
+    It does not pass the stable ABI, so this asks torch for the same memory again.
     """
     failed = re.search(r"cannot allocate (\d+) bytes", str(failure))
     if failed:

@@ -1,22 +1,22 @@
-"""Which backends there are, what each can serve, and which one serves a call.
+"""The backends, what each can serve, and which one serves a call.
 
-A backend is a module of this folder that has its name here. It states:
+A backend is a module of this folder with its name in `BACKENDS`. It states:
 
     DEVICES   device types on which an automatic choice may take it
-    RANK      its turn in that choice, the lowest first
+    RANK      its place in that choice, lowest first
     PROVEN    where all its tests have run: "cpu", or compute capabilities of GPUs, such as (9, 0).
               Elsewhere it is checked before an automatic choice takes it; see `verdicts`
-    TAGS      of its operator
+    TAGS      tags of its operator
     unavailable(device_type)    why it cannot serve a device type, or None
 
-and either registers its kernels for `project.<name>` and `feedback_matrix.<name>` itself, as an
+It either registers its kernels for `project.<name>` and `feedback_matrix.<name>` itself, as an
 extension does when it is loaded, or has functions that `ops` registers:
 
     project(error, layers, stream, dtype)
     feedback_matrix(rows, columns, row_offset, stream, dtype, device)
 
-For `verify` it may have `ways(error, distribution)`, every way that a projection can go, by name,
-and `modes()`, which puts the whole backend into each of its modes in turn.
+For `verify` it may have `ways(error, distribution)`, which gives every way a projection can go, by
+name, and `modes()`, which puts the whole backend into each of its modes in turn.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dfa_kernels.backends import torch as definition
 
 
 class Backend(Protocol):
-    """What every backend's module has; see above for what it may have."""
+    """What every backend's module has. The module's docstring adds what it may have."""
 
     @property
     def DEVICES(self) -> Collection[str]:  # noqa: D102
@@ -67,9 +67,9 @@ _LAST = "torch"  # it serves where no other does
 class BackendStatus(NamedTuple):
     """One backend on one device type: whether it can serve, and why not.
 
-    `automatic` says whether it is what an automatic choice takes; where its check is still to come,
-    whether it is what the choice will take if it passes. `check` says what is known of its check on
-    the current device of that type, and since when; None where it needs none.
+    `automatic`: an automatic choice takes it, or will if it passes a check that is still to come.
+    `check`: what is known of its check on the current device of that type, and since when, or None
+    if it needs none. `reason`: why it cannot serve, or None.
     """
 
     name: str
@@ -86,13 +86,13 @@ def unavailable(name: str, device_type: str) -> str | None:
 
 
 def _preferred(device_type: str) -> list[str]:
-    """The backends that an automatic choice may take on a device type, in turn."""
+    """The backends that an automatic choice may take on a device type, the preferred first."""
     names = [name for name, backend in BACKENDS.items() if device_type in backend.DEVICES]
     return sorted(names, key=lambda name: BACKENDS[name].RANK)
 
 
 def _wants_check(name: str, device: torch.device) -> bool:
-    """Whether a check decides if an automatic choice takes a backend."""
+    """Whether an automatic choice takes a backend only if it passes a check."""
     backend = BACKENDS[name]
     if device.type not in backend.DEVICES or device.type in backend.PROVEN:
         return False
@@ -102,9 +102,9 @@ def _wants_check(name: str, device: torch.device) -> bool:
 def _first(
     device: torch.device, verdict_of: Callable[[str, torch.device], verdicts.Verdict | None]
 ) -> tuple[str, bool, dict[str, str | verdicts.Verdict]]:
-    """The first backend that can serve, whether its check is to come, and what is against others.
+    """The first backend that can serve, whether its check is to come, and why those before cannot.
 
-    It is to come where `verdict_of` gives None.
+    The check is to come if `verdict_of` gives None.
     """
     against: dict[str, str | verdicts.Verdict] = {}
     for name in _preferred(device.type):
@@ -126,27 +126,30 @@ _said: dict[object, object] = {}
 
 
 def _warn(fact: object, message: str) -> None:
-    """Once for each fact, whatever device, call and thread it is for."""
+    """Warn once about each fact, across devices, calls and threads."""
     first = object()
     if _said.setdefault(fact, first) is first:
         warnings.warn(message, RuntimeWarning, stacklevel=5)
 
 
 def _checked(name: str, device: torch.device) -> verdicts.Verdict | None:
-    """The result of a check, made if need be, except while a CUDA graph is being captured."""
+    """The result of a check, which runs if need be, but not while a CUDA graph is captured."""
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     return (verdicts.known if capturing else verdicts.obtain)(name, device)
 
 
 def _indexed(device: torch.device) -> torch.device:
-    """A GPU without an index is the current one, where there is one."""
+    """The device itself; for a GPU without an index, the current GPU if there is one."""
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
 def _automatic(device: torch.device, tracing: bool) -> str:
-    """The first backend that can serve and is checked; what it falls through, it says once."""
+    """The first backend that can serve and is checked. Warns once about each that it passes over.
+
+    With `tracing`, "" if a check is still to come.
+    """
     device = _indexed(device)
     if device in _chosen:
         return _chosen[device]
@@ -173,11 +176,11 @@ def _automatic(device: torch.device, tracing: bool) -> str:
 def choose(function: str, device: torch.device, backend: str | None, tracing: bool = False) -> str:
     """The backend that serves: the one asked for, else DFA_KERNELS_BACKEND, else the preferred.
 
-    The first automatic choice on a GPU may take minutes: backends are checked there. With `tracing`
-    no check is made; where only one can tell, "" comes back.
+    The first automatic choice on a GPU may take minutes, because it checks backends. With `tracing`
+    it starts no check, and returns "" if a check must decide.
 
-    Raises ValueError for an unknown name and RuntimeError, with the reason, for one that was asked
-    for and cannot serve.
+    Raises ValueError for an unknown name, and RuntimeError with the reason if the backend asked for
+    cannot serve.
     """
     source = "backend"
     if backend is None:
@@ -196,12 +199,12 @@ def choose(function: str, device: torch.device, backend: str | None, tracing: bo
 
 @torch.compiler.assume_constant_result
 def choose_for_graph(function: str, device: torch.device, backend: str | None) -> str:
-    """As `choose`, for a graph that is being traced: "" where the choice is made when it runs."""
+    """As `choose`, for a graph that is being traced: "" if the choice is made when it runs."""
     return choose(function, device, backend, tracing=True)
 
 
 def keep_check(name: str, device: torch.device, failures: list[str], seconds: float) -> None:
-    """Let a check by hand count, where an automatic choice depends on one."""
+    """Keep the result of a check by hand, if an automatic choice depends on one."""
     device = _indexed(device)
     if _wants_check(name, device):
         verdicts.keep(name, device, failures, seconds)
@@ -210,8 +213,8 @@ def keep_check(name: str, device: torch.device, failures: list[str], seconds: fl
 def backends() -> list[BackendStatus]:
     """Every backend on the CPU and on this machine's current accelerator.
 
-    Each says whether it is available, whether an automatic choice takes it, what is known of its
-    check there (none is started), and if it is not available why not.
+    Each says whether it is available, and if not why; whether an automatic choice takes it; and
+    what is known of its check there. Starts no check.
 
     Raises:
         ValueError: DFA_KERNELS_CHECK has an unknown value.
@@ -224,7 +227,7 @@ def backends() -> list[BackendStatus]:
 
 
 def statuses(devices: Sequence[torch.device]) -> list[BackendStatus]:
-    """Every backend on every given device. No check is made."""
+    """Every backend on every given device. Starts no check."""
     found = []
     for device in map(_indexed, devices):
         automatic = _first(device, verdicts.known)[0]
@@ -239,7 +242,7 @@ def statuses(devices: Sequence[torch.device]) -> list[BackendStatus]:
 
 
 def _check(name: str, device: torch.device, automatic: bool) -> str | None:
-    """What is known of a backend's check, and what follows; None where it needs none."""
+    """What is known of a backend's check, and what follows; None if it needs none."""
     if not _wants_check(name, device):
         return None
     verdict = verdicts.known(name, device)

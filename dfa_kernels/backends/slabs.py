@@ -1,4 +1,4 @@
-"""The projection and its adjoint by slabs: a bounded piece of U is made, multiplied, and forgotten.
+"""The projection and its adjoint by slabs: a bounded piece of U is made, multiplied, and dropped.
 
 Any backend that can generate entries gets both operations from here. Every entry in the union of
 the layers' rows is made exactly once. Beyond the outputs the extra memory stays within
@@ -22,8 +22,8 @@ WORKSPACE_BYTES = 64 * 2**20
 # accelerator wants large launches and is bounded by the workspace.
 _SLAB_ENTRIES_CPU = 2**17
 _SLAB_ENTRIES_ACCELERATOR = 2**20
-# For a long error a slab takes part of the columns rather than fewer rows, so that its product is a
-# matrix product.
+# For a long error a slab takes part of the columns rather than fewer rows, so that its product
+# remains one of matrices.
 _SLAB_ROWS = 64
 # Elements of the [batch, slab rows] tile of sums.
 _TILE_ELEMENTS = 2**21
@@ -47,7 +47,7 @@ def slab_shape(
 ) -> tuple[int, int]:
     """Rows and columns of one slab of U for an error of shape [batch, columns].
 
-    `padding` is how many columns beyond those asked for a row of a slab takes to make.
+    `padding`: how many columns beyond these are made for each row of a slab.
     """
     entries = _SLAB_ENTRIES_CPU if device.type == "cpu" else _SLAB_ENTRIES_ACCELERATOR
     rows = max(entries // (max(columns, 1) + padding), _SLAB_ROWS)
@@ -86,9 +86,8 @@ def project_adjoint(
 ) -> Tensor:
     """The transpose of `project`: signals back to an error.
 
-    The sum over layers of scale * signal @ U[the layer's rows, the error's columns].
-
-    One [batch, size] per layer -> [batch, columns] of `dtype`.
+    One signal [batch, size] per layer -> [batch, columns] of `dtype`: the sum over layers of
+    scale * signal @ U[the layer's rows, the error's columns].
     """
     batch, device = signals[0].shape[0], signals[0].device
     total = torch.zeros(batch, columns, dtype=arithmetic(dtype), device=device)

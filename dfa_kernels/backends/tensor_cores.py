@@ -1,7 +1,7 @@
 """The projection by slabs for tensor cores: 16-bit operands, fp32 sums, the vendor's product.
 
-Entries of U are exact in 16 bits, and so is a bf16 or fp16 error. An fp32 error is a sum of bf16
-numbers, as many as `torch.get_float32_matmul_precision()` asks for: each carries 8 bits.
+Entries of U are exact in 16 bits, and so is a bf16 or fp16 error. An fp32 error is split into a sum
+of bf16 numbers of 8 bits each, as many as `torch.get_float32_matmul_precision()` asks for.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from dfa_kernels.stream import DISTRIBUTIONS, Stream
 
 TERMS = {"highest": 3, "high": 2, "medium": 1}
 
-# Columns of U begin and end at multiples of this: addresses are then multiples of 16 bytes, which
-# matrix products and the making of U are fast with. Rows of a slab, for the products' sake.
+# The columns of a slab begin and end at multiples of _COLUMN_STEP, so that addresses are multiples
+# of 16 bytes: matrix products and the making of U are then fast. More than _ROW_STEP rows are cut
+# to a multiple of it, for the products.
 _COLUMN_STEP = 8
 _ROW_STEP = 128
-_IN_PLACE_COLUMNS = 2**11  # beyond, a vendor may add up parts of a product in its 16 bits
-_BATCH = 2**14  # rows of the error that one slab is made for, so that its sums leave room for it
+_IN_PLACE_COLUMNS = 2**11  # beyond, a vendor's product may add up its parts in 16 bits
+_BATCH = 2**14  # the largest batch of a slab, so that its sums leave room for it
 
 
 @functools.cache
@@ -39,14 +40,14 @@ def too_old() -> str | None:
 
 
 def terms_of(error: Tensor) -> int:
-    """How many 16-bit numbers an error that is not fp64 is the sum of."""
+    """How many 16-bit numbers an error, which is not fp64, is split into."""
     return TERMS[torch.get_float32_matmul_precision()] if error.dtype == torch.float32 else 1
 
 
 def split(error: Tensor, terms: int) -> Tensor:
     """An fp32 error [batch, n] as bf16 terms that add up to it: [batch, terms * n].
 
-    The terms are side by side, the smallest first. Infinities and NaN are the first term alone.
+    The terms are side by side, the smallest first. Infinities and NaN are in the largest alone.
     """
     parts = [_rounded(error)]
     while len(parts) < terms:
@@ -56,7 +57,7 @@ def split(error: Tensor, terms: int) -> Tensor:
 
 
 def _rounded(error: Tensor) -> Tensor:
-    """fp32 to the nearest bf16, but cut off where that would be infinite."""
+    """fp32 to the nearest bf16, or truncated if rounding would make it infinite."""
     nearest = error.bfloat16()
     cut = (error.view(torch.int32) & -0x10000).view(torch.float32).bfloat16()
     return torch.where(nearest.isinf(), cut, nearest)
@@ -64,24 +65,24 @@ def _rounded(error: Tensor) -> Tensor:
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """The product of two 16-bit matrices, summed and returned in fp32."""
-    if left.device.type == "cpu":  # where torch has none with a wider result
+    if left.device.type == "cpu":  # torch has none with a wider result there
         return left.float() @ right.float()
     return torch.mm(left, right, out_dtype=torch.float32)
 
 
 def written_in_place(error: Tensor, layers: int, dtype: torch.dtype) -> bool:
-    """Whether a slab's product is a part of a signal.
+    """Whether a slab's product is written straight into a signal.
 
-    It is where the product is for one layer, short, and of its operands' dtype. Every other one is
-    summed in fp32 and scaled into the layers in a pass of its own, which costs little beside a long
-    product.
+    It is if it is for one layer, sums few columns, and the signal has the operands' dtype. Any
+    other product is summed in fp32 and scaled into the layers in a separate pass, which costs
+    little beside a long product.
     """
     short = error.shape[1] <= _IN_PLACE_COLUMNS
     return short and layers == 1 and dtype == error.dtype != torch.float32
 
 
 def slab_rows(batch: int, columns: int, terms: int, in_place: bool) -> int:
-    """Rows of a slab, so that it, its copies for several terms, and its sums fit the workspace."""
+    """Rows of a slab that fits the workspace with its copies for several terms and its sums."""
     row_bytes = 2 * columns * (1 if terms == 1 else 1 + terms)
     if not in_place:
         row_bytes += 4 * min(batch, _BATCH)
@@ -90,7 +91,7 @@ def slab_rows(batch: int, columns: int, terms: int, in_place: bool) -> int:
 
 
 def slab_count(rows: int, batch: int, columns: int, terms: int, in_place: bool) -> int:
-    """How many slabs `rows` rows of U take."""
+    """How many slabs `rows` rows of U take for a whole batch."""
     return -(-rows // slab_rows(batch, columns, terms, in_place)) * -(-batch // _BATCH)
 
 
@@ -102,7 +103,7 @@ def project(
     `lattice` makes entries without the factor sqrt(3) of uniform ones.
     """
     signals = [error.new_empty(error.shape[0], size, dtype=dtype) for size in layers.sizes]
-    # Zeros before and behind the error, for whole steps of columns.
+    # Zeros before and after the error fill up whole steps of columns.
     before = stream.column_offset % _COLUMN_STEP
     after = -(before + error.shape[1]) % _COLUMN_STEP
     terms = terms_of(error)
@@ -128,6 +129,6 @@ def project(
                 sums = product(part, entries.T)
                 for output, in_slab, scale in outputs:
                     torch.mul(sums[:, in_slab], scale, out=output)
-                del sums  # before the next ones are made, and so too:
+                del sums  # before the next are made; so too the entries
             del entries
     return signals

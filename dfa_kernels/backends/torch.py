@@ -35,7 +35,7 @@ def feedback_matrix(
     matrix = torch.empty(rows, columns, dtype=dtype, device=device)
     if matrix.numel() == 0:
         return matrix
-    # Whole blocks are made, at both ends.
+    # Both ends may cut a Philox block, which is made whole.
     padding = 2 * definition.DISTRIBUTIONS[stream.distribution].block
     slab_rows, slab_columns = slabs.slab_shape(columns, matrix.device, padding=padding)
     for top, bottom in slabs.cut(rows, slab_rows):

@@ -1,7 +1,7 @@
 """One check of a backend on a device, by `python -m dfa_kernels verify` in a process of its own.
 
-There a fault harms no CUDA context but its own, and whatever happens is a result: values that are
-wrong, a crash, a signal, the time limit.
+A fault there harms only that process's CUDA context. Whatever happens is a result: wrong values, a
+crash, a signal, the time limit.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import torch
 
 LIMIT = 600.0  # seconds that a check may take
-_DYING = 10.0  # seconds that its end may take
+_DYING = 10.0  # seconds that it may take to end once it is killed
 
-# Signals that a process brings upon itself; others are sent by someone else.
+# Signals that a process brings upon itself. Others come from outside.
 _FAULTS = ("SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGSYS", "SIGTRAP")
 _DEVICE_FAULT = re.compile("(CUDA|HIP) error")
-# What says that the check found no memory, device or module, and so nothing of the kernels.
+# Messages that memory, a device or a module was missing. They say nothing of the kernels.
 _SCARCE = re.compile(
     "out of memory|cannot allocate memory|bad_alloc|MemoryError|no space left|start new thread"
     "|resource temporarily unavailable|busy or unavailable|no CUDA-capable device"
@@ -36,10 +36,10 @@ _SCARCE = re.compile(
 
 
 class Outcome(NamedTuple):
-    """What came of a check.
+    """The outcome of a check.
 
-    `lasting` says whether another check would come to the same: not where the time ran out, the
-    process was killed, or memory or the device could not be had.
+    `lasting`: another check would have the same outcome. It might not if time ran out, the process
+    was killed, or memory or the device was missing.
     """
 
     passed: bool
@@ -48,9 +48,9 @@ class Outcome(NamedTuple):
 
 
 def command(backend: str, device: torch.device, report: Path) -> list[str]:
-    """What runs the check.
+    """The command that runs the check.
 
-    Its exit status is 0 where all passed and 1 where not, and it writes a JSON object to `report`:
+    It exits with 0 if all passed, else with 1, and writes a JSON object to `report`:
     {"passed": bool, "failures": [str, ...], ...}.
     """
     what = ["--backend", backend, "--device", str(device), "--json", str(report)]
@@ -79,10 +79,10 @@ def outcome_of(failures: list[str]) -> Outcome:
 
 def _run(backend: str, device: torch.device, folder: Path) -> Outcome:
     report, log = folder / "report.json", folder / "output"
-    with log.open("wb") as output:  # not a pipe, which whoever outlives the check may keep open
+    with log.open("wb") as output:  # not a pipe, which a child that outlives it may keep open
         process = subprocess.Popen(
             command(backend, device, report),
-            cwd=folder,  # empty, because with -m a module there would be imported before others
+            cwd=folder,  # an empty folder, because -m imports modules from there first
             env=environment(),
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -94,16 +94,16 @@ def _run(backend: str, device: torch.device, folder: Path) -> Outcome:
         except subprocess.TimeoutExpired:
             status = None
         finally:
-            if process.returncode is None:  # it is not waited for yet, so the id is still its own
+            if process.returncode is None:  # not waited for yet, so the id is still its own
                 os.killpg(process.pid, signal.SIGKILL)
-                with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold on to it
+                with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it
                     process.wait(_DYING)
     said = log.read_text(errors="replace").splitlines()
     return _judge(status, load(report), "; ".join(line.strip() for line in said[-3:])[-500:])
 
 
 def environment() -> dict[str, str]:
-    """This process's, in which the same modules are imported and no other check is started."""
+    """This process's environment, for a check that imports the same modules and starts no other."""
     paths = [os.path.abspath(path) for path in sys.path]
     package = str(Path(__file__).resolve().parents[2])
     if package not in map(os.path.realpath, paths):
@@ -117,7 +117,7 @@ def environment() -> dict[str, str]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The report, empty where there is none or not all of one."""
+    """The report; empty if it is missing or incomplete."""
     with contextlib.suppress(OSError, ValueError):
         report = json.loads(path.read_text())
         if isinstance(report, dict):
@@ -133,7 +133,7 @@ def _judge(status: int | None, report: dict[str, Any], said: str) -> Outcome:
     last_lines = f"; it last said: {said}" if said else ""
     if status is None:
         return Outcome(False, f"it took longer than {LIMIT:g} s{last_lines}", lasting=False)
-    number = -status if status < 0 else status - 128  # the latter where a shell ran it
+    number = -status if status < 0 else status - 128  # the latter if a shell ran it
     name = signal.Signals(number).name if number in set(signal.Signals) else None
     end = f"signal {name}" if name else f"exit status {status} and no result"
     fault = name in _FAULTS or _DEVICE_FAULT.search(said) is not None

@@ -1,14 +1,14 @@
-"""What is known of GPU backends on the devices here: results of checks, kept on disk.
+"""Results of correctness checks of GPU backends on this machine, kept on disk.
 
-A backend that nobody has run on a GPU of some kind is checked before it serves there by itself; see
-`trial`. The result holds for a kind of device, a driver, a torch, a Triton and the kernels
-themselves, and is checked again where one of them is another. It is kept in the first of these
-folders that can be written, else by this process alone:
+On a kind of GPU where it has not been proven, a backend is checked before an automatic choice takes
+it; see `trial`. The result holds for one kind of device, driver, torch, Triton and the kernels
+themselves. If one of them changes, the backend is checked again. The result is kept in the first of
+these folders that can be written, else in this process alone:
 
     $DFA_KERNELS_CACHE, else $XDG_CACHE_HOME/dfa_kernels, else ~/.cache/dfa_kernels
     dfa_kernels-UID in the folder for temporary files
 
-What could not be found out, because time ran out or memory, is kept for a day.
+A check that ran out of time or memory is tried again after a day.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ MODES = {
 }
 
 _DAY = 86_400.0
-_POLL = 0.2  # seconds between looks whether another process's check is done
-_PATIENCE = 60.0  # seconds that it may take longer than its limit
+_POLL = 0.2  # seconds between looks at whether another process's check is done
+_PATIENCE = 60.0  # seconds to wait for it beyond its limit
 
 _log = logging.getLogger("dfa_kernels")
 _remembered: dict[str, Verdict] = {}  # by the name of its file
-_locks: dict[int, threading.Lock] = {}  # by process, because a forked one inherits them as they are
+_locks: dict[int, threading.Lock] = {}  # by process, because a fork inherits them as they are
 now = time.time
 
 
@@ -70,7 +70,7 @@ class Verdict(NamedTuple):
     checked: float
 
     def describe(self) -> str:
-        """When it was and what came of it."""
+        """When the check was and how it ended."""
         day = datetime.date.fromtimestamp(self.checked).isoformat()
         if self.passed:
             return f"checked on {day} in {self.seconds:.0f} s"
@@ -99,7 +99,7 @@ def known(backend: str, device: torch.device) -> Verdict | None:
 
 
 def obtain(backend: str, device: torch.device) -> Verdict:
-    """The result, by a check where there is none yet: one at a time, of threads and processes."""
+    """The result, from a check if there is none yet. Threads and processes check one at a time."""
     with _locks.setdefault(os.getpid(), threading.Lock()):
         verdict = known(backend, device)
         if verdict is None:
@@ -109,14 +109,14 @@ def obtain(backend: str, device: torch.device) -> Verdict:
 
 
 def keep(backend: str, device: torch.device, failures: list[str], seconds: float) -> None:
-    """Keep what a check found that was not made here."""
+    """Keep the result of a check that was made by hand."""
     name, key = _entry(backend, device)
     with _turn(name) as folder:
         _store(folder, name, key, Verdict(*trial.outcome_of(failures), seconds, now()))
 
 
 def complaint(backend: str, device: torch.device, verdict: Verdict, instead: str) -> str:
-    """What a user is told whose automatic choice is not what it could be."""
+    """The warning for a user whose automatic choice passes over a backend that failed its check."""
     again = (
         "" if verdict.lasting else " A process that starts a day later or more will try it again."
     )
@@ -158,11 +158,11 @@ def _mode() -> str:
     return mode
 
 
-# --- what a result is of ---
+# --- what a result holds for ---
 
 
 def _entry(backend: str, device: torch.device) -> tuple[str, dict[str, str]]:
-    """The name of a result's file, and what the result is of."""
+    """The name of a result's file, and what the result holds for."""
     device_name, capability, driver = facts(device)
     key = {
         "backend": backend,
@@ -179,13 +179,13 @@ def _entry(backend: str, device: torch.device) -> tuple[str, dict[str, str]]:
 
 
 def triton_version() -> str:
-    """Of the Triton that is imported."""
+    """The version of the Triton that is imported."""
     return importlib.import_module("triton").__version__
 
 
 @functools.cache
 def kernels(backend: str) -> str:
-    """A hash of all that a backend computes with."""
+    """A hash of all the code that a backend computes with."""
     root = Path(__file__).parents[1]
     files = [root / "layers.py", root / "stream.py", *sorted((root / "backends").rglob("*.py"))]
     if backend == "cuda":
@@ -226,16 +226,16 @@ def _check(backend: str, device: torch.device, name: str, key: dict[str, str]) -
 
 @contextlib.contextmanager
 def _turn(name: str) -> Iterator[Path | None]:
-    """The folder for a result, while no other process checks the same; None where there is none.
+    """The folder for a result, while no other process checks the same; None if there is none.
 
-    Raises TimeoutError where another process takes longer than it may.
+    Raises TimeoutError if another process takes longer than it may.
     """
     for folder in _folders(make=True):
         with contextlib.ExitStack() as held:
             try:
                 lock = held.enter_context(open(folder / f"{name}.lock", "ab"))
                 locked = _lock(lock)
-            except OSError:  # of a folder that cannot be written, or without locks
+            except OSError:  # the folder cannot be written, or has no locks
                 continue
             if not locked:
                 _wait_for(lock)
@@ -266,17 +266,17 @@ def _wait_for(lock: IO[bytes]) -> None:
 
 
 def _unlock(lock: IO[bytes]) -> None:
-    """By hand, because a process forked meanwhile may hold the file open for longer."""
+    """Unlock explicitly, because a process forked meanwhile may hold the file open for longer."""
     import fcntl
 
     fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def _folders(make: bool = False) -> Iterator[Path]:
-    """Where results are looked for, in turn; made on request where that can be."""
+    """The folders to look for results in, in turn. With `make`, made if that can be."""
     chosen = os.environ.get("DFA_KERNELS_CACHE")
     caches = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(caches):  # which its specification says to ignore
+    if not os.path.isabs(caches):  # its specification says to ignore those
         caches = os.path.expanduser("~/.cache")
     folder = Path(os.path.abspath(chosen) if chosen else os.path.join(caches, "dfa_kernels"))
     if folder.is_absolute():  # there may be no home
@@ -310,7 +310,7 @@ def _read(name: str, key: dict[str, str], since: float = 0.0) -> Verdict | None:
 
 
 def _store(folder: Path | None, name: str, key: dict[str, str], verdict: Verdict) -> None:
-    """Write a result, whole or not at all, over any but one that says more."""
+    """Write a result, whole or not at all. One that may change replaces no lasting one."""
     stored = _read(name, key)
     if stored is not None and stored.lasting and not verdict.lasting:
         return

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dfa_kernels import checks, functional
 from dfa_kernels.layers import Layers
+from dfa_kernels.stream import Stream
 
 # With a matrix of its own for every layer, layer i's rows of U begin at i times this.
 INDEPENDENT_ROWS = 2**40
@@ -86,16 +87,12 @@ class Seeded(NamedTuple):
 
     def project(self, error: Tensor, layers: Layers, dtype: torch.dtype) -> list[Tensor]:
         """All signals by one projection."""
-        return functional.project(
-            error,
-            layers.sizes,
-            seed=self.seed,
-            distribution=self.distribution,
-            normalization=layers.scales,
-            row_offsets=layers.row_offsets,
-            dtype=dtype,
-            backend=self.backend,
-        )
+        checks.dtype("project", "error", error.dtype)
+        checks.dtype("project", "dtype", dtype)
+        for first, size in zip(layers.row_offsets, layers.sizes, strict=True):
+            checks.rows("project", "row_offsets", first, size)  # those of a state may be anything
+        stream = Stream(checks.seed("project", self.seed), 0, self.distribution)
+        return functional.project_layers(error, layers, stream, dtype, self.backend)
 
     def describe(self) -> dict[str, Any]:
         """What a state restores."""

@@ -92,8 +92,14 @@ def tiles(emulator, dtype, terms, shared=SHARED["sm_90"]):
     return [Tile(*map(int, line[:4]), line[4]) for line in lines]
 
 
-@pytest.mark.parametrize("operand", OPERANDS)
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize(
+    ("operand", "distribution"),
+    [  # every tile of every operand, and in the slow battery with every distribution
+        pytest.param(operand, distribution, marks=[pytest.mark.slow] * (i % 3 != j))
+        for i, operand in enumerate(OPERANDS)
+        for j, distribution in enumerate(DISTRIBUTIONS)
+    ],
+)
 def test_every_tile(emulator, distribution, operand):
     """Several tiles in turn, three steps of columns, layers that overlap and cross row 2**32."""
     dtype, terms = OPERANDS[operand]

@@ -89,8 +89,28 @@ def program():
     assert process.returncode == 0
 
 
-def name(launch):
-    return "-".join(map(str, launch))
+# What the others are variations of.
+QUICK = [
+    *[(gpu, "normal", "bfloat16", 0, 128, 1, "") for gpu in (80, 90)],
+    *[(gpu, "normal", "bfloat16", 0, 64, 1, "") for gpu in (100, 120, "gfx942")],
+    (90, "rademacher", "bfloat16", 0, 64, 1, ""),
+    *[(90, "normal", "float32", terms, 64, 1, "") for terms in (2, 3)],
+    *[(90, "normal", "float32", terms, 64, 1, "beforehand") for terms in (2, 3)],
+]
+assert {*QUICK} < {*LAUNCHES}
+
+
+def each(launches):
+    """The test, for each of these; in the slow battery where it is not quick."""
+    parameters = [
+        pytest.param(
+            launch,
+            id="-".join(map(str, launch)),
+            marks=[pytest.mark.slow] * (launch not in QUICK),
+        )
+        for launch in launches
+    ]
+    return pytest.mark.parametrize("launch", parameters)
 
 
 def check_spills(found):
@@ -101,7 +121,7 @@ def check_spills(found):
     assert found["registers"] <= 255
 
 
-@pytest.mark.parametrize("launch", LAUNCHES, ids=name)
+@each(LAUNCHES)
 def test_projection(program, resources, launch):
     """No spills, few instructions. A run with `-v`, and CI, end with what each launch takes."""
     gpu, distribution, dtype, terms, count, _, way = launch
@@ -123,7 +143,7 @@ def test_projection(program, resources, launch):
         assert found["single_loads"] == 0  # the terms come by vectors
 
 
-@pytest.mark.parametrize("gpu", [80, 90])
+@pytest.mark.parametrize("gpu", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_other_kernels(program, gpu):
     others = program(("others", gpu))
     assert len(others) == 6
@@ -131,7 +151,7 @@ def test_other_kernels(program, gpu):
         check_spills(found)
 
 
-@pytest.mark.parametrize("launch", [launch for launch in LAUNCHES if launch[3] == 3], ids=name)
+@each([launch for launch in LAUNCHES if launch[3] == 3])
 def test_three_terms_are_added_up_apart_from_the_sums(program, launch):
     """What tensor cores add up over all columns loses more than fp32 does."""
     gpu, distribution, dtype, _, count, outputs, way = launch

@@ -7,10 +7,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from dfa_kernels import cases, stream, verify
+from dfa_kernels import cases, verify
 from dfa_kernels.backends import tensor_cores, triton
 from dfa_kernels.backends.triton import launch
 from dfa_kernels.layers import Layers
+from tests.reference import DISTRIBUTIONS
 
 pytestmark = [
     pytest.mark.triton,
@@ -19,14 +20,19 @@ pytestmark = [
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FRAGMENTS = launch.Operands.on(torch.device(DEVICE)).fragments
-# What the interpreter, which multiplies all in fp32, shows of others.
-SLOW = [] if DEVICE == "cuda" else [pytest.mark.slow]
 ERRORS = [
     (torch.bfloat16, "highest"),
-    pytest.param(torch.float16, "highest", marks=SLOW),
+    (torch.float16, "highest"),
     (torch.float32, "highest"),
-    pytest.param(torch.float32, "high", marks=SLOW),
+    (torch.float32, "high"),
     (torch.float32, "medium"),
+]
+# In the interpreter, which multiplies everything in fp32, these show what the others do.
+QUICK = [("normal", *ERRORS[0]), ("rademacher", *ERRORS[0]), ("uniform", *ERRORS[4])]
+QUICK += [("normal", *ERRORS[2])]
+WAYS = [
+    pytest.param(*way, marks=[pytest.mark.slow] * (DEVICE == "cpu" and way not in QUICK))
+    for way in ((distribution, *error) for distribution in DISTRIBUTIONS for error in ERRORS)
 ]
 
 
@@ -46,9 +52,8 @@ def case_for(name, dtype, distribution):
     return cases.Case.of(dtype, distribution, columns, unit_rows, layers)
 
 
-@pytest.mark.parametrize("distribution", stream.DISTRIBUTIONS)
-@pytest.mark.parametrize(("dtype", "precision"), ERRORS)
-def test_every_way_gives_the_definition(dtype, precision, distribution):
+@pytest.mark.parametrize(("distribution", "dtype", "precision"), WAYS)
+def test_every_way_gives_the_definition(distribution, dtype, precision):
     """Entries bit for bit, exact sums bit for bit, and others within their bound."""
     mistakes = {}
     terms = tensor_cores.TERMS[precision] if dtype == torch.float32 else 3

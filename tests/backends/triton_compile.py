@@ -151,8 +151,9 @@ def others(capability):
         ("normal", torch.float64),
     ):
         rows, columns, warps = launch.matrix_tile(distribution)
-        block, vector = stream.DISTRIBUTIONS[distribution].block, 16 // dtype.itemsize
-        constants = (distribution, block, DTYPES[dtype], False, vector, "cuda", rows, columns)
+        facts, vector = stream.DISTRIBUTIONS[distribution], 16 // dtype.itemsize
+        constants = (distribution, facts.block, DTYPES[dtype], facts.factor, vector)
+        constants += ("cuda", rows, columns)
         pointers = {"matrix": "*" + NAMES[dtype]}
         yield inspect(compiled(kernels.matrix_kernel, pointers, constants, warps, target))
     pointers = {"error": "*fp32", "terms": "*bf16"}

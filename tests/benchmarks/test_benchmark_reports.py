@@ -283,6 +283,7 @@ def test_bench_refuses_two_lengths(capsys):
     assert "not allowed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_of_a_few(tmp_path):
     needs("pytest-benchmark", importlib.util.find_spec("pytest_benchmark"))
     path = tmp_path / "results" / "bench.json"

@@ -1,5 +1,5 @@
 // Prints what the stream's headers compute: three Philox vectors, the 4096 codebook patterns, and
-// for seed 0 an entry of each distribution in rows 0 and 1, columns 0..3.
+// for seed 0 an entry of each distribution in rows 0 and 1, columns 0..3, and its facts.
 #include <cstdio>
 
 #include "../../csrc/entries.h"
@@ -29,6 +29,11 @@ int main() {
       std::printf("%04x %d %d ", dfa::bfloat16_bits(dfa::normal_entry(0, row, c)),
                   dfa::uniform_lattice(0, row, c), dfa::rademacher_entry(0, row, c));
     }
+  }
+  std::printf("\n");
+  for (int i = 0; i < dfa::kDistributions; ++i) {
+    const dfa::DistributionFacts facts = dfa::facts(dfa::Distribution(i));
+    std::printf("%s %d %d %.17g ", facts.name, facts.block, facts.bits, facts.factor);
   }
   std::printf("\n");
 }

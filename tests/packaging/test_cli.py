@@ -85,6 +85,7 @@ def test_demo_shows_and_draws_what_it_did(tmp_path, capsys):
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_demo_accuracy():
     """DFA comes within 3 points of backpropagation, and past frozen hidden layers."""
     data = demo.Data.load(torch.device("cpu"))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dfa_kernels.stream import DISTRIBUTIONS
 from tests import ROOT, reference
 from tests.conftest import COMPILER, needs
 
@@ -31,7 +32,7 @@ def test_the_headers_make_the_stream_under_every_compiler(compiler, tmp_path):
     cuda += ["-gencode=arch=compute_90a,code=sm_90a"] if compiler == "nvcc" else []
     subprocess.run([compiler, "-std=c++17", *cuda, source, "-o", binary], check=True)
     lines = subprocess.run([binary], check=True, capture_output=True, text=True).stdout.splitlines()
-    *vectors, codebook, corner = lines
+    *vectors, codebook, corner, facts = lines
     for line, vector in zip(vectors, reference.KNOWN["philox4x32"], strict=True):
         assert line.split() == vector["out"]
     patterns = np.array([int(word, 16) for word in codebook.split()], dtype=np.uint32) << 16
@@ -42,6 +43,11 @@ def test_the_headers_make_the_stream_under_every_compiler(compiler, tmp_path):
         known = next(a for a in reference.KNOWN["entries"] if a["distribution"] == distribution)
         expected = [[str(value) for value in row[:4]] for row in known["values"][:2]]
         assert fields[:, :, place].tolist() == expected
+    assert facts.split() == [
+        text
+        for name, of in DISTRIBUTIONS.items()
+        for text in (name, f"{of.block}", f"{of.bits}", f"{of.factor:.17g}")
+    ]
 
 
 def test_the_binary_needs_only_torchs_stable_symbols(extension):
@@ -100,6 +106,7 @@ def test_without_torch_the_wheel_is_pure_python(checkout):
     assert "left out the compiled kernels: torch is not in the build environment" in printed
 
 
+@pytest.mark.slow
 def test_a_failed_build_leaves_a_working_package(extension, checkout):
     (checkout / "csrc" / "cpu" / "broken.cpp").write_text("#error broken on purpose\n")
     wheel, printed = build_wheel(checkout)

@@ -9,6 +9,7 @@ import torch
 from dfa_kernels import project
 from dfa_kernels.backends import slabs
 from tests import reference
+from tests.conftest import definition_is_slow
 
 # In a process of its own, because resident memory has no owner.
 PROGRAM = """
@@ -30,6 +31,7 @@ def extra_bytes(backend, layer, n, distribution="normal"):
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+@definition_is_slow
 def test_extra_memory_is_bounded_and_does_not_grow_with_the_layer(backend):
     small, large = extra_bytes(backend, 200_000, 10), extra_bytes(backend, 3_211_264, 10)
     assert small <= slabs.WORKSPACE_BYTES
@@ -37,16 +39,19 @@ def test_extra_memory_is_bounded_and_does_not_grow_with_the_layer(backend):
     assert large - small <= 16 * 2**20  # the stored matrix would have added 120 MB
 
 
+@definition_is_slow
 @pytest.mark.parametrize(("layer", "n"), [(20_000, 1000), (300, 200_000)])
 def test_extra_memory_is_bounded_for_long_errors(backend, layer, n):
     assert extra_bytes(backend, layer, n) <= slabs.WORKSPACE_BYTES  # 80 and 240 MB of entries
 
 
+@definition_is_slow
 def test_extra_memory_is_bounded_for_short_errors_and_long_blocks(backend):
     """One column of rademacher entries costs a block of 128 to make."""
     assert extra_bytes(backend, 200_000, 1, "rademacher") <= slabs.WORKSPACE_BYTES
 
 
+@definition_is_slow
 def test_more_than_two_to_the_31_elements(backend):
     count, size = 4097, 2**19
     error = torch.linspace(-2, 2, count, dtype=torch.bfloat16)[:, None]

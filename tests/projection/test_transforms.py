@@ -211,14 +211,20 @@ STEPS = {
     "jacrev": lambda loss, *inputs: func.jacrev(loss)(*inputs),
     "of samples": of_samples,
 }
+# Every step and every kind of model, and in the slow battery every pair.
+COMPILED_STEPS = [
+    pytest.param(step, arguments, marks=[pytest.mark.slow] * (i % len(ARGUMENTS) != j))
+    for i, step in enumerate(STEPS)
+    for j, arguments in enumerate(ARGUMENTS)
+]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch._dynamo")
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("arguments", ARGUMENTS)
-@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize(("step", "arguments"), COMPILED_STEPS)
 def test_compiled_functional_training_step(compiler, step, arguments):
+    step = STEPS[step]
     loss, inputs = functional_loss(**arguments)
     compiled = compiler(lambda *inputs: step(loss, *inputs))
     if torch.__version__.startswith("2.10.") and step is not of_samples:

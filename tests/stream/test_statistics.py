@@ -10,8 +10,8 @@ import torch
 from scipy import stats
 
 from dfa_kernels import stream
+from tests.reference import DISTRIBUTIONS
 from tests.stream.stream_statistics import (
-    DISTRIBUTIONS,
     FORMS,
     LAW,
     PLACES,

@@ -18,12 +18,12 @@ from dfa_kernels.backends import tensor_cores
 from dfa_kernels.layers import Layers
 from dfa_kernels.stream import Stream
 
-DEVICES = ("cuda",)  # which is ROCm's name in torch, too
+DEVICES = ("cuda",)  # also ROCm's name in torch
 RANK = 1
 # Compute capabilities of GPUs on which all tests have run, such as (9, 0).
 PROVEN: frozenset[tuple[int, int]] = frozenset()
-# It keeps tables on the device from call to call. Where torch.compile captures CUDA graphs by
-# itself (mode="reduce-overhead"), they must not come to lie in a graph's memory.
+# Tables on the device are kept from call to call. If torch.compile captures CUDA graphs by itself
+# (mode="reduce-overhead"), they must not lie in a graph's memory.
 TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
@@ -60,11 +60,11 @@ def project(error: Tensor, layers: Layers, stream: Stream, dtype: torch.dtype) -
 
 
 def ways(error: Tensor, distribution: str) -> Iterator[tuple[str, Callable[..., list[Tensor]]]]:
-    """Every way that a projection of such an error can go here: its name, and it, as `project`.
+    """Every way a projection of such an error can go here: its name, and a function like `project`.
 
-    "fused R x M" in tiles of R rows of U and M of the error, also with the terms of an fp32 error
-    "split beforehand"; and "slabs", but for what is always fused. They serve every error that is
-    not longer, at the current precision of fp32 products.
+    "fused R x M" has tiles of R rows of U and a batch of M, also with the terms of an fp32 error
+    "split beforehand". "slabs" is left out for errors that are always fused. The ways serve every
+    error that is not longer, at the current precision of fp32 products.
     """
     return _kernels().ways(error, distribution)  # type: ignore[union-attr]
 

@@ -2,13 +2,11 @@
 
 TARGET is "cuda", "hip" or "interpreter".
 
-A Philox block stays in the thread that made it: its 8 (or 128) entries are neighbours along the
-last dimension of the result, which the callers keep as the contraction's.
+A Philox block stays in the thread that made it: its 8 (or 128) entries are neighbours in the last
+dimension of the result, over which the callers contract.
 """
 
 from __future__ import annotations
-
-import math
 
 import triton
 import triton.language as tl
@@ -18,20 +16,19 @@ from dfa_kernels import stream
 _MULTIPLIER0, _MULTIPLIER1 = map(tl.constexpr, stream.PHILOX_MULTIPLIERS)
 _STEP0, _STEP1 = map(tl.constexpr, stream.PHILOX_KEY_STEPS)
 _ROUNDS = tl.constexpr(stream.PHILOX_ROUNDS)
-# In powers of log2(1 - p*p), which is -w: the odd ones change sign, and no bit of a value does.
+# For powers of log2(1 - p*p), which is -w. Odd coefficients change sign; no bit of a value changes.
 _C0, _C1, _C2, _C3, _C4 = (
     tl.constexpr(coefficient * (-1) ** power)
     for power, coefficient in enumerate(stream.CODEBOOK_COEFFICIENTS)
 )
-SQRT3 = tl.constexpr(math.sqrt(3))
 
 
 @triton.jit
 def philox(block, row, key0, key1):
     """Four words [R, B] of the blocks at columns `block` uint32 [1, B] of rows `row` int64 [R, 1].
 
-    What depends on the row or on the block alone keeps its smaller shape, through the first two
-    of the rounds; in a loop over blocks the row's part is made once.
+    Through the first two rounds, what depends on the row or the block alone keeps its smaller
+    shape, and a loop over blocks makes the row's part once.
     """
     c0 = block
     c1 = tl.zeros_like(block)
@@ -51,7 +48,7 @@ def philox(block, row, key0, key1):
 
 @triton.jit
 def to_bfloat16(values, TARGET: tl.constexpr):
-    """fp32 to the nearest bf16, ties to even; what the interpreter does alone is to cut off."""
+    """fp32 to the nearest bf16, ties to even. By itself the interpreter truncates."""
     if TARGET == "interpreter":
         bits = values.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -63,14 +60,14 @@ def to_bfloat16(values, TARGET: tl.constexpr):
 def _level(bits, DISTRIBUTION: tl.constexpr, TARGET: tl.constexpr):
     """The level in fp32, unrounded, of an index whose highest bit is bit 22 of `bits`.
 
-    There it is the top of a mantissa: a normal index k gives 2 + (2k + 1)/4096, which is p + 3, and
-    a uniform one 2 + 2k/256.
+    At bit 22 the index is the top of a mantissa: a normal k gives 2 + (2k + 1)/4096, which is
+    p + 3, and a uniform k gives 2 + 2k/256.
     """
     if DISTRIBUTION == "uniform":
         return ((bits & 0x7F8000) | 0x40000000).to(tl.float32, bitcast=True) - 767 / 256
     p = ((bits & 0x7FF800) | 0x40000400).to(tl.float32, bitcast=True) - 3.0
     t = 1.0 - p * p
-    if TARGET == "cuda":  # t is at least 2^-11.1, so a subnormal number never comes
+    if TARGET == "cuda":  # t is at least 2^-11.1, so it is never subnormal
         t = tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [t], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -81,10 +78,10 @@ def _level(bits, DISTRIBUTION: tl.constexpr, TARGET: tl.constexpr):
 
 @triton.jit
 def _interleave8(x0, x1, x2, x3, x4, x5, x6, x7):
-    """Eight [R, B] -> [R, 8 B], with x_i at the columns c of c % 8 == i."""
+    """Eight [R, B] -> [R, 8 B], with x_i in the columns c where c % 8 == i."""
     even = tl.join(tl.join(x0, x4), tl.join(x2, x6))
     odd = tl.join(tl.join(x1, x5), tl.join(x3, x7))
-    whole = tl.join(even, odd)  # [R, B, 2, 2, 2]: bits 2, 1, 0 of the place
+    whole = tl.join(even, odd)  # [R, B, 2, 2, 2]: bits 2, 1, 0 of i
     return tl.reshape(whole, [x0.shape[0], 8 * x0.shape[1]])
 
 
@@ -110,17 +107,17 @@ def _eight_signs(word, FIRST: tl.constexpr):
 
 @triton.jit
 def _interleave2(x0, x1):
-    """Two [R, B] -> [R, 2 B], with x_i at the columns c of c % 2 == i."""
+    """Two [R, B] -> [R, 2 B], with x_i in the columns c where c % 2 == i."""
     return tl.reshape(tl.join(x0, x1), [x0.shape[0], 2 * x0.shape[1]])
 
 
 @triton.jit
 def fragment_order(values):
-    """[K, N] with the K rows in the order in which a tensor core's registers hold them.
+    """[K, N] with K in the order in which a tensor core's registers hold it.
 
-    Of 32 numbers along the contraction, the thread 4g + q of a warp holds the pairs 2q, 2q + 8,
-    2q + 16 and 2q + 24 of its row g. They become the numbers 8q to 8q + 7, which are one Philox
-    block, so that an entry is made in the register from which it is multiplied.
+    Of 32 numbers along the contraction, thread 4g + q of a warp holds the pairs 2q, 2q + 8, 2q + 16
+    and 2q + 24 of its row g. They become the numbers 8q to 8q + 7, which are one Philox block, so
+    an entry is made in the register from which it is multiplied.
     """
     K: tl.constexpr = values.shape[0]
     N: tl.constexpr = values.shape[1]
@@ -130,9 +127,9 @@ def fragment_order(values):
 
 @triton.jit
 def pinned(values):
-    """16-bit values as they are; their layout is not changed before this.
+    """16-bit values as they are. Until here the compiler must not change their layout.
 
-    To the compiler this has a side effect. Without it the layout that a product wants of its
+    To the compiler this has a side effect. Without it, the layout that a product wants for its
     operand moves up to where the operand is made, and every warp that reads a value makes it again.
     """
     return tl.inline_asm_elementwise(

@@ -1,8 +1,8 @@
-"""The Triton kernels: the fused projection, and blocks of U.
+"""The Triton kernels: the fused projection, and pieces of U.
 
-Sizes, seeds and strides are never specialised, so none of them compiles anything. The compile-time
+Sizes, seeds and strides are never specialised, so a new one compiles nothing. The compile-time
 arguments are dtypes, the distribution, tile sizes, and VECTOR: a power of two that divides the
-numbers that addresses are made of, so that accesses of that many elements are aligned.
+numbers in an address, so that accesses of that many elements are aligned.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dfa_kernels.backends.triton.entries import SQRT3, entries, fragment_order, pinned, to_bfloat16
+from dfa_kernels.backends.triton.entries import entries, fragment_order, pinned, to_bfloat16
 
 _INTEGERS = (
     "width",
@@ -30,7 +30,7 @@ _INTEGERS = (
 
 @triton.jit
 def _cut(error):
-    """The upper 8 bits of fp32 numbers, which bf16 holds, and the rest; infinity leaves none."""
+    """The upper 8 bits of fp32 numbers, which fit bf16, and the rest. Infinity leaves none."""
     head = (error.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return head, tl.where(tl.abs(error) == float("inf"), 0.0, error - head)
 
@@ -45,10 +45,10 @@ def _accumulate(
     PINNED: tl.constexpr,
     TARGET: tl.constexpr,
 ):
-    """sums + matrix @ error, an fp32 error as a sum of TERMS numbers of bf16, the smallest first.
+    """sums + matrix @ error. An fp32 error is a sum of TERMS bf16 numbers, added smallest first.
 
-    All terms but the last are cut off, not rounded: no finite error becomes infinite, and three
-    terms hold all 24 bits. The last is rounded.
+    The smallest term is rounded. The others are truncated, so no finite error becomes infinite, and
+    three terms hold all 24 bits.
     """
     if TERMS == 0:
         operand = error
@@ -77,7 +77,7 @@ def split_kernel(
     TARGET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """An fp32 error [batch, columns] into its terms [TERMS, batch, width], after `shift` zeros."""
+    """Split an fp32 error [batch, columns]: terms [TERMS, batch, width], after `shift` zeros."""
     width = width // 8 * 8
     blocks = tl.cdiv(width, BLOCK)
     row = tl.program_id(0).to(tl.int64) // blocks
@@ -96,9 +96,9 @@ def split_kernel(
 
 @triton.jit
 def _end(number, TARGET: tl.constexpr):
-    """Where a loop begins or ends.
+    """The first or last number of a loop.
 
-    Triton 3.6's interpreter makes no number of a tensor itself with NumPy 2.4 and newer.
+    With NumPy 2.4 and newer, Triton 3.6's interpreter does not make a number of a tensor itself.
     """
     if TARGET == "interpreter":
         return number.handle.data.item()
@@ -114,7 +114,7 @@ def _rounded(values, DTYPE: tl.constexpr, TARGET: tl.constexpr):
 
 @triton.jit
 def _address(outputs, layer, OUTPUTS: tl.constexpr):
-    """Where a layer's signal is: see `launch._outputs`."""
+    """The address of a layer's signal; see `launch._outputs`."""
     if OUTPUTS == 0:
         address = tl.load(outputs[0] + layer)
     else:
@@ -126,7 +126,7 @@ def _address(outputs, layer, OUTPUTS: tl.constexpr):
 
 @triton.jit
 def addresses_kernel(table, addresses, COUNT: tl.constexpr):
-    """Write addresses, which are this launch's arguments, to a table on the device."""
+    """Write addresses, which come as arguments of the launch, to a table on the device."""
     for place in tl.static_range(COUNT):
         tl.store(table + place, addresses[place])
 
@@ -163,11 +163,11 @@ def project_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One tile of the union's rows times one tile of the error, into every layer with such rows.
+    """One tile of the union's rows times one tile of the batch, into every layer with such rows.
 
-    error [batch, columns] or, with SPLIT, its terms in bf16 [TERMS, batch, columns], columns side
-    by side; column 0 is entry `shift` of block `first_block`; tiles, layers and scales: see
-    `plan.Plan`; outputs: see `launch._outputs`.
+    error: [batch, columns] or, with SPLIT, its terms in bf16 [TERMS, batch, columns]; columns are
+    contiguous, and column 0 is entry `shift` of block `first_block`. tiles, layers and scales: see
+    `plan.Plan`. outputs: see `launch._outputs`.
     """
     program = tl.program_id(0).to(tl.int64)
     tile = tiles + 4 * (program % tile_count)
@@ -201,8 +201,8 @@ def project_kernel(
             matrix = tl.trans(fragment_order(tl.trans(matrix)))
         if PINNED:
             matrix = pinned(matrix)
-        # Tensor cores cut off where they add to a sum, at its last place: over all columns that is
-        # many roundings of fp32. So three terms, which promise its accuracy, are added up apart.
+        # Tensor cores truncate a sum each time they add to it: over all columns that makes many
+        # fp32 roundings. Three terms promise fp32's accuracy, so each step sums them apart.
         apart = tl.zeros([BLOCK_L, BLOCK_M], tl.float32) if TERMS == 3 else sums
         for term in tl.static_range(TERMS if SPLIT else 1):
             behind = (TERMS - 1 - term) * term_stride if SPLIT else 0
@@ -216,13 +216,13 @@ def project_kernel(
     for layer in range(_end(tl.load(tile + 2), TARGET), _end(tl.load(tile + 3), TARGET)):
         first = tl.load(layers + 2 * layer)
         size = tl.load(layers + 2 * layer + 1)
-        # Rows of the tile before the layer's first; negative for a layer begun in another tile.
+        # Rows of the tile before the layer's first; negative if the layer began in another tile.
         before = first - first_row
         output = _address(outputs, layer, OUTPUTS).to(tl.pointer_type(OUTPUT_DTYPE))
         output += first_m * size - before
         offset = m[None, :].to(OFFSET) * size.to(OFFSET) + l[:, None].to(OFFSET)
         low = tl.maximum(before, 0).to(tl.int32)
-        # A layer that ended 2^31 rows and more before has no rows here, and no end in 32 bits.
+        # A layer that ended 2^31 or more rows before has no rows here; its end exceeds 32 bits.
         high = tl.maximum(tl.minimum(before + size, rows), 0).to(tl.int32)
         in_layer = (l >= low) & (l < high)
         signal = _rounded(sums * tl.load(scales + layer), OUTPUT_DTYPE, TARGET)
@@ -242,15 +242,15 @@ def matrix_kernel(
     DISTRIBUTION: tl.constexpr,
     WIDTH: tl.constexpr,
     DTYPE: tl.constexpr,
-    LATTICE: tl.constexpr,
+    FACTOR: tl.constexpr,
     VECTOR: tl.constexpr,
     TARGET: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A block of U into matrix [rows, columns]; column 0 is entry `shift` of block `first_block`.
+    """Fill matrix [rows, columns] from U; column 0 is entry `shift` of block `first_block`.
 
-    LATTICE leaves out the factor of uniform entries.
+    FACTOR is the distribution's, or 1.0 for the lattice alone.
     """
     program = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(rows, BLOCK_R)
@@ -267,9 +267,9 @@ def matrix_kernel(
     values = entries(
         block.to(tl.uint32), first_row + r, key0, key1, DISTRIBUTION, TARGET, tl.float32
     )
-    if DISTRIBUTION == "uniform" and not LATTICE:
+    if FACTOR != 1.0:
         if tl.float64 == DTYPE:
             values = values.to(tl.float64)
-        values = values * SQRT3
+        values = values * FACTOR
     inside = (r < rows) & (c >= 0) & (c < columns)
     tl.store(matrix + r * row_stride + c, _rounded(values, DTYPE, TARGET), mask=inside)

@@ -27,14 +27,14 @@ _DTYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
-_OUTPUTS = 4  # passed as arguments of their own; more go through a table
-STAGES = 2  # of the error's way to shared memory
+_OUTPUTS = 4  # signals passed as arguments of their own; more go through a table
+STAGES = 2  # of the pipeline that loads the error to shared memory
 _NARROW = 2**31 - 2**7  # elements of a tile's outputs that 32 bits can count
-_ADDRESSES = 64  # arguments of one launch that fills the table
+_ADDRESSES = 64  # that one launch writes to the table
 
 
 class Tile(NamedTuple):
-    """Shape of a program's tile: rows of U, rows of the error, columns at a time, and warps."""
+    """Shape of a program's tile: rows of U, batch, columns at a time, and warps."""
 
     rows: int
     batch: int
@@ -42,25 +42,25 @@ class Tile(NamedTuple):
     warps: int
 
 
-# By rows of the error. Chosen from compiled sm_90 and sm_80 code: no spills, and as many warps on a
+# Tiles by batch. Chosen from compiled sm_90 and sm_80 code: no spills, and as many warps on a
 # multiprocessor as the registers of a tile's sums allow.
 _TILES = (Tile(128, 16, 32, 4), Tile(128, 32, 32, 4), Tile(128, 64, 32, 4))
 _WIDE = Tile(64, 128, 64, 4)
-# The terms of an fp32 error are made, or read, in every program: more rows of U share them.
+# Every program makes or reads the terms of an fp32 error, so more rows of U share them.
 _WIDE_OF_TERMS = Tile(128, 128, 32, 8)
-# Where products are mma.sync: with 4 warps Triton 3.6 spills.
+# For GPUs whose products are mma.sync: with 4 warps Triton 3.6 spills.
 _MIDDLE_OF_TERMS = Tile(128, 64, 32, 8)
 # One Philox block of signs is 128 columns of a row.
 _TILES_OF_SIGNS = (Tile(128, 16, 128, 4), Tile(128, 32, 128, 4), Tile(128, 64, 128, 4))
 _TILES_OF_SIGNS_AND_TERMS = (Tile(128, 16, 128, 8), Tile(128, 32, 128, 8))
-# Where U has so many entries that another launch is worth it, a small kernel makes the terms
-# beforehand.
+# From this many entries of U on, a small kernel that makes the terms beforehand is worth its
+# launch.
 _SPLIT_ENTRIES = 2**25
 _SPLIT_COLUMNS = 256
 
 
 def tiles(distribution: str, terms: int, fragments: bool) -> tuple[Tile, ...]:
-    """All tiles for errors that are the sum of `terms` terms, from the smallest."""
+    """All tiles for errors of `terms` terms, smallest first."""
     if _of_signs(distribution):
         return _TILES_OF_SIGNS_AND_TERMS if terms > 1 else _TILES_OF_SIGNS
     if not fragments:
@@ -69,12 +69,12 @@ def tiles(distribution: str, terms: int, fragments: bool) -> tuple[Tile, ...]:
 
 
 def _of_signs(distribution: str) -> bool:
-    """Whether a Philox block is so long that tiles must be, too."""
+    """Whether a Philox block is so long that tiles must be long, too."""
     return DISTRIBUTIONS[distribution].block > _TILES[0].columns
 
 
 def tile_for(batch: int, distribution: str, terms: int, fragments: bool) -> Tile:
-    """The tile for an error of `batch` rows that is the sum of `terms` terms."""
+    """The tile for an error [batch, n] of `terms` terms."""
     fitting = tiles(distribution, terms, fragments)
     return next((tile for tile in fitting if batch <= tile.batch), fitting[-1])
 
@@ -85,13 +85,13 @@ def matrix_tile(distribution: str) -> tuple[int, int, int]:
 
 
 def terms_of(error: Tensor) -> int:
-    """How many numbers of bf16 an error is the sum of; 0 if it is an operand as it is."""
+    """How many bf16 terms an error is split into; 0 if it is an operand as it is."""
     return tensor_cores.terms_of(error) if error.dtype == torch.float32 else 0
 
 
 def operand_of(error: Tensor) -> torch.dtype:
-    """The dtype of the entries that an error is multiplied with; they are exact in all."""
-    if INTERPRETED:  # its product of bf16 numbers is wrong
+    """The dtype of the entries that an error is multiplied with. They are exact in all."""
+    if INTERPRETED:  # its bf16 product is wrong
         return torch.float32
     return torch.float16 if error.dtype == torch.float16 else torch.bfloat16
 
@@ -100,7 +100,7 @@ class Operands(NamedTuple):
     """How entries get from where they are made to the tensor cores.
 
     `fragments`: in the registers they were made in. `pinned`: through shared memory, from registers
-    whose layout the compiler must not choose; see `kernels.pinned`.
+    whose layout the compiler must not choose; see `entries.pinned`.
     """
 
     fragments: bool
@@ -108,11 +108,11 @@ class Operands(NamedTuple):
 
     @classmethod
     def on(cls, device: torch.device) -> Operands:
-        """The way of a device.
+        """The way on a device.
 
-        On sm_90 the warps divide a tile's rows of U among them, and take fragments. Where products
-        are mma.sync (sm_80 and sm_120), they divide the error as well, and would make an entry more
-        than once if it were not pinned. Neither is the matter on sm_100, nor on ROCm.
+        On sm_90 the warps share out a tile's rows of U, and take fragments. If products are
+        mma.sync (sm_80 and sm_120), they share out the batch as well, and would make an entry more
+        than once if it were not pinned. sm_100 and ROCm need neither.
         """
         if INTERPRETED:
             return cls(True, False)
@@ -122,12 +122,12 @@ class Operands(NamedTuple):
 
     @classmethod
     def of(cls, major: int) -> Operands:
-        """The way of NVIDIA GPUs of compute capability `major`."""
+        """The way on NVIDIA GPUs of compute capability `major`."""
         return cls(major == 9, major in (8, 12))
 
 
 def is_current(index: int) -> bool:
-    """Whether a tensor's device, of number `index`, is the one where kernels are launched."""
+    """Whether kernels are launched on a tensor's device, whose number is `index`."""
     return index < 0 or index == torch.cuda.current_device()  # the CPU's is -1
 
 
@@ -148,8 +148,8 @@ def stream_of(device: torch.device) -> Callable[[], int]:
 class Launch:
     """Launches of a kernel with one grid and one set of compile-time arguments.
 
-    After the first, they go straight to the compiled kernel, past Triton's search for it. So all
-    must be on one device, with arguments of the same types and pointers as aligned.
+    After the first, they go straight to the compiled kernel, without Triton's search for it. So all
+    must be on one device, with arguments of the same types and pointers of the same alignment.
     """
 
     def __init__(self, kernel: Any, grid: int, constants: tuple, warps: int) -> None:
@@ -192,12 +192,12 @@ _fills = Kept()
 def _outputs(signals: list[Tensor], stream_id: int, capturing: bool) -> tuple[Tensor, ...]:
     """The kernel's argument `outputs`: the signals, or one table of their addresses.
 
-    Signals are tensors of their own, so a call has new addresses, and they must reach the device
-    without a copy from the host: that would wait, or leave a captured graph reading host memory
-    that is gone. Few signals are arguments. More go into a table, which a small kernel fills from
-    its arguments; the table of addresses that recur, as they do from step to step, is kept for the
-    stream it was filled on. A graph's own addresses never change, and its table is memory of its
-    pool.
+    Signals are tensors of their own, so every call has new addresses. They must reach the device
+    without a copy from the host, which would wait, or leave a captured graph reading host memory
+    that is gone. Few signals are passed as arguments. The addresses of more go into a table, which
+    a small kernel fills from its arguments. It is kept for the stream it was filled on, because
+    addresses recur from step to step. A graph's own addresses never change, and its table lies in
+    its memory pool.
     """
     if len(signals) <= _OUTPUTS:
         return tuple(signals)
@@ -216,11 +216,11 @@ def _outputs(signals: list[Tensor], stream_id: int, capturing: bool) -> tuple[Te
 
 
 class Fused:
-    """The fused projection of errors of one shape, one layout and one device into a set of layers.
+    """The fused projection of errors of one shape, layout and device into a set of layers.
 
-    Everything that does not change from call to call is worked out here, once. The error is not
-    fp64. Calls must be made on its device. `tile`, and `split`, whether the terms of an fp32 error
-    are made beforehand, are chosen here if None.
+    Works out once what does not change from call to call. The error is not fp64, and calls must be
+    made on its device. `tile` and `split` (whether the terms of an fp32 error are made beforehand)
+    are chosen here if None.
     """
 
     def __init__(
@@ -298,7 +298,7 @@ class Fused:
 
     def __call__(self, error: Tensor, seed: int) -> list[Tensor]:
         """One signal [batch, size] per layer."""
-        batch, new = self._batch, self._like.new_empty  # with no argument that costs time to read
+        batch, new = self._batch, self._like.new_empty  # no arguments, which take time to read
         signals = [new(batch, size) for size in self._sizes]
         stream_id = self._stream()
         capturing = not INTERPRETED and torch.cuda.is_current_stream_capturing()
@@ -316,7 +316,7 @@ class Fused:
 
 
 def fill(matrix: Tensor, row_offset: int, stream: Stream, lattice: bool = False) -> Tensor:
-    """Make `matrix` what U has from `row_offset` on, and return it; its rows may have a stride.
+    """Fill `matrix`, whose rows may have a stride, with U from `row_offset` on, and return it.
 
     With `lattice`, uniform entries are made without their factor sqrt(3), which makes them exact.
     """
@@ -324,7 +324,8 @@ def fill(matrix: Tensor, row_offset: int, stream: Stream, lattice: bool = False)
         return matrix
     rows, columns = matrix.shape
     seed, column_offset, distribution = stream
-    width = DISTRIBUTIONS[distribution].block
+    facts = DISTRIBUTIONS[distribution]
+    width = facts.block
     shift = column_offset % width
     row_stride = matrix.stride(0)
     block_rows, block_columns, warps = matrix_tile(distribution)
@@ -333,7 +334,7 @@ def fill(matrix: Tensor, row_offset: int, stream: Stream, lattice: bool = False)
         distribution,
         width,
         _DTYPES[matrix.dtype],
-        lattice,
+        1.0 if lattice else facts.factor,
         _vector(matrix, row_stride, columns, shift),
         TARGET,
         block_rows,

@@ -1,4 +1,4 @@
-"""Which tiles of U's rows there are and which layers each is for, as tensors on the device."""
+"""The tiles of U's rows and the layers that each is for, as tensors on the device."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _KEPT = 256
 class Plan(NamedTuple):
     """A set of layers cut into tiles of rows, on a device.
 
-    tiles int64 [tiles, 4]: first row, number of rows, and the range of layers to look at; layers
-    int64 [layers, 2]: first row and size; scales fp32 [layers]. Layers are in the order of `order`,
-    places in the list of outputs.
+    tiles: int64 [tiles, 4], the first row, the number of rows, and the range of layers to look at.
+    layers: int64 [layers, 2], the first row and the size. scales: fp32 [layers]. Layers are in the
+    order of `order`, which indexes the list of outputs.
     """
 
     tiles: Tensor
@@ -30,10 +30,10 @@ class Plan(NamedTuple):
     copied: torch.cuda.Event | None
 
     def read_by(self, stream: int, capturing: bool) -> None:
-        """Let launches on the current stream, `stream`, read it, and keep it as long as they may.
+        """Let launches on the current stream, `stream`, read the plan, and keep it for them.
 
-        Another stream than the one it was copied on waits for the copy. A launch that a CUDA graph
-        captures reads it whenever the graph is replayed.
+        A stream other than the one it was copied on first waits for the copy. A launch captured in
+        a CUDA graph reads it whenever the graph is replayed, so the plan is kept for good.
         """
         if capturing:
             _captured[id(self)] = self
@@ -51,10 +51,10 @@ _captured: dict[int, Plan] = {}
 def cut_into_tiles(layers: Layers, rows: int) -> tuple[Tensor, list[int]]:
     """Tiles [tiles, 4] of at most `rows` rows, and the order of the layers they refer to.
 
-    Every row of the union is in one tile, whatever the layers that contain it. Layers are sorted by
-    first row, the longest first, so those that share rows with a tile are few and neighbours; a
-    tile's range of them is the narrowest that holds them all. Rows end at 2**63, so the end of a
-    range may not fit an int64, and is never stored.
+    Every row of the union is in one tile, however many layers contain it. Layers are sorted by
+    first row, the longest first, so those that share rows with a tile are few and neighbours. A
+    tile's range of layers is the narrowest that holds them all. Rows end at 2**63, so the end of a
+    range of rows may not fit an int64, and is never stored.
     """
     row_offsets, sizes, _ = layers
     order = sorted(range(len(sizes)), key=lambda i: (row_offsets[i], -sizes[i]))
@@ -85,7 +85,7 @@ def cut_into_tiles(layers: Layers, rows: int) -> tuple[Tensor, list[int]]:
 
 
 class Kept(dict):
-    """A bounded dictionary: the oldest entries go. Several threads may use one."""
+    """A bounded dictionary that drops its oldest entries. Several threads may use one."""
 
     def keep(self, key: Hashable, value: object) -> None:
         """Remember `value`."""
@@ -112,7 +112,7 @@ def plan_for(layers: Layers, factor: float, rows: int, device: torch.device) -> 
     scales = [layers.scales[i] * factor for i in order]
     rounded = torch.tensor(scales, dtype=torch.float64, device="cpu").float()
     plan = Plan(tiles, torch.tensor(ranges, device="cpu"), rounded, order, set(), None)
-    if device.type == "cuda":  # from pinned memory, so that nobody waits for the copies
+    if device.type == "cuda":  # from pinned memory, so that the host does not wait
         there = [table.pin_memory().to(device, non_blocking=True) for table in plan[:3]]
         copied = torch.cuda.Event()
         copied.record()

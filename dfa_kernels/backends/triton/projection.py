@@ -1,10 +1,10 @@
-"""Which way a projection goes, fused or by slabs.
+"""Chooses which way a projection goes, fused or by slabs.
 
 The fused kernel makes every entry once per tile of the batch, and multiplies it where it was made.
 By slabs, every entry is made once and stored in 16 bits in a bounded workspace, which the vendor's
-matrix product reads: see `tensor_cores`. `Cost` estimates which is quicker; fp32 errors at the
-highest precision are fused whatever it says, because a vendor's product keeps less of them. Tensor
-cores multiply no fp64 here; such errors go through `dfa_kernels.backends.slabs`.
+matrix product reads: see `tensor_cores`. `Cost` estimates which is faster. fp32 errors at the
+highest precision are always fused, because a vendor's product is less accurate. Tensor cores
+multiply no fp64 here; such errors go through `dfa_kernels.backends.slabs`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from dfa_kernels.stream import DISTRIBUTIONS, Stream
 
 _log = logging.getLogger("dfa_kernels")
 
-# Of an H200: the issue slots of its lanes, in a second, and the rate of its matrix product. The
-# choice needs only their ratio, which other GPUs come close to.
+# Of an H200: the issue slots of its lanes per second, and the rate of its matrix product. The
+# choice needs only their ratio, which is similar on other GPUs.
 _SLOTS = 2.9e13
 _MULTIPLICATION = 6e14
 _BYTES = 4e12  # a second, read or written
-_SLAB_SECONDS = 20e-6  # to launch what one slab takes
+_SLAB_SECONDS = 20e-6  # to launch the kernels of one slab
 
 _FUSED_COLUMNS = 2**30  # the fused kernel counts columns in 32 bits
 
@@ -39,7 +39,7 @@ Way = Callable[[Tensor, int], list[Tensor]]
 
 
 class Cost(NamedTuple):
-    """Estimated seconds of both ways."""
+    """Estimated seconds of each way."""
 
     fused: float
     by_slabs: float
@@ -57,11 +57,11 @@ class Cost(NamedTuple):
     ) -> Cost:
         """For an error [batch, columns] of `terms` terms, `rows` rows of U and the fused `tile`.
 
-        `scaled_apart`: by slabs, the signals take a pass of their own to be scaled.
+        `scaled_apart`: slabs scale the signals in a separate pass.
         """
         generation = _SLOTS / DISTRIBUTIONS[distribution].slots["triton"]  # entries a second
         products = max(terms, 1)
-        # What is shorter than the fused kernel's tile takes its time too.
+        # A tile that the error fills only in part takes its full time.
         entries = rows * -(-columns // tile.columns) * tile.columns
         tiles = -(-batch // tile.batch)
         made = entries * tiles / generation
@@ -117,7 +117,7 @@ _ways = Kept()
 def _way(
     error: Tensor, layers: Layers, column_offset: int, distribution: str, dtype: torch.dtype
 ) -> Way:
-    """How to project errors like this one; logged."""
+    """Choose how to project errors like this one, and log it."""
     batch, columns = error.shape
     if batch == 0:
         return lambda error, seed: [error.new_empty(0, size, dtype=dtype) for size in layers.sizes]
@@ -129,8 +129,8 @@ def _way(
     rows = layers.union_rows()
     cost = Cost.of(tile, batch, columns, rows, distribution, terms, scaled_apart)
     one_tile = batch <= tile.batch  # both ways make every entry once
-    # A vendor's product of three terms adds up all columns in the tensor cores, which loses what
-    # the third is there for; see `project_kernel`.
+    # A vendor's product of three terms sums all columns in the tensor cores, which loses what the
+    # third term adds; see `project_kernel`.
     fused_anyway = one_tile or terms == 3
     fused = columns <= _FUSED_COLUMNS and (fused_anyway or cost.fused <= cost.by_slabs)
     _log.debug(
@@ -187,7 +187,7 @@ def ways(error: Tensor, distribution: str) -> Iterator[tuple[str, Callable[..., 
 def _through(
     way: Callable[..., Way], error: Tensor, layers: Layers, stream: Stream, dtype: torch.dtype
 ) -> list[Tensor]:
-    """`project` by one way."""
+    """`project` by the given way."""
     seed, *where = stream
     with launch.on(error.device):
         return way(error, layers, *where, dtype)(error, seed)

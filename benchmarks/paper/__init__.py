@@ -6,7 +6,7 @@ Experiments are named after the paper's tables and figures. Architectures, learn
 sizes, epochs and numbers of seeds are those of its published code
 (github.com/lightonai/principled-dfa-training, commit a8f0e4d); where we depart from it, the code
 says so. That code contains the paper's results for figure 4 only; they are in `published`. The
-paper's text with tables 1, 2 and 4 was not available: their rows and claims are those in README.md
-beside this file, table 1 has networks of this project's choice, and no number of these tables is
-compared with the paper's.
+paper's text with tables 1, 2 and 4 was not available. Their rows and claims are those under "What
+helps" in dfa_kernels/nn/README.md, table 1 has networks of this project's choice, and no number of
+these tables is compared with the paper's.
 """

@@ -25,7 +25,7 @@ def comparison(measured: dict, cases: list[dict]) -> list[str]:
         for name in TITLES
         if any(name in (*case["contenders"], *case["left_out"]) for case in cases)
     ]
-    titles = ["case", "ours", "time", "of its limit, which is"]
+    titles = ["case", "ours", "time", "of roofline, bound by"]
     with_stored = any(map(fastest_stored, cases))
     titles += ["fastest stored"] * with_stored + [TITLES[name] for name in rivals]
     lines = [f"| {' | '.join(titles)} |", "|---|---|---:|---|" + "---:|" * (len(titles) - 4)]

@@ -20,7 +20,7 @@ from dfa_kernels.backends.registry import BACKENDS
 def progress(case: dict) -> Table:
     """One case, shown as soon as it has been run."""
     best = best_of_ours(case)
-    columns = ("contender", "time", "rounds", "memory", "of its limit, which is")
+    columns = ("contender", "time", "rounds", "memory", "of roofline, bound by")
     table = Table(*columns, box=None, padding=(0, 2))
     table.add_column(f"{best} is faster by" if best else "")
     for name, row in sorted(case["contenders"].items(), key=lambda item: item[1]["seconds"]):

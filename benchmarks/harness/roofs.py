@@ -211,7 +211,7 @@ def _measure_generation(roofs: Roofs, best: Callable) -> None:
             return size * error.shape[1] / min(map(best, calls))
 
         try:
-            roofs.generation[source] = {name: rate(name) for name in stream.BLOCK}
+            roofs.generation[source] = {name: rate(name) for name in stream.DISTRIBUTIONS}
         except Exception:  # a backend that fails does so in its benchmarks; others go on
             traceback.print_exc()
     out = torch.empty(rows // 10, 1000, device=roofs.device_type)

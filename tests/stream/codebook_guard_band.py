@@ -1,6 +1,6 @@
 """The guard band of the codebook, derived from its coefficients.
 
-    python benchmarks/codebook_guard_band.py
+    python tests/stream/codebook_guard_band.py
 
 Stream v1 asks every backend for the same 4096 bfloat16 numbers, whatever its fp32 arithmetic. That
 holds because no exact value of the formula lies near a rounding tie of bfloat16: this script

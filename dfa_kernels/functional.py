@@ -62,14 +62,7 @@ def project(
         TypeError, ValueError: an argument is invalid. The message names it and what it got.
         RuntimeError: the `backend` asked for cannot serve the error's device.
     """
-    if not isinstance(error, Tensor):
-        raise TypeError(f"project: error must be a tensor, got {type(error).__name__}")
-    checks.dtype("project", "error", error.dtype)
-    compiling = torch.compiler.is_compiling()
-    # A Function's backward cannot ask for the layout while it is compiled.
-    if not compiling and (error.is_nested or error.layout != torch.strided):
-        kind = "a nested one" if error.is_nested else error.layout
-        raise TypeError(f"project: error must be a strided tensor, got {kind}")
+    checks.error("project", error)
     if error.dim() == 0:
         raise ValueError("project: error must have at least one dimension, got a scalar tensor")
     columns = error.shape[-1]

@@ -87,10 +87,10 @@ class Seeded(NamedTuple):
 
     def project(self, error: Tensor, layers: Layers, dtype: torch.dtype) -> list[Tensor]:
         """All signals by one projection."""
-        checks.dtype("project", "error", error.dtype)
+        checks.error("project", error)  # `DFA`'s error_transform may have made it
         checks.dtype("project", "dtype", dtype)
         for first, size in zip(layers.row_offsets, layers.sizes, strict=True):
-            checks.rows("project", "row_offsets", first, size)  # those of a state may be anything
+            checks.rows("project", "row_offsets", first, size)  # a state's may be any
         stream = Stream(checks.seed("project", self.seed), 0, self.distribution)
         return functional.project_layers(error, layers, stream, dtype, self.backend)
 

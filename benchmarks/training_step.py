@@ -2,12 +2,12 @@
 
     python -m benchmarks.training_step [--device cpu] [--json FILE]
 
-The ways of one case take turns, step by step, so that whatever else the machine does meets all of
-them; the medians and their ratios to backpropagation come from the same run. Beside them, the most
-memory that a step takes beyond the weights: activations, signals and gradients. "matrix=" has a
-stored matrix, so that what "DFA" takes longer than it is the cost of generating entries. "limit" is
-what is left of backpropagation's matrix products when no gradient is carried back between layers,
-over all of them: the ratio that a free projection and free elementwise work would reach.
+The ways of one case take turns, step by step, so background load affects all alike. Medians and
+their ratios to backpropagation come from the same run. Beside them is the peak memory of a step
+beyond the weights: activations, signals and gradients. "matrix=" has a stored matrix; what "DFA"
+takes longer is the cost of generating entries. "limit" is the ratio that a free projection and free
+elementwise work would reach: the share of backpropagation's matrix products that is left when no
+gradient is carried back between layers.
 """
 
 import argparse

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, Protocol, TypeGuard
 import torch
 from torch import Tensor
 
-from dfa_kernels import checks, functional
+from dfa_kernels import checks, ops
+from dfa_kernels.backends import registry
 from dfa_kernels.layers import Layers
 from dfa_kernels.stream import Stream
 
@@ -92,7 +93,8 @@ class Seeded(NamedTuple):
         for first, size in zip(layers.row_offsets, layers.sizes, strict=True):
             checks.rows("project", "row_offsets", first, size)  # a state's may be any
         stream = Stream(checks.seed("project", self.seed), 0, self.distribution)
-        return functional.project_layers(error, layers, stream, dtype, self.backend)
+        backend = registry.choose_for_call("project", error.device, self.backend)
+        return ops.project(error, layers, stream, dtype, backend)
 
     def describe(self) -> dict[str, Any]:
         """What a state restores."""

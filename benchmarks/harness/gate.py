@@ -1,7 +1,7 @@
-"""No time for a wrong result: what a contender made is compared with float64 before it is timed.
+"""Checks every result against float64 before timing it, and raises `Wrong` if it is not right.
 
-Signals are compared on sampled rows of the error and of the matrix: a few rows that all layers
-have, and the last rows of up to 16 layers. Whatever is wrong raises `Wrong`.
+Signals are compared on a sample of the batch and of the rows of U: a few rows that all layers have,
+and the last rows of up to 16 layers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Times all contenders of a case in turn, so that whatever else the machine does meets all of them.
+"""Times all contenders of a case in interleaved rounds, so background load affects all alike.
 
-A contender is left out, with the reason, where it does not fit into memory or where even the least
-time of a call is longer than the run allows; it is never timed before its result has been checked.
-The machine's roofs are raised to the best that any round shows.
+Every result is checked before its contender is timed. A contender is left out, with the reason, if
+it does not fit into memory, or if even the least time of a call is longer than the run allows. The
+machine's roofs are raised to the best that any round shows.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ What these follow: the questions are the paper's tables and figures by its numbe
 rates, batches, epochs and numbers of seeds are those of its published code
 (github.com/lightonai/principled-dfa-training, commit a8f0e4d), and each place that departs from
 it says so. Of the paper's own results only figure 4's are in that code; they are in `published`.
-The text with tables 1, 2 and 4 was not at hand: rows and claims are those that this project's
-README reports of them, table 1 has networks of this project's choice, and no number is held
-against theirs.
+The text with tables 1, 2 and 4 was not at hand: rows and claims are those that the trainer's guide
+(dfa_kernels/nn/README.md) reports of them, table 1 has networks of this project's choice, and no
+number is held against theirs.
 """

@@ -59,7 +59,7 @@ class Source(Protocol):
         torch.compile traces it with the model, so there it must change nothing outside itself.
 
         Args:
-            error: [M, n], on the device where to project; M is the batch.
+            error: [batch, n], on the device where to project.
             layers: `row_offsets`, `sizes` and `scales`, a tuple each. Layer i's signal is
                 scales[i] * error @ U[row_offsets[i] : row_offsets[i] + sizes[i]].T, with U of unit
                 variance. All offsets are 0 where the layers share one matrix; with independent ones
@@ -67,7 +67,7 @@ class Source(Protocol):
             dtype: of the signals.
 
         Returns:
-            One tensor [M, sizes[i]] per layer, no two of which share memory.
+            One tensor [batch, sizes[i]] per layer, no two of which share memory.
         """
         ...
 

@@ -1,7 +1,7 @@
 # Every target installs what it needs in $(VENV), if it is not there yet, and does its job.
 #   make demo    train a network on real data by DFA and compare it with backpropagation
 #   make test    run the tests with coverage in PROCESSES processes; a test that hangs ends its own
-#   make test-slow    run the longer battery: more statistics, all GPU kernels compiled, all pairs
+#   make test-slow    run what takes longer: all GPU kernels compiled, all pairs, the demo's accuracy
 #   make bench   time the kernels against what they replace; results and figures in bench-<date>/
 #   make paper   run the paper's experiments; ARGS="table2 --quick" and the like
 #   make lint    formatting, lint and types

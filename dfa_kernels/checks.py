@@ -83,6 +83,18 @@ def dtype(function: str, argument: str, value: torch.dtype) -> None:
         )
 
 
+def error(function: str, value: Tensor) -> None:
+    """Check that this is a strided tensor of a dtype the library computes in."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: error must be a tensor, got {type(value).__name__}")
+    dtype(function, "error", value.dtype)
+    # A Function's backward cannot ask for the layout while it is compiled.
+    compiling = torch.compiler.is_compiling()
+    if not compiling and (value.is_nested or value.layout != torch.strided):
+        kind = "a nested one" if value.is_nested else value.layout
+        raise TypeError(f"{function}: error must be a strided tensor, got {kind}")
+
+
 def scales(
     function: str,
     normalization: str | float | Sequence[float],

@@ -62,14 +62,7 @@ def project(
         TypeError, ValueError: an argument is invalid. The message names it and what it got.
         RuntimeError: the `backend` asked for cannot serve the error's device.
     """
-    if not isinstance(error, Tensor):
-        raise TypeError(f"project: error must be a tensor, got {type(error).__name__}")
-    checks.dtype("project", "error", error.dtype)
-    compiling = torch.compiler.is_compiling()
-    # A Function's backward cannot ask for the layout while it is compiled.
-    if not compiling and (error.is_nested or error.layout != torch.strided):
-        kind = "a nested one" if error.is_nested else error.layout
-        raise TypeError(f"project: error must be a strided tensor, got {kind}")
+    checks.error("project", error)
     if error.dim() == 0:
         raise ValueError("project: error must have at least one dimension, got a scalar tensor")
     columns = error.shape[-1]
@@ -114,27 +107,16 @@ def project(
     # Equal layers share one output.
     layers, places = Layers.distinct(row_offsets, sizes, scales)
     batch = error.shape[:-1]
-    signals = project_layers(
+    signals = ops.project(
         error if error.dim() == 2 else error.reshape(batch.numel(), columns),
         layers,
         Stream(seed, column_offset, distribution),
         dtype,
-        backend,
+        registry.choose_for_call("project", error.device, backend),
     )
     if error.dim() != 2:
         signals = [signal.view(*batch, signal.shape[1]) for signal in signals]
     return [signals[place] for place in places]
-
-
-def project_layers(
-    error: Tensor, layers: Layers, stream: Stream, dtype: torch.dtype | None, backend: str | None
-) -> list[Tensor]:
-    """`project` for callers that have checked the arguments, and have no two equal layers.
-
-    error is [batch, n]; each signal is [batch, size].
-    """
-    choose = registry.choose_for_graph if torch.compiler.is_compiling() else registry.choose
-    return ops.project(error, layers, stream, dtype, choose("project", error.device, backend))
 
 
 def feedback_matrix(
@@ -182,7 +164,6 @@ def feedback_matrix(
     checks.dtype("feedback_matrix", "dtype", dtype)
     # Not torch.get_default_device(), which torch.compile cannot trace.
     device = torch.empty(()).device if device is None else torch.device(device)
-    choose = registry.choose_for_graph if torch.compiler.is_compiling() else registry.choose
-    backend = choose("feedback_matrix", device, backend)
+    backend = registry.choose_for_call("feedback_matrix", device, backend)
     matrix = Stream(seed, column_offset, distribution)
     return ops.feedback_matrix(rows, columns, row_offset, matrix, dtype, device, backend)

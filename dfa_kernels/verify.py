@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dfa_kernels import checks, ops, stream
 from dfa_kernels.backends import tensor_cores, trial
-from dfa_kernels.backends.registry import BACKENDS
+from dfa_kernels.backends.registry import BACKENDS, unavailable
 from dfa_kernels.cases import LAYERS, LONE_LAYER, Case, Signal
 from dfa_kernels.layers import Layers
 from dfa_kernels.stream import DISTRIBUTIONS, Stream
@@ -64,7 +64,11 @@ def checks_of(backend: str, device: torch.device, only: str | None = None) -> It
     the bits of U in every distribution and dtype, and the signals of every way that a projection
     can go there (each tile, number of terms of an fp32 error, and instruction set). Stops if a
     fault puts the GPU out of use.
+
+    Raises RuntimeError if the backend is not available there.
     """
+    if reason := unavailable(backend, device.type):  # to ask also loads an extension's kernels
+        raise RuntimeError(f"verify: backend {backend!r} cannot serve {device.type}: {reason}")
     for mode in getattr(BACKENDS[backend], "modes", lambda: ("",))():
         for name, check in _aspects(backend, device):
             if only is not None and name != only:

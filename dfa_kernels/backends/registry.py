@@ -129,7 +129,7 @@ def _warn(fact: object, message: str) -> None:
     """Warn once about each fact, across devices, calls and threads."""
     first = object()
     if _said.setdefault(fact, first) is first:
-        warnings.warn(message, RuntimeWarning, stacklevel=5)
+        warnings.warn(message, RuntimeWarning, stacklevel=6)  # where the public function is called
 
 
 def _checked(name: str, device: torch.device) -> verdicts.Verdict | None:
@@ -201,6 +201,12 @@ def choose(function: str, device: torch.device, backend: str | None, tracing: bo
 def choose_for_graph(function: str, device: torch.device, backend: str | None) -> str:
     """As `choose`, for a graph that is being traced: "" if the choice is made when it runs."""
     return choose(function, device, backend, tracing=True)
+
+
+def choose_for_call(function: str, device: torch.device, backend: str | None) -> str:
+    """The choice of a public function: `choose`, or `choose_for_graph` while it is being traced."""
+    choice = choose_for_graph if torch.compiler.is_compiling() else choose
+    return choice(function, device, backend)
 
 
 def keep_check(name: str, device: torch.device, failures: list[str], seconds: float) -> None:

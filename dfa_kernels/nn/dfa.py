@@ -90,14 +90,14 @@ class DFA(nn.Module):
             `dfa_kernels.nn.Source` of your own, an object with `project(error, layers, dtype)` and
             `describe()`; what it describes is in the state_dict. One that is an `nn.Module` becomes
             a submodule.
-        error_transform: function of the error [M, n] before projection, of its shape: torch.sign, a
-            ternary rounding, or for cross-entropy `lambda e: -(e < 0).to(e.dtype)`, the target. The
-            last layer gets the error itself.
+        error_transform: function of the error [batch, n] before projection, of its shape:
+            torch.sign, a ternary rounding, or for cross-entropy `lambda e: -(e < 0).to(e.dtype)`,
+            the target. The last layer gets the error itself.
         mask: fixed tensors to multiply signals by: a mapping from layers' names or indices, or a
             sequence with a tensor or None for each. Each broadcasts to the activation's dimensions
             that are not batch dimensions, and moves once to the activation's device.
-        lean: False makes all signals at once. True keeps one [M, l_max] signal, which it scales for
-            each layer when autograd gets there; needs one shared matrix. Without effect under
+        lean: False makes all signals at once. True keeps one [batch, l_max] signal, which it scales
+            for each layer when autograd gets there; needs one shared matrix. Without effect under
             torch.compile, which plans memory itself.
 
     Attributes:
@@ -350,7 +350,7 @@ class DFA(nn.Module):
         return f"{len(self.dfa_layers)} layers, {source}"
 
     def _rows(self, error: Tensor) -> Tensor:
-        """The error as it is projected: [M, n], transformed, where the projection runs."""
+        """The error as it is projected: [batch, n], transformed, where the projection runs."""
         rows = to_rows(error, self._group.batch_dims, "DFA")
         if self.error_transform is not None:
             transformed = self.error_transform(rows)

@@ -36,10 +36,10 @@ def deliver(
     places: Sequence[Place],
     masks: Mapping[int, Tensor],
 ) -> list[Tensor]:
-    """The signal for every place, from an error [M, n], each of its activation's shape and dtype.
+    """The signal for every place, each of its activation's shape and dtype.
 
-    Different tensors never share memory, because autograd may keep a signal as some parameter's
-    gradient.
+    error is [batch, n]. Different tensors never share memory, because autograd may keep a signal as
+    some parameter's gradient.
     """
     made = _project(source, error, layers, places)
     of_layer: list[list[int]] = [[] for _ in made]  # its places, without repetition

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, Protocol, TypeGuard
 import torch
 from torch import Tensor
 
-from dfa_kernels import checks, functional
+from dfa_kernels import checks, ops
+from dfa_kernels.backends import registry
 from dfa_kernels.layers import Layers
 from dfa_kernels.stream import Stream
 
@@ -58,7 +59,7 @@ class Source(Protocol):
         torch.compile traces it with the model, so there it must change nothing outside itself.
 
         Args:
-            error: [M, n], on the device where to project; M is the batch.
+            error: [batch, n], on the device where to project.
             layers: `row_offsets`, `sizes` and `scales`, a tuple each. Layer i's signal is
                 scales[i] * error @ U[row_offsets[i] : row_offsets[i] + sizes[i]].T, with U of unit
                 variance. All offsets are 0 where the layers share one matrix; with independent ones
@@ -66,7 +67,7 @@ class Source(Protocol):
             dtype: of the signals.
 
         Returns:
-            One tensor [M, sizes[i]] per layer, no two of which share memory.
+            One tensor [batch, sizes[i]] per layer, no two of which share memory.
         """
         ...
 
@@ -87,12 +88,13 @@ class Seeded(NamedTuple):
 
     def project(self, error: Tensor, layers: Layers, dtype: torch.dtype) -> list[Tensor]:
         """All signals by one projection."""
-        checks.dtype("project", "error", error.dtype)
+        checks.error("project", error)  # `DFA`'s error_transform may have made it
         checks.dtype("project", "dtype", dtype)
         for first, size in zip(layers.row_offsets, layers.sizes, strict=True):
-            checks.rows("project", "row_offsets", first, size)  # those of a state may be anything
+            checks.rows("project", "row_offsets", first, size)  # a state's may be any
         stream = Stream(checks.seed("project", self.seed), 0, self.distribution)
-        return functional.project_layers(error, layers, stream, dtype, self.backend)
+        backend = registry.choose_for_call("project", error.device, self.backend)
+        return ops.project(error, layers, stream, dtype, backend)
 
     def describe(self) -> dict[str, Any]:
         """What a state restores."""

@@ -95,7 +95,7 @@ def terms_made_ahead(name, backend, device):
 
 
 def blocks(name, backend, device):
-    """(label, call) of blocks of U that begin and end anywhere."""
+    """(label, call) of pieces of U that begin and end anywhere."""
     for distribution, dtype in itertools.product(stream.DISTRIBUTIONS, DTYPES):
         where = (37, 131, 5, stream.Stream(-3, 3, distribution), dtype, torch.device(device))
         label = f"{name} block of U: {str(dtype)[6:]}, {distribution}"

@@ -116,6 +116,11 @@ def test_what_is_compiled_for_the_cpu_passes(backend):
         assert torch.ops.dfa_kernels.cpu_isa(None) == torch.ops.dfa_kernels.cpu_isa("")
 
 
+def test_checks_of_a_backend_that_cannot_serve_are_none_that_pass():
+    with pytest.raises(RuntimeError, match="verify: backend 'cpp' cannot serve cuda: it serves"):
+        next(verify.checks_of("cpp", torch.device("cuda")))
+
+
 def test_every_normal_level_is_among_the_entries():
     seed, rows, columns, row, column = verify._BLOCKS[0]
     assert rows * columns >= 2**18

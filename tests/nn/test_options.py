@@ -335,6 +335,11 @@ def test_bad_arguments_found_in_a_pass(arguments, message):
         signals(torch.randn(3, 5), [6], **arguments)
 
 
+def test_a_transform_to_a_sparse_error_is_refused():
+    with pytest.raises(TypeError, match=r"must be a strided tensor, got torch\.sparse_coo"):
+        signals(torch.randn(3, 5), [6], error_transform=torch.Tensor.to_sparse)
+
+
 @pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("matrix", [torch.zeros(5, 5), torch.zeros(9, 4)])
 def test_matrices_of_another_shape_are_refused_in_the_forward_pass(lean, matrix):

@@ -7,7 +7,7 @@ import torch
 
 import dfa_kernels
 from dfa_kernels import feedback_matrix, project
-from dfa_kernels.backends import registry
+from dfa_kernels.backends import cpp, registry
 from dfa_kernels.backends import torch as definition
 from tests import samples
 from tests.conftest import COMPILER, needs
@@ -195,6 +195,19 @@ def test_an_automatic_choice_falls_through_and_says_so_once(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert registry.choose("project", torch.device("cpu"), None) == "torch"
+
+
+@pytest.mark.parametrize(
+    "call", [lambda: project(torch.ones(2, 3), [4]), lambda: feedback_matrix(2, 3)]
+)
+def test_the_warning_is_of_the_users_line(monkeypatch, call):
+    monkeypatch.delenv("DFA_KERNELS_BACKEND", raising=False)
+    monkeypatch.setattr(cpp, "unavailable", lambda device_type: "not today")
+    monkeypatch.setattr(registry, "_chosen", {})
+    monkeypatch.setattr(registry, "_said", {})
+    with pytest.warns(RuntimeWarning, match="backend 'cpp' cannot serve cpu: not today") as caught:
+        call()
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_backends_report():

@@ -228,13 +228,13 @@ def test_broken_stream_is_rejected(monkeypatch, broken, statistic, distribution)
     assert p < ALPHA
 
 
-# The longer battery: pytest -m slow
+# The longer battery: pytest -m battery
 
 RANDOM = random.Random(1)
 MANY_SEEDS = (*AWKWARD_SEEDS, RANDOM.getrandbits(64), RANDOM.getrandbits(64))
 
 
-@pytest.mark.slow
+@pytest.mark.battery
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_many_seeds(statistic, distribution):
@@ -242,7 +242,7 @@ def test_many_seeds(statistic, distribution):
     assert bonferroni([STATISTICS[statistic](source) for source in sources]) > ALPHA
 
 
-@pytest.mark.slow
+@pytest.mark.battery
 def test_avalanche_of_many_seeds():
     assert bonferroni([avalanche(Source(seed=seed)) for seed in MANY_SEEDS]) > ALPHA
 
@@ -259,7 +259,7 @@ def cells_of_consecutive_seeds(distribution, seeds):
     return bonferroni([stats.kstest(p_values, "uniform").pvalue, even_cells_p(total)])
 
 
-@pytest.mark.slow
+@pytest.mark.battery
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_consecutive_seeds(distribution):
     assert cells_of_consecutive_seeds(distribution, 512) > ALPHA
@@ -270,7 +270,7 @@ def rarely_biased_words(counter, key):
     return biased_words(counter, key, one_in=2**15)
 
 
-@pytest.mark.slow
+@pytest.mark.battery
 @pytest.mark.parametrize(
     ("broken", "distribution"),
     [*((rarely_biased_words, d) for d in DISTRIBUTIONS), (equal_halves, "normal")],
@@ -290,24 +290,24 @@ def pairs_of_levels(rows):
     return 2 * min(law.sf(fit), law.cdf(fit))
 
 
-@pytest.mark.slow
+@pytest.mark.battery
 def test_pairs_of_levels():
     assert pairs_of_levels(2**15) > ALPHA
 
 
-@pytest.mark.slow
+@pytest.mark.battery
 def test_pairs_of_levels_of_a_broken_stream(monkeypatch):
     monkeypatch.setattr(stream, "philox", equal_halves)
     assert pairs_of_levels(2**12) < ALPHA
 
 
-@pytest.mark.slow
+@pytest.mark.battery
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_large_spectrum(distribution):
     assert spectrum(Source(distribution), 4096, 2048) > ALPHA
 
 
-@pytest.mark.slow
+@pytest.mark.battery
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_large_spectrum_of_a_broken_stream(monkeypatch, distribution):
     """Four times less is shared than the smaller matrix shows."""
@@ -315,7 +315,7 @@ def test_large_spectrum_of_a_broken_stream(monkeypatch, distribution):
     assert spectrum(Source(distribution), 4096, 2048) < ALPHA
 
 
-@pytest.mark.slow
+@pytest.mark.battery
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_many_inner_products(axis, distribution):

@@ -32,10 +32,8 @@ constexpr int kShapes = 7;
 template <Distribution kDistribution>
 FusedKernel fused_kernel(Operand operand, int shape);
 
-inline FusedKernel fused_kernel(Distribution distribution, Operand operand, int shape) {
-  return for_distribution(distribution,
-                          [&](auto kind) { return fused_kernel<kind>(operand, shape); });
-}
+// Defined where the template is not, or every file would compile the kernels of all distributions.
+FusedKernel fused_kernel(Distribution distribution, Operand operand, int shape);
 
 struct Work {
   Distribution distribution;

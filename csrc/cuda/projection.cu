@@ -5,6 +5,12 @@
 #include "prepare.h"
 
 namespace dfa {
+
+FusedKernel fused_kernel(Distribution distribution, Operand operand, int shape) {
+  return for_distribution(distribution,
+                          [&](auto kind) { return fused_kernel<kind>(operand, shape); });
+}
+
 namespace {
 
 Operand operand_of(Type error_type, int terms) {

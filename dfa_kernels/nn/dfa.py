@@ -378,8 +378,8 @@ class DFA(nn.Module):
                 self.dfa_layers[index].size = size
         sizes = [own.get(i, layer.size or 1) for i, layer in enumerate(self.dfa_layers)]
         scales = self._slicing.scales(sizes, error_size)
-        distinct: dict[tuple[int, int, float], int] = {}
-        places = []
+        wanted: list[tuple[int, int, float]] = []
+        targets = []
         for (index, activation, _), (own_batch, size) in zip(waiting, split, strict=True):
             shape, dtype, device = activation.shape, activation.dtype, activation.device
             if self.rp_device is None and device != output.device:
@@ -392,16 +392,18 @@ class DFA(nn.Module):
             if size != sizes[index]:  # the layer was called again, with another size
                 others = [*sizes[:index], size, *sizes[index + 1 :]]
                 scale = self._slicing.scales(others, error_size)[index]
-            layer = (self._slicing.row_offsets[index], size, scale / math.sqrt(repeats))
+            wanted.append((self._slicing.row_offsets[index], size, scale / math.sqrt(repeats)))
             dims = self.dfa_layers[index].row_dims
             mask = index if index in self.masks else None
             if mask is not None:
                 beside_rows(self.masks[mask], shape, dims, f"DFA: mask[{index}]")
                 if self.masks[mask].device != device:
                     self.masks[mask] = self.masks[mask].to(device)
-            position = distinct.setdefault(layer, len(distinct))
-            places.append(Place(position, shape, dims, dtype, device, mask))
-        layers = Layers(*zip(*distinct, strict=True))
+            targets.append((shape, dims, dtype, device, mask))
+        layers, positions = Layers.distinct(*zip(*wanted, strict=True))
+        places = [
+            Place(position, *target) for position, target in zip(positions, targets, strict=True)
+        ]
         self._check_stored(layers, error_size, self.rp_device or output.device)
         return layers, places
 

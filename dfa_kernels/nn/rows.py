@@ -48,11 +48,11 @@ def row_ratio(ours: list[int], theirs: list[int], function: str) -> int:
     wanted, got = theirs, ours
     while ours and theirs and ours[0] == theirs[0]:
         ours, theirs = ours[1:], theirs[1:]
-    rows, error_rows = math.prod(ours), math.prod(theirs)
-    if rows == error_rows and min(len(ours), len(theirs)) <= 1:
+    rows, batch = math.prod(ours), math.prod(theirs)
+    if rows == batch and min(len(ours), len(theirs)) <= 1:
         return 1
-    if rows and error_rows and rows % error_rows == 0 and (not theirs or len(ours) == 1):
-        return rows // error_rows
+    if rows and batch and rows % batch == 0 and (not theirs or len(ours) == 1):
+        return rows // batch
     raise ValueError(
         f"{function} must have the output's rows {wanted}, or several consecutive ones for each, "
         f"got {got}; batch_dims gives the dimensions of rows in order"

@@ -92,7 +92,14 @@ def unpack(packed: Tensor, ours: Facts, *, rows_are_fixed: bool) -> Facts:
             "DFA: state must share one matrix between layers as this DFA does, by row offsets "
             f"{list(ours.row_offsets)}, got {values['row_offsets']}"
         )
-    checks.integers("DFA", "row_offsets", values["row_offsets"], low=0, high=stream.ROWS - 1)
+    offsets = checks.integers(
+        "DFA", "row_offsets", values["row_offsets"], low=0, high=stream.ROWS - 1
+    )
+    if len(offsets) != len(ours.layers):
+        raise ValueError(
+            f"DFA: state must have one of row_offsets per layer ({len(ours.layers)}), "
+            f"got {len(offsets)}"
+        )
     if "source" not in source:
         checks.seed("DFA", source["seed"])
         checks.distribution("DFA", source["distribution"])

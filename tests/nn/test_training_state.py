@@ -153,6 +153,7 @@ def test_an_attached_models_state_is_its_handles():
         ({"distribution": "cauchy"}, "got 'cauchy'"),
         ({"seed": -1}, "got -1"),
         ({"row_offsets": [0, -1, 0]}, r"row_offsets\[1\] must be in \[0, .* got -1"),
+        ({"row_offsets": [0, 0]}, r"one of row_offsets per layer \(3\), got 2"),
         ({"normalization": {"function": "mine.scales"}}, "got the function mine.scales"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The tests, in folders like the package's own; what several of them use is in this one."""
+"""The tests, in folders like the package's; helpers that several folders use are in this one."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the tests share: backends to run on, sample inputs, and the bound that sums are held to."""
+"""Shared by the tests: the backends to run on, fixtures, and the error bound of a projection."""
 
 import functools
 import os
@@ -9,8 +9,8 @@ import torch
 
 from tests import reference
 
-# Without a GPU the Triton kernels are tested in Triton's interpreter, which is chosen as Triton is
-# imported. It is too slow to be one of the targets.
+# Without a GPU the Triton kernels are tested in Triton's interpreter, which is selected when Triton
+# is imported. It is too slow to be a target.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -29,14 +29,14 @@ COMPILER = shutil.which("c++")
 
 
 def needs(what, is_here):
-    """Skip what this machine cannot test; where nothing may be skipped, fail."""
+    """Skip what this machine cannot test; fail if DFA_KERNELS_SKIP_NOTHING is set."""
     if not is_here:
         assert "DFA_KERNELS_SKIP_NOTHING" not in os.environ, f"{what} must be here"
         pytest.skip(f"needs {what}", allow_module_level=True)
 
 
 def marked(value, status):
-    """A parameter that stands for a backend on a device, so that `pytest -m gpu` selects it."""
+    """A parameter marked with its backend and device, so that `pytest -m gpu` selects it."""
     marks = [pytest.mark.gpu] if status.device == "cuda" else []
     marks += [pytest.mark.triton] if status.name == "triton" else []
     return pytest.param(value, marks=marks)
@@ -52,7 +52,7 @@ def target(request):
 
 
 ON_CPU = [status.name for status in AVAILABLE if status.device == "cpu"]
-# For tests of much work: the definition's turn comes in the slow battery.
+# For heavy tests: the definition (the torch backend) runs only in the slow battery.
 definition_is_slow = pytest.mark.parametrize(
     "backend",
     [pytest.param(name, marks=[pytest.mark.slow] * (name == "torch")) for name in ON_CPU],
@@ -76,7 +76,7 @@ def gpu_backend(request):
 
 @pytest.fixture
 def resources(record_property):
-    """Takes lines on what compiled kernels use, which the run ends with where it is to say much."""
+    """Records what compiled kernels use, for the summary of a verbose or skip-nothing run."""
     return functools.partial(record_property, "resources")
 
 
@@ -91,7 +91,7 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.fixture(autouse=True)
 def poison():
     """Fresh memory is NaN: an element that a kernel leaves unwritten fails its comparison."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by the next line
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by the next line
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()
@@ -101,7 +101,7 @@ def poison():
 
 @pytest.fixture
 def precision():
-    """Sets the precision of fp32 products, and sets it back."""
+    """Sets the precision of fp32 products and restores it after the test."""
     before = torch.get_float32_matmul_precision()
     yield torch.set_float32_matmul_precision
     torch.set_float32_matmul_precision(before)
@@ -111,10 +111,10 @@ def assert_projected(signals, error, sizes, scales, *, dtype=None, **where):
     """Signals equal the float64 ones within the a priori bound of a sum of n products.
 
     |signal - exact| <= (n + 3) u |scale| (|e| @ |U|^T), with u the unit roundoff of the sums (fp64
-    for fp64 errors, else fp32), plus one rounding to the signal's dtype and its underflow. On a GPU
-    u counts twice, because the matrix units' adders truncate (Fasi, Higham, Mikaitis, Pranesh 2021,
-    "Numerical behavior of NVIDIA tensor cores"), and three times that for an fp32 error, which is
-    summed as three terms.
+    for fp64 errors, else fp32), plus one rounding to the signal's dtype and its underflow. For fp32
+    sums on a GPU u counts twice, because the matrix units' adders truncate (Fasi, Higham, Mikaitis,
+    Pranesh 2021, "Numerical behavior of NVIDIA tensor cores"), and six times for an fp32 error,
+    which is summed as three terms.
     """
     dtype = dtype or error.dtype
     error = error.cpu()

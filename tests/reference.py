@@ -1,6 +1,6 @@
-"""Stream v1 and the projection written a second time, in NumPy's unsigned integers and float64.
+"""A second implementation of stream v1 and the projection, in NumPy uint64 and float64.
 
-Shares nothing with the package but the definition; every backend is held against it.
+Shares only the definition with the package; every backend is compared with it.
 """
 
 import hashlib
@@ -88,7 +88,7 @@ def lattice(rows, columns, *, distribution="normal", **where):
 
 
 def matrix(rows, columns, *, dtype=torch.float64, distribution="normal", **where):
-    """U [rows, columns] as the definition rounds it: exact, or one product of sqrt(3)."""
+    """U [rows, columns], rounded as defined: exact, or one product with sqrt(3)."""
     values = lattice(rows, columns, distribution=distribution, **where)
     if distribution == "uniform":
         wide = np.float64 if dtype == torch.float64 else np.float32
@@ -97,12 +97,12 @@ def matrix(rows, columns, *, dtype=torch.float64, distribution="normal", **where
 
 
 def project(error, sizes, scales, **where):
-    """The signals in float64, by a product with each layer's own piece of U."""
+    """The signals in float64, by one product with each layer's rows of U."""
     return signals(error, sizes, scales, **where)[0]
 
 
 def signals(error, sizes, scales, *, row_offsets=None, **where):
-    """The signals in float64, and their magnitudes: the same of absolute values."""
+    """The signals in float64, and their magnitudes: the same sums of absolute values."""
     row_offsets = row_offsets or [0] * len(sizes)
     exact, magnitudes = [], []
     for size, scale, row_offset in zip(sizes, scales, row_offsets, strict=True):

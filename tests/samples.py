@@ -1,4 +1,4 @@
-"""Errors, layers and arguments that many tests take."""
+"""Errors, layers and arguments that many tests use."""
 
 import math
 
@@ -14,7 +14,7 @@ def random_error(*shape, dtype=torch.float32, seed=0, device="cpu"):
 
 
 def layer_scales(sizes, n):
-    """What `normalization="layer"` makes of an error of n columns."""
+    """The scales of `normalization="layer"` for an error of n columns."""
     return [1 / math.sqrt(size * n) for size in sizes]
 
 

@@ -1,4 +1,4 @@
-"""Small networks for the trainer's tests, eq. 3 written out by hand, and counters of work."""
+"""Small networks for the trainer's tests, eq. 3 by hand, and counters of work and memory."""
 
 import math
 import weakref
@@ -16,7 +16,7 @@ WIDTHS = (16, 12, 16)
 
 
 class Perceptron(nn.Module):
-    """Fully connected, tanh; keeps the last pass's activations in `hidden` where `keep`."""
+    """Fully connected, tanh; keeps the last pass's activations in `hidden` if `keep`."""
 
     def __init__(self, widths=WIDTHS, keep=False, watch=False, **arguments):
         super().__init__()
@@ -112,7 +112,7 @@ class Stack(nn.Module):
 
 
 class Multiplied:
-    """Imitates stored matrices: B for shared rows, one of each for independent ones."""
+    """Imitates stored matrices: one for shared rows, one per layer for independent rows."""
 
     def __init__(self, *matrices, name="mine"):
         self.matrices, self.name = matrices, name
@@ -128,7 +128,7 @@ class Multiplied:
 
 
 def perceptron(seed=0, dtype=torch.float32, **arguments):
-    """A `Perceptron` with the weights of torch's seed 0."""
+    """A `Perceptron` with weights drawn from torch's seed 0."""
     torch.manual_seed(0)
     return Perceptron(seed=seed, **arguments).to(dtype)
 
@@ -141,14 +141,14 @@ def batch(dtype=torch.float32, seed=1, size=BATCH):
 
 
 def backward(model, x, y, call=None, **arguments):
-    """One forward and backward pass from zero gradients; the parameters' gradients, cloned."""
+    """Runs one forward and backward pass from zero gradients; returns clones of the gradients."""
     model.zero_grad()
     F.cross_entropy((model if call is None else call)(x, **arguments), y).backward()
     return gradients(model)
 
 
 def signals(error, sizes, **arguments):
-    """What activations [M, size] get for an error [M, n]."""
+    """The signals that activations [M, size] get for an error [M, n]."""
     points = [DFALayer() for _ in sizes]
     dfa = DFA(points, **arguments)
     hidden = [torch.zeros(len(error), size, requires_grad=True) for size in sizes]
@@ -163,7 +163,7 @@ def gradients(model):
 
 
 def train(model, steps=5, call=None, lr=0.1):
-    """Adam on a fixed sequence of batches; the parameters after it."""
+    """Trains with Adam on a fixed sequence of batches; returns the parameters."""
     optimizer = torch.optim.Adam(model.parameters(), lr)
     for step in range(steps):
         x, y = batch(next(model.parameters()).dtype, seed=step)
@@ -185,7 +185,7 @@ def assert_equal(ours, theirs, **tolerance):
 def by_hand(model, x, y, *, rows, seed, shared=True, distribution="normal", normalization="layer"):
     """The parameters' gradients by eq. 3: B_i e from a materialised matrix, then each layer alone.
 
-    rows(tensor) -> [M, size]: the activation, or the output, as rows.
+    rows(tensor) -> [M, size] flattens an activation or the output.
     """
     model.dfa.mode = "shallow"  # each activation's graph ends at the layer before
     output = model(x)
@@ -216,7 +216,7 @@ def by_hand(model, x, y, *, rows, seed, shared=True, distribution="normal", norm
 
 
 class Calls(TorchDispatchMode):
-    """Counts operators by name; a projection counts as one, whatever it runs."""
+    """Counts products and projections; a projection counts as one, whatever it runs."""
 
     def __init__(self):
         super().__init__()
@@ -230,7 +230,7 @@ class Calls(TorchDispatchMode):
 
 
 class Allocations(TorchDispatchMode):
-    """Peak of the bytes that operators under it allocate and that live at once."""
+    """Measures the peak of live bytes that operators under it allocate."""
 
     def __init__(self):
         super().__init__()

@@ -18,7 +18,7 @@ def loss_of(model, x, y):
 
 
 class Noisy(nn.Module):
-    """With buffers that a forward pass changes and masks that it draws."""
+    """Its forward pass changes buffers and draws dropout masks."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ class Noisy(nn.Module):
 
     def forward(self, x):
         self.mean = x.mean() if self.mean is None else self.mean
-        self.passes = self.passes + 1  # another tensor, where BatchNorm writes into its own
+        self.passes = self.passes + 1  # a new tensor; BatchNorm writes in place
         return self.dfa(self.head(self.body(x)))
 
 
@@ -177,7 +177,7 @@ def test_error_transforms_and_masks_count():
 
 
 def test_rows_without_a_gradient_do_not_count():
-    """Ignored labels have neither signal nor gradient."""
+    """Samples with ignored labels have neither signal nor gradient."""
     x, y = batch()
     model = perceptron()
     y[3:] = -100
@@ -188,7 +188,7 @@ def test_rows_without_a_gradient_do_not_count():
 
 
 def test_rows_that_are_nan_are_not_left_out():
-    """A net that diverged has no angle."""
+    """A network that diverged has no angle."""
     x, y = batch()
     model = perceptron()
     x[0, 0] = math.nan

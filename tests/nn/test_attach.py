@@ -1,4 +1,4 @@
-"""`attach` trains a model it did not write as the same model with `DFALayer`s in it."""
+"""`attach` trains an unchanged model like the same model with `DFALayer`s in it."""
 
 import copy
 import pickle
@@ -28,7 +28,7 @@ POINTS = ["1", "3", "5"]
 
 
 def plain():
-    """The layers of `perceptron()` without anything of ours."""
+    """The layers of `perceptron()` without `DFALayer`s and `DFA`."""
     wired = perceptron()
     layers = [module for linear in wired.linears for module in (linear, nn.Tanh())]
     return nn.Sequential(*layers, wired.output)
@@ -93,7 +93,7 @@ def test_modes_of_an_attached_model():
 
 @pytest.mark.parametrize("handling", list(FeedbackPointsHandling))
 def test_aborted_passes_leave_nothing(handling):
-    """Not even where the next pass skips the layers that the aborted one had reached."""
+    """Not even if the next pass skips the layers that the aborted one had reached."""
 
     class Skipping(nn.Module):
         def __init__(self):
@@ -151,7 +151,7 @@ def test_mapping_outputs_are_trained_at_their_logits():
 
 
 def test_batch_dimensions_of_each_point():
-    """Tokens are rows of the blocks, images are rows of the output."""
+    """The inner layer has one row per token, the output one per image."""
 
     class Pooled(nn.Module):
         def __init__(self):
@@ -188,7 +188,7 @@ def test_copies_of_an_attached_model_have_hooks_of_their_own():
     x, y = batch()
     model = plain()
     handle = attach(model, POINTS)
-    model(x)  # a pass whose activations nobody awaits
+    model(x)  # a forward pass without a backward pass
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         handle.mode = "backprop"
         assert_equal(backward(twin, x, y), backward(perceptron(), x, y))

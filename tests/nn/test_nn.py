@@ -67,7 +67,7 @@ def test_every_dtype_trains_as_double_does_to_its_precision(dtype):
 
 
 def test_rows_of_the_error_serve_several_rows_of_an_activation():
-    """One error an image, many patches: each patch gets the image's signal over sqrt(patches)."""
+    """One error per image, many patches: each patch gets the image's signal / sqrt(patches)."""
     torch.manual_seed(0)
     patches, width = 9, 16
     linear, point, head = nn.Linear(4, width), DFALayer(batch_dims=(0, 1)), nn.Linear(width, 5)
@@ -100,7 +100,7 @@ TIME = 4
 
 
 def sequences(hidden_dims, output_dims, hidden_shape, output_shape, mask=None):
-    """The gradient of an activation of zeros, the error, and the signal of each of its rows."""
+    """The gradient that an activation of zeros gets, and the signal of each row of the error."""
     torch.manual_seed(0)
     point = DFALayer(batch_dims=hidden_dims)
     dfa = DFA([point], batch_dims=output_dims, normalization=1.0, mask=mask)
@@ -113,7 +113,7 @@ def sequences(hidden_dims, output_dims, hidden_shape, output_shape, mask=None):
 
 @pytest.mark.parametrize("mask", [None, [torch.arange(16.0)]])
 def test_sequence_first_rows_go_to_their_own_samples(mask):
-    """The order of batch_dims is that of the rows; masks follow."""
+    """Rows come in the order of batch_dims; masks follow."""
     factor = 1 if mask is None else mask[0]
     first, last = (TIME, BATCH, 16), (BATCH, TIME, CLASSES)
     found, signal = sequences((1, 0), (0, 1), first, last, mask)
@@ -199,7 +199,7 @@ def test_layers_of_equal_size_share_one_signal():
 
 @pytest.mark.parametrize("shapes", [((16,), (16,)), ((16,), (2, 8))])
 def test_parameters_never_share_memory_through_a_shared_signal(shapes):
-    """A parameter that is an activation's summand may keep the signal itself as its gradient."""
+    """A parameter added to an activation may keep the signal itself as its gradient."""
     points = [DFALayer(), DFALayer()]
     dfa = DFA(points)
     leaves = [nn.Parameter(torch.zeros(BATCH, *shape)) for shape in shapes]
@@ -257,7 +257,7 @@ def test_passthrough_joins_a_layer_to_the_next_by_backprop():
 
 @pytest.mark.parametrize("lean", [False, True])
 def test_outputs_may_be_changed_in_place(lean):
-    """Logits divided by a temperature or masked; the error is that of the output before."""
+    """Logits may be divided by a temperature or masked; the error is that of the output before."""
     x, y = batch()
     found = []
     for in_place in (False, True):

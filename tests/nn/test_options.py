@@ -1,5 +1,5 @@
-"""What `DFA` takes beyond layers and a seed: normalization, stored matrices, error transforms,
-masks, the lean mode, a device to project on."""
+"""Options of `DFA` beyond layers and a seed: normalization, stored matrices, error transforms,
+masks, the lean mode; and how it refuses bad arguments."""
 
 import inspect
 import math
@@ -55,7 +55,7 @@ def test_normalization(normalization, scales, lean):
 
 
 def test_tinydfas_own_law():
-    """Uniform entries in (-1, 1), one scale 1/sqrt(l_max) for all layers, nothing for n."""
+    """Uniform entries in (-1, 1), one scale 1/sqrt(l_max) for all layers, independent of n."""
     error = torch.randn(3, 50)
     found = signals(error, [600, 40], distribution="uniform", normalization=tinydfa_scales)
     entries = feedback_matrix(600, 50, distribution="uniform") / math.sqrt(3)
@@ -110,7 +110,7 @@ def test_stored_matrices_of_several_dtypes_take_the_error_as_it_is():
     torch.testing.assert_close(found, (error @ matrices[1].T).float(), rtol=1e-6, atol=1e-6)
 
 
-# --- the error, transformed ---
+# --- error transforms ---
 
 
 def test_error_transform_is_applied_to_the_flattened_error():
@@ -234,7 +234,7 @@ def test_lean_mode_with_several_dtypes():
 
 
 def test_peak_memory_of_both_modes():
-    """All signals at once take their sum; the lean mode takes one buffer and one layer's signal.
+    """The default holds all signals at once; the lean mode holds one buffer and one layer's signal.
 
     Each layer is one tanh of a scaled input, whose backward pass holds a few tensors of its size.
     """
@@ -360,7 +360,7 @@ def test_matrices_of_another_shape_are_refused_in_the_forward_pass(lean, matrix)
     ],
 )
 def test_shapes_without_units_are_refused(lean, activation, output, message):
-    """800 units of one sample are no 800 rows, though they line up with 10."""
+    """800 units of one sample are not 800 rows, although 10 divides 800."""
     point = DFALayer()
     dfa = DFA([point], lean=lean)
     point(torch.zeros(activation, requires_grad=True))
@@ -390,7 +390,7 @@ def test_inputs_that_are_no_tensors():
 
 
 def test_signatures_begin_as_tinydfas():
-    """Positional arguments, names and defaults; what it has not is by keyword only."""
+    """Same positional arguments, names and defaults; what TinyDFA lacks is keyword-only."""
     parameters = list(inspect.signature(DFA).parameters.values())
     ours = [(p.name, p.default) for p in parameters if p.kind is not p.KEYWORD_ONLY]
     assert ours == [

@@ -1,4 +1,4 @@
-"""Nothing is left from one forward pass that another could train: aborted passes, evaluation,
+"""No forward pass leaves anything behind for another to train: aborted passes, evaluation,
 several passes before a backward pass, several models."""
 
 import pytest
@@ -130,7 +130,7 @@ def test_two_models_interleaved():
 
 
 def test_two_models_one_inside_the_others_pass():
-    """The inner model's pass lies between a layer and the output of the outer model."""
+    """The inner model's pass runs between a layer and the output of the outer model."""
     x, y = batch()
     outer, inner = perceptron(seed=1), perceptron(seed=2)
 
@@ -190,7 +190,7 @@ def test_gradient_of_a_frozen_layer_is_not_made():
 
 
 def test_training_with_a_layer_outside_any_module():
-    """The functional wiring: no module holds the layers and the output together."""
+    """Functional wiring: no module holds both the layers and the output."""
     torch.manual_seed(0)
     body, head = nn.Linear(8, 16), nn.Linear(16, 5)
     point = DFALayer()

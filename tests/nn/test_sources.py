@@ -1,4 +1,4 @@
-"""Where signals come from: a user's own source beside the built-in ones."""
+"""Sources of signals: a user's own beside the built-in ones."""
 
 import copy
 import inspect
@@ -34,7 +34,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
 
 class Recorded(Multiplied):
-    """Keeps what it was asked for."""
+    """Keeps the layers it was asked for."""
 
     def project(self, error, layers, dtype):
         self.seen = layers
@@ -67,7 +67,7 @@ def test_independent_rows_are_told_apart_by_their_offsets():
 
 def test_layers_reach_a_source_once_each():
     source = Recorded(MATRIX)
-    backward(perceptron(matrix=source), *batch())  # of widths 16, 12, 16
+    backward(perceptron(matrix=source), *batch())  # widths 16, 12, 16
     scales = tuple(1 / math.sqrt(size * CLASSES) for size in (16, 12))
     assert source.seen == ((0, 0), (16, 12), scales)
 
@@ -171,7 +171,7 @@ def test_a_state_with_other_rows_is_refused():
 
 
 class Module(nn.Module):
-    """A source that is a module, as one that learns its matrix would be."""
+    """A source that is a module, like one that learns its matrix."""
 
     def __init__(self):
         super().__init__()
@@ -227,7 +227,7 @@ def test_signals_of_a_wrong_shape_are_refused(lean):
         signals(torch.randn(3, 5), [6], matrix=source, lean=lean)
 
 
-# --- what a DFA says of its source ---
+# --- what a DFA reports of its source ---
 
 
 def test_properties_say_what_the_source_has():

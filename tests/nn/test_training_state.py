@@ -1,4 +1,4 @@
-"""A trainer's state: what state_dict carries, what loading refuses, copies, dtypes."""
+"""A trainer's state: what state_dict holds, what loading refuses, copies, dtypes."""
 
 import copy
 import io
@@ -89,7 +89,7 @@ def test_state_is_what_makes_the_signals_and_no_matrix():
     ],
 )
 def test_states_are_these_bytes_and_load(arguments, text):
-    """As every version has written them."""
+    """Every version has written these bytes."""
     model = perceptron(**arguments)
     model(batch()[0])
     old = torch.tensor(list(text.ljust(256 + 3 * 68).encode()), dtype=torch.uint8)
@@ -186,7 +186,7 @@ def test_loading_refuses_what_is_damaged(damaged, message):
 
 
 def test_sizes_of_a_state_normalize_where_a_layer_is_skipped():
-    """The skipped layer is the widest, so that l_max is not in the pass after loading."""
+    """Skips the widest layer, so that after loading only the state knows l_max."""
     x, y = batch()
     for normalization in ("shared", tinydfa_scales):
         model = perceptron(widths=(16, 16, 64, 16), normalization=normalization)
@@ -237,7 +237,7 @@ def test_a_measuring_pass_is_normalized_by_its_own_sizes():
     "arguments", [{}, {"normalization": 1 / 3}, {"normalization": tinydfa_scales, "shared": False}]
 )
 def test_the_states_length_depends_on_names_alone(arguments):
-    """As averages over models and distributed checkpoints want it, which copy in place."""
+    """Model averages and distributed checkpoints copy in place and need a fixed length."""
     lengths = {len(perceptron().state_dict()[KEY])}
     model = perceptron(seed=BIG, distribution="rademacher", **arguments)
     lengths.add(len(model.state_dict()[KEY]))
@@ -290,7 +290,7 @@ def test_copies_after_a_forward_pass_train_alone(copied, watch):
     x, y = batch()
     model = perceptron(seed=3, watch=watch, lean=True)
     expected = backward(model, x, y)
-    model.points[0](torch.zeros(6, 16, requires_grad=True))  # left behind
+    model.points[0](torch.zeros(6, 16, requires_grad=True))  # left waiting
     twin = copied(model)
     assert twin.dfa._group.waiting == []
     model.dfa.mode = "shallow"

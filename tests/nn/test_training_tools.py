@@ -1,4 +1,4 @@
-"""The trainer under the tools of training: accumulation, mixed precision, checkpointing, devices,
+"""The trainer with other training tools: accumulation, mixed precision, checkpointing, devices,
 data parallelism. For torch.compile see test_compile.py."""
 
 import faulthandler
@@ -38,7 +38,7 @@ def test_accumulated_gradients_are_those_of_the_joint_batch():
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("lean", [False, True])
 def test_autocast(inside, lean):
-    """The backward pass may run outside of autocast, as it should, or inside."""
+    """The backward pass may run outside autocast, as recommended, or inside."""
     x, y = batch()
     model = perceptron(keep=True, lean=lean)
     with torch.autocast("cpu", torch.bfloat16):
@@ -54,7 +54,7 @@ def test_autocast(inside, lean):
 
 
 def test_grad_scaler():
-    """Powers of two go through the projection exactly; an overflow skips the step."""
+    """Scaling by a power of two passes the projection exactly; an overflow skips the step."""
     x, y = batch()
     model = perceptron()
     expected = backward(perceptron(), x, y)
@@ -78,8 +78,8 @@ def test_grad_scaler():
 
 
 class Checkpointed(Perceptron):
-    """A `Perceptron` whose layers are recomputed in the backward pass, with their points or
-    without."""
+    """A `Perceptron` whose layers are recomputed in the backward pass, with or without their
+    points."""
 
     def __init__(self, with_points, **arguments):
         super().__init__(**arguments)
@@ -151,8 +151,8 @@ def test_reentrant_checkpointing_around_a_point_or_the_output_is_refused():
 
 
 def test_projection_on_another_device_comes_back():
-    """The error goes to rp_device and signals to their activations; "meta" has no values, so the
-    source answers it with numbers that give themselves away."""
+    """The error goes to rp_device, the signals to their activations. "meta" tensors have no values,
+    so the source answers with numbers that are easy to recognise."""
 
     class Sevens:
         def project(self, error, layers, dtype):
@@ -196,9 +196,8 @@ def test_layers_on_other_devices_need_a_device_to_project_on():
 
 
 def gradients_of_half_a_batch(rank):
-    """By a wrapper that is gone when this returns: it holds the process group, which joins its
-    threads as it goes, and where that happens under the interpreter's lock they can wait for it
-    forever."""
+    """Frees its wrapper on return. The wrapper holds the process group, which joins its threads
+    when freed; if that happens under the interpreter's lock, they can wait for it forever."""
     parallel = DistributedDataParallel(perceptron(seed=3, dtype=torch.float64))
     x, y = batch(torch.float64, size=8)
     half = slice(4 * rank, 4 * rank + 4)
@@ -208,7 +207,7 @@ def gradients_of_half_a_batch(rank):
 
 
 def worker(rank, folder):
-    faulthandler.dump_traceback_later(120, exit=True)  # a process that hangs ends, and says where
+    faulthandler.dump_traceback_later(120, exit=True)  # ends a hung process and says where it hung
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
         torch.save(gradients_of_half_a_batch(rank), folder / f"{rank}.pt")

@@ -1,4 +1,4 @@
-"""`torch.compile` of models and of training steps gives what eager gives, from the first step on.
+"""`torch.compile` of models and of training steps equals eager mode from the first step on.
 
 Most tests stop before code generation (backend "aot_eager"); one goes through it.
 """
@@ -21,7 +21,7 @@ from tests.nn.networks import (
     perceptron,
 )
 
-# torch's own, from inside its compiler.
+# Warnings from inside torch's compiler.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
@@ -73,7 +73,7 @@ def test_compiled_forward_is_one_graph_and_its_first_step_is_eagers(compiler, bu
 
 
 def test_compiled_model_takes_the_source_of_a_state(compiler):
-    """A seed beyond int64, and rows of its own for every layer."""
+    """A seed beyond int64, and independent rows for every layer."""
     x, y = batch()
     other = perceptron(seed=2**64 - 3, distribution="uniform", shared=False)
     expected = backward(other, x, y)
@@ -134,7 +134,7 @@ def test_compiled_backward_keeps_one_projection(compiler):
 
 
 def test_compiled_patches_share_their_images_error(compiler):
-    """Nine rows an image, one error; the batch size changes."""
+    """Nine patches per image share one error; the batch size changes."""
     torch.manual_seed(0)
     body, head, point = nn.Linear(8, 16), nn.Linear(16, 5), DFALayer(batch_dims=(0, 1))
     model = nn.ModuleList([body, head, point, DFA([point])])

@@ -1,4 +1,4 @@
-"""Bad input: every error names the function, the argument and what was got."""
+"""Bad input: every message names the function, the argument and what it got."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Which rows of U the layers read, and how their union is cut."""
+"""Which rows of U the layers read, and how their union is cut into slabs."""
 
 import torch
 

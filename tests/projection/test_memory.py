@@ -11,7 +11,7 @@ from dfa_kernels.backends import slabs
 from tests import reference
 from tests.conftest import definition_is_slow
 
-# In a process of its own, because resident memory has no owner.
+# Runs in its own process, because resident memory is measured per process.
 PROGRAM = """
 import sys, torch, dfa_kernels
 layer, n, distribution, backend = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
@@ -47,7 +47,7 @@ def test_extra_memory_is_bounded_for_long_errors(backend, layer, n):
 
 @definition_is_slow
 def test_extra_memory_is_bounded_for_short_errors_and_long_blocks(backend):
-    """One column of rademacher entries costs a block of 128 to make."""
+    """One column of rademacher entries takes a block of 128 to make."""
     assert extra_bytes(backend, 200_000, 1, "rademacher") <= slabs.WORKSPACE_BYTES
 
 

@@ -1,4 +1,4 @@
-"""The operators: registration, compilation, autocast, and who serves what."""
+"""The operators: registration, compilation, autocast, and the choice of backend."""
 
 import warnings
 
@@ -78,7 +78,7 @@ def test_compiled_equals_eager(fresh_compiler, target, compiler, requires_grad):
         return [signal + 1 for signal in signals]
 
     compiled = torch.compile(step, fullgraph=True, backend=compiler)
-    for count in (3, 4, 9):  # from the second on, the batch is a symbol
+    for count in (3, 4, 9):  # from the second on, the batch size is symbolic
         error = torch.randn(count, 10, device=target.device, requires_grad=requires_grad)
         eager, graph = step(error), compiled(error)
         for one, other in zip(eager, graph, strict=True):
@@ -123,7 +123,7 @@ def test_compiled_feedback_matrix_takes_the_default_device(fresh_compiler):
 
 
 def test_compiled_batches_share_one_graph(fresh_compiler, target):
-    """Neither the batch size nor its change makes a second symbolic graph."""
+    """No batch size, and no change of it, makes a second symbolic graph."""
     compiled = torch.compile(
         lambda error: project(error, [30], backend=target.name), fullgraph=True, backend="aot_eager"
     )

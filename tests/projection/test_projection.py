@@ -52,7 +52,7 @@ def test_one_layer_and_a_thousand(target):
 
 
 def test_many_slabs(target):
-    """More rows and columns than one slab takes, and layers that begin and end inside slabs."""
+    """More rows and columns than fit in one slab, and layers that begin and end inside slabs."""
     rows, columns = slabs.slab_shape(10, torch.device("cpu"))
     assert rows < 40_000
     assert columns < 200_000
@@ -66,7 +66,7 @@ def test_many_slabs(target):
 
 
 def test_row_offsets_anywhere(target):
-    """Independent, overlapping, repeated and far-apart row ranges, in no order."""
+    """Independent, overlapping, repeated and far-apart row ranges, in no particular order."""
     sizes = [5, 40, 5, 9, 1, 9, 3]
     offsets = [2**62, 3, 20, 2**32 - 4, 2**63 - 1, 2**32 - 4, 60]
     error = random_error(4, 19, device=target.device)
@@ -115,7 +115,7 @@ def test_normalization(backend, normalization, scales):
 
 
 def test_signals_have_the_variance_the_normalization_promises(backend):
-    """Eq. 8: each layer's signal has mean square |e|^2 / (n l_i), for every layer."""
+    """Eq. 8: the signal of every layer has mean square |e|^2 / (n l_i)."""
     error = random_error(64, 100)
     for size, signal in zip([20_000, 5_000], project(error, [20_000, 5_000]), strict=True):
         expected = error.square().mean(1) / size
@@ -219,7 +219,7 @@ def test_forward_mode_gradient(target):
 
 
 def test_nothing_to_make_takes_no_time(target):
-    """What has no elements makes no entries: these would take years."""
+    """Empty results generate no entries; these would take years."""
     empty = torch.empty(0, 10, device=target.device)
     assert project(empty, [2**45], backend=target.name)[0].shape == (0, 2**45)
     matrix = feedback_matrix(2**45, 0, device=target.device, backend=target.name)
@@ -238,7 +238,7 @@ def test_gradient_in_every_dtype_and_over_many_slabs(target, dtype):
 
 
 def test_every_entry_is_made_once(monkeypatch):
-    """One call generates the union of the layers' ranges, whatever their number and the batch."""
+    """One call generates the union of the layers' rows, for any number of layers and any batch."""
     made = []
     entries = dfa_kernels.stream.entries
 

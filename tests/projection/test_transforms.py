@@ -1,5 +1,5 @@
-"""torch.func's transforms and forward-mode derivatives, of the projection and of a training step,
-against those of a product with the materialised matrix, and against autograd's."""
+"""torch.func's transforms and forward-mode derivatives of the projection and of a training step,
+compared with those of a product with the materialised matrix and with autograd's."""
 
 import functools
 import math
@@ -85,7 +85,7 @@ def compiler():
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to")
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_compiled_transforms(transform):
-    """Right, in the graph or by a call left out of it, which a whole graph refuses."""
+    """Correct, in the graph or left out of it; what a graph must leave out, fullgraph refuses."""
     torch.compiler.reset()
     expected = transform(by_product)
     compiled = torch.compile(lambda: transform(by_projection("torch")), backend="aot_eager")
@@ -148,7 +148,7 @@ def test_functionalize_with_another_transform_is_refused(backend, transform):
 
 @pytest.mark.parametrize("which", [0, 1], ids=["value", "tangent"])
 def test_a_transform_leaves_the_graph_around_it(backend, which):
-    """What the function closes over gets its gradient too."""
+    """A tensor that the function closes over gets its gradient too."""
     x, one = ERROR.clone().requires_grad_(), torch.ones((), dtype=torch.float64)
 
     def gradient(f):
@@ -177,7 +177,7 @@ ARGUMENTS = [{}, {"lean": True}, {"shared": False}]
 
 
 def functional_loss(**arguments):
-    """loss(parameters, x, y) of a DFA model, and what to call it with."""
+    """loss(parameters, x, y) of a DFA model, and its arguments."""
     model = perceptron(**arguments)
 
     def loss(parameters, x, y):
@@ -195,7 +195,7 @@ def of_samples(loss, parameters, x, y):
 
 @pytest.mark.parametrize("arguments", ARGUMENTS)
 def test_functional_training_step(arguments):
-    """The gradients of a functional call are autograd's; those of samples average to them."""
+    """The gradients of a functional call are autograd's; per-sample gradients average to them."""
     loss, inputs = functional_loss(**arguments)
     expected = backward(perceptron(**arguments), *inputs[1:])
     assert_equal(func.grad(loss)(*inputs).values(), expected)
@@ -211,7 +211,7 @@ STEPS = {
     "jacrev": lambda loss, *inputs: func.jacrev(loss)(*inputs),
     "of samples": of_samples,
 }
-# Every step and every kind of model, and in the slow battery every pair.
+# Covers every step and every kind of model; the slow battery covers every pair.
 COMPILED_STEPS = [
     pytest.param(step, arguments, marks=[pytest.mark.slow] * (i % len(ARGUMENTS) != j))
     for i, step in enumerate(STEPS)
@@ -228,7 +228,7 @@ def test_compiled_functional_training_step(compiler, step, arguments):
     loss, inputs = functional_loss(**arguments)
     compiled = compiler(lambda *inputs: step(loss, *inputs))
     if torch.__version__.startswith("2.10.") and step is not of_samples:
-        # It compiles no Function of a trainer's under grad or vjp.
+        # This version cannot compile the trainer's Functions under grad or vjp.
         with pytest.raises(torch._dynamo.exc.InternalTorchDynamoError, match="setup_context"):
             compiled(*inputs)
         return

@@ -59,7 +59,7 @@ def in_half_steps(value: Decimal) -> tuple[Decimal, int]:
 
 
 def bf16_pattern(value: Decimal) -> int:
-    """The bit pattern of the bfloat16 number nearest to an exact value: normal, and no tie."""
+    """The bit pattern of the bfloat16 number nearest to an exact value, normal and not a tie."""
     x, exponent = in_half_steps(value)
     magnitude = ((exponent + 127) << 7) + round(x / 2) - 128
     return magnitude | (0x8000 if value < 0 else 0)

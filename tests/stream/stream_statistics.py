@@ -1,9 +1,9 @@
 """Statistics of the entries and of the words below them, against their exact laws.
 
-Every statistic takes a `Source` and returns a p-value: an upper bound of the probability that a
-perfect stream looks at least as unusual. Within a statistic that is the smallest of all p-values
-times their number (Bonferroni). Where it rests on the normal limit of a sum, the sums are long
-enough to have the tail right within about a factor of two down to 1e-6.
+Every statistic takes a `Source` and returns a p-value: an upper bound on the probability that a
+perfect stream looks at least as unusual. A statistic of many p-values returns the smallest times
+their number (Bonferroni). Where it relies on the normal limit of a sum, the sums are long enough
+for the tail to be right within about a factor of two down to 1e-6.
 """
 
 import functools
@@ -24,7 +24,7 @@ LAW = {
     "uniform": np.sqrt(3) * (2 * np.arange(256) - 255) / 256,
     "rademacher": np.array([1.0, -1.0]),
 }
-# Joint cells of neighbouring columns: (columns in a tuple, leading bits taken of each index).
+# Joint cells of neighbouring columns: (columns in a tuple, leading bits of each index).
 TUPLES = {
     "normal": ((2, 6), (4, 3), (8, 1)),
     "uniform": ((2, 6), (4, 3), (8, 1)),
@@ -68,7 +68,7 @@ class Source(NamedTuple):
         return words_at(self.seed, row, block)
 
     def indices(self, rows, columns):
-        """Which level each entry is, [rows, columns]: several normal levels share a value."""
+        """The level index of each entry, [rows, columns]: several normal levels share a value."""
         words = self.words(rows, columns // stream.DISTRIBUTIONS[self.distribution].block)
         return stream.indices(words, self.distribution).flatten(1).numpy()
 
@@ -100,13 +100,13 @@ def bonferroni(p_values):
 
 
 def normal_p(z):
-    """Two-sided, for the farthest of all z, which are standard normal."""
+    """Two-sided, for the largest |z| of standard normal z."""
     z = np.asarray(z)
     return min(1.0, z.size * 2 * stats.norm.sf(np.abs(z).max()).item())
 
 
 def signs_p(sums, n):
-    """Two-sided and exact, for the farthest of many sums of n independent signs."""
+    """Two-sided and exact, for the largest |sum| among sums of n independent signs."""
     farthest = np.abs(sums).max()
     return min(1.0, sums.size * 2 * stats.binom.sf((n + farthest) / 2 - 1, n, 0.5).item())
 
@@ -120,7 +120,7 @@ def chi_square(counts, probabilities):
 def cells_p(counts, probabilities):
     """Chi-square over all cells, and the most unusual single cell.
 
-    Counts that are too even are as wrong as uneven ones; with few cells perfectly even counts are
+    Counts that are too even are as wrong as uneven ones. With few cells, perfectly even counts are
     too likely to mean anything.
     """
     fit, law = chi_square(counts, probabilities)
@@ -187,7 +187,7 @@ def features(x, distribution):
 
 
 def product(a, b):
-    """Matrix product by torch, which keeps to the number of threads it is told."""
+    """Matrix product by torch, which keeps to its set number of threads."""
     return (torch.from_numpy(a) @ torch.from_numpy(b)).numpy()
 
 
@@ -245,8 +245,8 @@ def word_bits(source):
 
 
 def avalanche(source):
-    """Flip each bit of column block, row and seed at random counters: each of the 128 bits of the
-    block flips with probability 1/2, and their number is binomial."""
+    """Flips each bit of block, row and seed at random counters: each of the 128 bits of the block
+    flips with probability 1/2, and the number that flip is binomial."""
     n = 2048
     generator = np.random.default_rng(source.seed)
     block_bits = (stream.COLUMNS // 8).bit_length() - 1
@@ -263,7 +263,7 @@ def avalanche(source):
         flipped = bits_of(words) ^ before  # [n, 128]
         sums.append(2 * flipped.sum(0, dtype=np.int64) - n)
         weights.append(flipped.sum(1, dtype=np.int64))
-    low, high = 45, 83  # the tails beyond are one cell each
+    low, high = 45, 83  # each tail beyond is one cell
     counts = np.bincount(np.clip(np.concatenate(weights), low, high), minlength=high + 1)[low:]
     law = stats.binom.pmf(np.arange(low, high + 1), 128, 0.5)
     law[[0, -1]] = stats.binom.cdf(low, 128, 0.5)
@@ -271,9 +271,9 @@ def avalanche(source):
 
 
 def inner_products(source, axis=1, vectors=512, length=4096):
-    """All pairs of so many rows (axis 1) or columns (axis 0): no two are related.
+    """Inner products of all pairs of rows (axis 1) or columns (axis 0): no two are related.
 
-    Not of magnitudes: their products have too heavy a tail for the normal limit at this length.
+    Not of magnitudes, whose products have too heavy a tail for the normal limit at this length.
     """
     x = source.entries(vectors, length) if axis else source.entries(length, vectors).T
     scale = LAW[source.distribution].var() * np.sqrt(length)
@@ -284,7 +284,7 @@ def spectrum(source, rows=1024, columns=512):
     """Largest singular value: Tracy-Widom at the Marchenko-Pastur edge (Johnstone 2001).
 
     The law is that of Gaussian entries, which other entries approach; its upper tail is Chiani's
-    gamma approximation (2014). Structure shared between rows or columns lifts the value.
+    gamma approximation (2014). Structure shared between rows or columns raises the value.
     """
     x = source.entries(rows, columns) / LAW[source.distribution].std()
     largest = torch.linalg.eigvalsh(torch.from_numpy(product(x.T, x)))[-1].item()

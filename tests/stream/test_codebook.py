@@ -80,7 +80,7 @@ def test_every_fp32_evaluation_gives_the_same_levels(evaluation, log2_error, pat
 
 
 def test_any_log2_within_its_bound_gives_the_same_levels():
-    """No error up to the bound carries a value across a tie, beyond those tried above."""
+    """No error up to the bound moves a value across a tie, not only those tried above."""
     assert guard_band.log2_tolerance(*guard_band.exact_values(), 2**-21) > guard_band.LOG2_ERROR
 
 

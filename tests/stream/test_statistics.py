@@ -28,15 +28,15 @@ from tests.stream.stream_statistics import (
 )
 
 # The chance that one test case rejects a perfect stream. Seeds are fixed, so a case that passes
-# always passes; for the 250 cases of the default run, the chance that any of them had to fail was
-# 2.5e-4. A broken stream has to be found below the same threshold.
+# always passes. In the default run of 250 cases, a perfect stream had a chance of 2.5e-4 to fail
+# at least one. A broken stream must fall below the same threshold.
 ALPHA = 1e-6
 AWKWARD_SEEDS = (0, 1, 2**32 - 1, 2**32, 2**63, 2**64 - 1)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """The tensors are small: where cores are shared, waiting for a second thread costs the most."""
+    """The tensors are small: on shared cores, waiting for a second thread would cost the most."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -129,7 +129,7 @@ def biased_row(counter, key):
 
 
 def missing_cell(counter, key):
-    """Halfwords of the 100th of 256 cells fall into the next one."""
+    """Halfwords in cell 100 of 256 move to the next cell."""
     words = philox(counter, key)
     return tuple(w + (w >> 24 == 100) * 2**24 for w in words)
 
@@ -145,7 +145,7 @@ def equal_words(counter, key):
 
 
 def shared_between_rows(counter, key, one_in=4):
-    """Some of the first words are those of row 0: no two rows are nearly equal."""
+    """Some first words are copied from row 0, yet no two rows are nearly equal."""
     block, _, row, _ = counter
     w0, w1, w2, w3 = philox(counter, key)
     shared, *_ = philox((block, block * 0, row * 0, row * 0), key)
@@ -248,7 +248,7 @@ def test_avalanche_of_many_seeds():
 
 
 def cells_of_consecutive_seeds(distribution, seeds):
-    """Chi-square of each seed: are the p-values uniform? And of all seeds' counts together."""
+    """Chi-square of each seed, with p-values that should be uniform, and of all counts together."""
     p_values, total = [], 0
     for seed in range(SEED, SEED + seeds):
         index = Source(distribution, seed=seed).indices(*shape("square", distribution))
@@ -266,7 +266,7 @@ def test_consecutive_seeds(distribution):
 
 
 def rarely_biased_words(counter, key):
-    """One sample of a million entries does not show it."""
+    """Too rare a bias to show in one sample of a million entries."""
     return biased_words(counter, key, one_in=2**15)
 
 
@@ -281,7 +281,7 @@ def test_consecutive_seeds_of_a_broken_stream(monkeypatch, broken, distribution)
 
 
 def pairs_of_levels(rows):
-    """All 4096 x 4096 joint cells of adjacent normal entries."""
+    """Chi-square over all 4096 x 4096 joint cells of adjacent normal entries."""
     counts = np.zeros(4096**2, dtype=np.int64)
     for first in range(0, rows, 256):
         index = Source("normal", seed=SEED + first).indices(256, 4096).reshape(-1, 2)
@@ -310,7 +310,7 @@ def test_large_spectrum(distribution):
 @pytest.mark.battery
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_large_spectrum_of_a_broken_stream(monkeypatch, distribution):
-    """Four times less is shared than the smaller matrix shows."""
+    """Shares a quarter of what the smaller matrix's test shares."""
     monkeypatch.setattr(stream, "philox", functools.partial(shared_between_rows, one_in=16))
     assert spectrum(Source(distribution), 4096, 2048) < ALPHA
 

@@ -1,4 +1,4 @@
-"""The stream's bits: against known answers, a second implementation, Triton, and itself."""
+"""The stream's bits against known answers, a second implementation, and itself."""
 
 import functools
 
@@ -41,7 +41,7 @@ def test_the_distributions_are_those_of_the_tests():
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_the_facts_of_a_distribution(distribution):
-    """Its levels are the factor times lattice values, which are exact in 16 bits."""
+    """Its levels are the factor times lattice values, which both 16-bit dtypes hold exactly."""
     facts = stream.DISTRIBUTIONS[distribution]
     lattice = facts.lattice(torch.arange(2**facts.bits, dtype=torch.float32))
     for dtype in (torch.float16, torch.bfloat16):
@@ -125,7 +125,7 @@ def test_a_block_is_a_slice_of_the_matrix(distribution):
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_slabs_do_not_show(distribution):
-    """A block of many slabs in both directions equals the entries made at once."""
+    """Entries made in many slabs, in both directions, equal those made at once."""
     rows, columns = 70, 5003
     matrix = feedback_matrix(rows, columns, seed=4, distribution=distribution, column_offset=1)
     at_once = stream.entries(
@@ -140,7 +140,7 @@ def test_slabs_do_not_show(distribution):
 
 
 def test_seeds_and_rows_of_64_bits_all_matter():
-    """No two of these differ in a way that the stream forgets."""
+    """No two of these seeds and offsets give the same entries."""
     blocks = [feedback_matrix(1, 64, seed=seed) for seed in SEEDS]
     blocks += [
         feedback_matrix(1, 64, row_offset=row) for row in (1, 2**31, 2**32, 2**62, 2**63 - 1)
@@ -162,8 +162,8 @@ def test_the_default_device_is_followed():
 class OnOneDevice(TorchDispatchMode):
     """Fails where an operator reads or makes a tensor that is not on the device "meta".
 
-    It stands for a GPU: a tensor elsewhere would have to be copied there.
-    Reading values back fails by itself, as it has none.
+    "meta" stands for a GPU, to which any other tensor would have to be copied.
+    Reading values back fails by itself, because meta tensors have none.
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -193,8 +193,8 @@ def test_a_copy_and_a_reading_are_noticed(wrong):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_nothing_comes_from_the_host_to_an_accelerator(monkeypatch, distribution, dtype):
-    """A CUDA graph can be captured from the first call on, and no call waits."""
-    for name in ("tensor", "as_tensor", "from_numpy"):  # these copy Python's values, unseen
+    """So a CUDA graph can be captured from the first call on, and no call waits for a copy."""
+    for name in ("tensor", "as_tensor", "from_numpy"):  # these copy Python's values unseen
         monkeypatch.delattr(torch, name)
     layers = Layers((0, 3, 2**40), (70, 33, 5), (1.0, 0.5, 0.25))
     matrix = stream.Stream(7, 3, distribution)

@@ -324,7 +324,7 @@ def test_any_number_of_layers_is_one_launch(emulator, layers):
     shared = [0] * layers
     own = [sum(sizes[:i]) for i in range(layers)]
     apart = (torch.randint(0, 15 * layers, (layers,), generator=generator) + 2**40).tolist()
-    error = random_error(2, 8, torch.bfloat16)
+    error = random_error(2, 8, dtype=torch.bfloat16)
     cases = [Projection(error, sizes, row_offsets=rows) for rows in (shared, own, apart)]
     for (log, _), case in zip(run_all(emulator, cases), cases, strict=True):
         covered = set()
@@ -339,16 +339,16 @@ def test_any_number_of_layers_is_one_launch(emulator, layers):
 
 
 def test_an_aligned_16_bit_error_is_read_where_it_lies(emulator):
-    wide = random_error(20, 96, torch.bfloat16)
+    wide = random_error(20, 96, dtype=torch.bfloat16)
     shard = Projection(wide[:, :72], [30], distribution="rademacher", column_offset=256)
-    row = Projection(random_error(20, 97, torch.bfloat16)[:1, :72], [30])  # of any stride
+    row = Projection(random_error(20, 97, dtype=torch.bfloat16)[:1, :72], [30])  # of any stride
     as_it_is = [Projection(wide, [30]), shard, row, Projection(wide[:1, 8:16].clone(), [30])]
     copied = [
         Projection(wide, [30], misaligned=2),
         Projection(wide, [30], column_offset=4),
         Projection(wide[:, :72], [30], distribution="rademacher", column_offset=8),
         Projection(wide[:, :71], [30]),
-        Projection(random_error(20, 97, torch.bfloat16)[:, :72], [30]),  # rows begin anywhere
+        Projection(random_error(20, 97, dtype=torch.bfloat16)[:, :72], [30]),  # rows begin anywhere
         Projection(wide.T, [30]),
         Projection(wide[:, ::2], [30]),
         Projection(wide[0].expand(5, 96), [30]),
@@ -409,7 +409,7 @@ def test_the_terms_of_an_fp32_error(emulator, terms):
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("error_type", TYPES[:3], ids=str)
 def test_output_types(emulator, error_type, dtype):
-    error = random_error(5, 20, error_type)
+    error = random_error(5, 20, dtype=error_type)
     cases = [Projection(error, [7, 40], row_offsets=[0, 9], dtype=dtype)]
     run_all(emulator, cases)
 

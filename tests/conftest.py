@@ -99,6 +99,12 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Unseeded random numbers are the same in every run, process and order of tests."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def precision():
     """Sets the precision of fp32 products and restores it after the test."""

@@ -174,7 +174,6 @@ def check_projection(error, offsets, sizes, scales, seed, column_offset, distrib
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_projection(isa, threads, distribution, dtype):
-    torch.manual_seed(0)
     for m in (*range(10), 12, 13, 25, 129):
         n = (10, 1, 8, 129, 600)[m % 5]
         offsets, sizes = [7, 2**32 - 5, 0, 7], [70, 40, 131, 70]
@@ -187,14 +186,12 @@ def test_projection(isa, threads, distribution, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("out_dtype", DTYPES)
 def test_output_types(isa, dtype, out_dtype):
-    torch.manual_seed(0)
     error = torch.randn(5, 33).to(dtype)
     check_projection(error, [0, 3], [65, 1], [0.1, 1.0], 1, 1, "normal", out_dtype)
 
 
 def test_column_tiles(isa, threads):
     """More columns than one tile, than several."""
-    torch.manual_seed(0)
     for m, n, size in ((3, 513, 70), (14, 1700, 300), (130, 1025, 150)):
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             check_projection(torch.randn(m, n).to(dtype), [1], [size], [0.1], 4, 5, "normal")
@@ -202,7 +199,6 @@ def test_column_tiles(isa, threads):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_streamed_error(dtype, threads):
-    torch.manual_seed(0)
     check_projection(torch.randn(1100, 8200).to(dtype), [9], [70], [0.1], 4, 5, "normal")
     check_projection(
         torch.randn(4200, 1537).to(dtype), [9, 0], [70, 10], [0.1, 1.0], 4, 0, "rademacher"

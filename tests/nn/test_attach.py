@@ -171,7 +171,6 @@ def test_batch_dimensions_of_each_point():
 
 
 def test_convolutional_model():
-    torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(),
         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, CLASSES),

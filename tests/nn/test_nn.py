@@ -21,6 +21,7 @@ from tests.nn.networks import (
     gradients,
     perceptron,
 )
+from tests.samples import DTYPES
 
 SOURCES = [
     {"seed": 1},
@@ -33,7 +34,6 @@ SOURCES = [
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("network", [Perceptron, Convolutions, Tokens])
 def test_gradients_are_eq_3_by_hand(network, source):
-    torch.manual_seed(0)
     model = network(keep=True, **source).double()
     x = torch.randn(getattr(network, "inputs", (BATCH, 8)), dtype=torch.float64)
     batch_dims = 2 if network is Tokens else 1
@@ -55,7 +55,7 @@ def test_last_layer_is_trained_as_by_backprop():
     assert_equal(backward(ours, x, y)[-2:], backward(theirs, x, y)[-2:])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dtype_trains_as_double_does_to_its_precision(dtype):
     x, y = batch(dtype)
     expected = backward(perceptron(dtype=torch.float64), x.double(), y)
@@ -68,7 +68,6 @@ def test_every_dtype_trains_as_double_does_to_its_precision(dtype):
 
 def test_rows_of_the_error_serve_several_rows_of_an_activation():
     """One error per image, many patches: each patch gets the image's signal / sqrt(patches)."""
-    torch.manual_seed(0)
     patches, width = 9, 16
     linear, point, head = nn.Linear(4, width), DFALayer(batch_dims=(0, 1)), nn.Linear(width, 5)
     dfa = DFA([point], seed=4)
@@ -85,7 +84,6 @@ def test_rows_of_the_error_serve_several_rows_of_an_activation():
 
 def test_batch_dims_may_be_anywhere():
     """[features, batch] activations get the transpose of what [batch, features] get."""
-    torch.manual_seed(0)
     h = torch.randn(16, BATCH, requires_grad=True)
     error = torch.randn(BATCH, CLASSES)
     point = DFALayer(batch_dims=(1,))

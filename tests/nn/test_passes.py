@@ -142,7 +142,6 @@ def test_two_models_one_inside_the_others_pass():
 
 
 def test_a_layer_called_twice_trains_its_last_or_all_its_activations():
-    torch.manual_seed(0)
     first, second = torch.randn(2, 6, 7)
     found = {}
     for handling in HANDLING:
@@ -191,7 +190,6 @@ def test_gradient_of_a_frozen_layer_is_not_made():
 
 def test_training_with_a_layer_outside_any_module():
     """Functional wiring: no module holds both the layers and the output."""
-    torch.manual_seed(0)
     body, head = nn.Linear(8, 16), nn.Linear(16, 5)
     point = DFALayer()
     dfa = DFA([point])

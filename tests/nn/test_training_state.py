@@ -200,7 +200,6 @@ def test_sizes_of_a_state_normalize_where_a_layer_is_skipped():
 
 def test_only_training_passes_set_sizes():
     """Images of another size may be evaluated and measured, before saving or after loading."""
-    torch.manual_seed(0)
     small, large = torch.randn(6, 2, 8, 8), torch.randn(6, 2, 9, 9)
     model = Pooled(normalization="shared")
     model(small).square().sum().backward()
@@ -220,7 +219,6 @@ def test_only_training_passes_set_sizes():
 
 
 def test_a_measuring_pass_is_normalized_by_its_own_sizes():
-    torch.manual_seed(0)
     images = torch.randn(6, 2, 9, 9)
     scales = []
     for train_first in (False, True):

@@ -135,7 +135,6 @@ def test_compiled_backward_keeps_one_projection(compiler):
 
 def test_compiled_patches_share_their_images_error(compiler):
     """Nine patches per image share one error; the batch size changes."""
-    torch.manual_seed(0)
     body, head, point = nn.Linear(8, 16), nn.Linear(16, 5), DFALayer(batch_dims=(0, 1))
     model = nn.ModuleList([body, head, point, DFA([point])])
 

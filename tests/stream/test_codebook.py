@@ -9,6 +9,7 @@ import torch
 
 from dfa_kernels import stream
 from tests import reference
+from tests.samples import DTYPES
 from tests.stream import codebook_guard_band as guard_band
 
 SHA256 = reference.KNOWN["codebook_bf16_sha256"]
@@ -100,7 +101,7 @@ def test_the_stream_evaluates_the_exact_levels(arithmetic, patterns):
     assert guard_band.patterns_of(stream.codebook_values(arithmetic)) == patterns
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_levels_are_exact_in_every_dtype(dtype, patterns):
     levels = stream.levels("normal", dtype, torch.device("cpu"))
     assert levels.dtype == dtype

@@ -14,6 +14,7 @@ from dfa_kernels.backends import torch as plain
 from dfa_kernels.layers import Layers
 from tests import reference
 from tests.reference import DISTRIBUTIONS
+from tests.samples import DTYPES
 
 SEEDS = (0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1)
 CORNERS = [  # (row_offset, column_offset)
@@ -95,7 +96,7 @@ def test_entries_are_the_second_implementations(distribution, seed):
         assert torch.equal(entries, expected), where
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_every_dtype_holds_the_same_entries(distribution, dtype):
     entries = feedback_matrix(7, 300, seed=3, distribution=distribution, dtype=dtype)
@@ -190,7 +191,7 @@ def test_a_copy_and_a_reading_are_noticed(wrong):
         wrong(here, there)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_nothing_comes_from_the_host_to_an_accelerator(monkeypatch, distribution, dtype):
     """So a CUDA graph can be captured from the first call on, and no call waits for a copy."""

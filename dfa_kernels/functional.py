@@ -64,12 +64,7 @@ def project(
     """
     if not isinstance(error, Tensor):
         raise TypeError(f"project: error must be a tensor, got {type(error).__name__}")
-    checks.dtype("project", "error", error.dtype)
-    compiling = torch.compiler.is_compiling()
-    # A Function's backward cannot ask for the layout while it is compiled.
-    if not compiling and (error.is_nested or error.layout != torch.strided):
-        kind = "a nested one" if error.is_nested else error.layout
-        raise TypeError(f"project: error must be a strided tensor, got {kind}")
+    check_error(error)
     if error.dim() == 0:
         raise ValueError("project: error must have at least one dimension, got a scalar tensor")
     columns = error.shape[-1]
@@ -124,6 +119,15 @@ def project(
     if error.dim() != 2:
         signals = [signal.view(*batch, signal.shape[1]) for signal in signals]
     return [signals[place] for place in places]
+
+
+def check_error(error: Tensor) -> None:
+    """Check that this is a strided tensor of a dtype the library computes in."""
+    checks.dtype("project", "error", error.dtype)
+    # A Function's backward cannot ask for the layout while it is compiled.
+    if not torch.compiler.is_compiling() and (error.is_nested or error.layout != torch.strided):
+        kind = "a nested one" if error.is_nested else error.layout
+        raise TypeError(f"project: error must be a strided tensor, got {kind}")
 
 
 def project_layers(

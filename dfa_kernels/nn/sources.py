@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeGuard
 import torch
 from torch import Tensor
 
-from dfa_kernels import checks, functional
+from dfa_kernels import checks, functional, stream
 from dfa_kernels.layers import Layers
 from dfa_kernels.stream import Stream
 
@@ -87,12 +87,14 @@ class Seeded(NamedTuple):
 
     def project(self, error: Tensor, layers: Layers, dtype: torch.dtype) -> list[Tensor]:
         """All signals by one projection."""
-        checks.dtype("project", "error", error.dtype)
+        functional.check_error(error)  # a transform may make anything of it
         checks.dtype("project", "dtype", dtype)
+        last = stream.ROWS - 1  # those of a state may be anything, too
+        checks.integers("project", "row_offsets", layers.row_offsets, low=0, high=last)
         for first, size in zip(layers.row_offsets, layers.sizes, strict=True):
-            checks.rows("project", "row_offsets", first, size)  # those of a state may be anything
-        stream = Stream(checks.seed("project", self.seed), 0, self.distribution)
-        return functional.project_layers(error, layers, stream, dtype, self.backend)
+            checks.rows("project", "row_offsets", first, size)
+        matrix = Stream(checks.seed("project", self.seed), 0, self.distribution)
+        return functional.project_layers(error, layers, matrix, dtype, self.backend)
 
     def describe(self) -> dict[str, Any]:
         """What a state restores."""

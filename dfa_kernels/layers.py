@@ -54,12 +54,12 @@ class Layers(NamedTuple):
     def slabs(self, rows: int) -> Iterator[Slab]:
         """Cut the union of the layers' rows into slabs of at most `rows` rows.
 
-        Every row of the union is in exactly one slab. Slabs have no other rows.
+        Every row of the union is in exactly one slab. Slabs have no other rows. A slab's layers
+        are in an order that does not depend on the given one, so sums over them do not either.
         """
         ends = [first + size for first, size in zip(self.row_offsets, self.sizes, strict=True)]
-        waiting = sorted(
-            range(len(ends)), key=lambda layer: (self.row_offsets[layer], ends[layer]), reverse=True
-        )  # the next layer to begin is last
+        ordered = sorted(zip(self.row_offsets, ends, self.scales, range(len(ends)), strict=True))
+        waiting = [layer for *_, layer in reversed(ordered)]  # the next layer to begin is last
         active: list[int] = []
         position = 0
         while waiting or active:

@@ -5,6 +5,7 @@ This module can be called: `dfa_kernels.backends()` lists them.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 
@@ -17,6 +18,10 @@ class _Callable(types.ModuleType):
     def __call__(self) -> list[registry.BackendStatus]:
         """See `registry.backends`."""
         return registry.backends()
+
+    def __reduce__(self) -> tuple:
+        # Copied and pickled by its name, as a function is.
+        return importlib.import_module, (self.__name__,)
 
 
 sys.modules[__name__].__class__ = _Callable

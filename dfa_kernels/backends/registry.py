@@ -188,7 +188,7 @@ def choose(function: str, device: torch.device, backend: str | None, tracing: bo
         backend = os.environ.get(source) or None
     if backend is None:
         return _chosen.get(device) or _automatic(device, tracing)
-    if backend not in BACKENDS:
+    if backend not in tuple(BACKENDS):  # what is asked for may have no hash
         names = ", ".join(map(repr, BACKENDS))
         raise ValueError(f"{function}: {source} must be one of {names}, got {backend!r}")
     reason = unavailable(backend, device.type)

@@ -101,7 +101,8 @@ class DFA(nn.Module):
             torch.compile, which plans memory itself.
 
     Attributes:
-        source: the `Source` of the signals; another one takes effect with the next signal.
+        source: the `Source` of the signals; another one takes effect with the next signal. One that
+            is an `nn.Module` gives way to another module only: `del dfa.source` first.
         seed, distribution, backend, matrices, row_offsets, normalization: as they are in force;
             read-only.
         mode, no_training, feedback_points_handling, batch_dims: may be set between passes.
@@ -173,6 +174,8 @@ class DFA(nn.Module):
             raise ValueError("DFA: lean needs one matrix for all layers, got independent ones")
         row_offsets = tuple(0 if shared else index * INDEPENDENT_ROWS for index in range(count))
         self._slicing = Slicing(row_offsets, normalization)
+        if isinstance(normalization, nn.Module):
+            self._modules["normalization"] = normalization  # the property is in setattr's way
         self.masks = check_masks(mask, [layer.name for layer in self.dfa_layers])
         mode = "shallow" if no_training else "dfa"
         self._group = Group(mode, FeedbackPointsHandling.LAST, (0,), lean)

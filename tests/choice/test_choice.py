@@ -1,7 +1,9 @@
 """What an automatic choice takes where backends are checked before their first use."""
 
+import copy
 import importlib
 import logging
+import pickle
 import re
 
 import pytest
@@ -277,6 +279,8 @@ def test_the_package_of_backends_is_a_module_and_lists_them():
 
     assert triton is registry.BACKENDS["triton"]
     assert dfa_kernels.backends() == registry.backends()
+    assert copy.deepcopy(dfa_kernels.backends) is dfa_kernels.backends
+    assert pickle.loads(pickle.dumps(dfa_kernels.backends)) is dfa_kernels.backends
 
 
 def test_ranks_are_the_order_of_the_choice(monkeypatch):

@@ -124,6 +124,11 @@ def test_error_transform_is_applied_to_the_flattened_error():
     assert shapes == [(24, 5)]
 
 
+def test_a_transformed_error_must_be_strided():
+    with pytest.raises(TypeError, match=r"project: error must be a strided tensor, got .*sparse"):
+        signals(torch.randn(6, 5), [7], error_transform=torch.Tensor.to_sparse)
+
+
 def test_error_transform_leaves_the_last_layers_error():
     x, y = batch()
     plain, signed = (

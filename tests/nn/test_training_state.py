@@ -165,6 +165,16 @@ def test_loading_refuses_what_does_not_fit(changes, message):
     assert model.dfa.seed == 7
 
 
+@pytest.mark.parametrize(
+    ("offset", "kind"), [(-1, ValueError), (1.5, TypeError), (True, TypeError), ("0", TypeError)]
+)
+def test_rows_of_a_state_that_are_none_are_refused(offset, kind):
+    model = perceptron(backend="torch")
+    model.load_state_dict(edited(model, row_offsets=[0, offset, 0]))
+    with pytest.raises(kind, match=r"project: row_offsets\[1\] must be .* got"):
+        backward(model, *batch())
+
+
 def test_loading_refuses_what_is_no_state():
     state = {**perceptron().state_dict(), KEY: torch.zeros(3)}
     with pytest.raises(TypeError, match=r"state must be a uint8 tensor, got torch\.float32"):
@@ -251,6 +261,23 @@ def test_state_with_a_function_for_normalization():
     other = perceptron(normalization=tinydfa_scales)
     other.load_state_dict(model.state_dict())
     assert_equal(backward(other, x, y), backward(model, x, y))
+
+
+def test_a_normalization_that_is_a_module_is_a_submodule():
+    class Scales(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.register_buffer("scale", torch.tensor(scale))
+
+        def forward(self, sizes, error_size):
+            return [self.scale.item()] * len(sizes)
+
+    model, other = (perceptron(normalization=Scales(scale)) for scale in (0.5, 2.0))
+    assert "dfa.normalization.scale" in model.state_dict()
+    other.load_state_dict(model.state_dict())
+    expected = backward(perceptron(normalization=0.5), *batch())
+    for one in (model, other, copy.deepcopy(other)):
+        assert_equal(backward(one, *batch()), expected)
 
 
 def test_state_with_a_stored_matrix_does_not_hold_it():

@@ -108,6 +108,7 @@ PROJECT = [
     ({"dtype": torch.int32}, TypeError, r"dtype must be float16, .* got torch.int32"),
     ({"dtype": "float32"}, TypeError, r"dtype must be float16, .* got 'float32'"),
     ({"backend": "abacus"}, ValueError, r"backend must be one of 'torch'.* got 'abacus'"),
+    ({"backend": ["cpp"]}, ValueError, r"backend must be one of .* got \['cpp'\]"),
 ]
 
 MATRIX = [
@@ -130,6 +131,7 @@ MATRIX = [
     ),
     ({"dtype": torch.uint8}, TypeError, r"dtype must be float16, .* got torch.uint8"),
     ({"backend": "abacus"}, ValueError, r"backend must be one of .* got 'abacus'"),
+    ({"backend": ["cpp"]}, ValueError, r"backend must be one of .* got \['cpp'\]"),
 ]
 
 

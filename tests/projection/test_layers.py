@@ -53,3 +53,10 @@ def test_slabs_cover_every_row_once():
                     assert range(offset, offset + size)[in_layer] == shared
                     assert range(slab.first, slab.last)[in_slab] == shared
         assert sorted(covered) == sorted(wanted)
+
+
+def test_a_slabs_layers_come_in_one_order_however_given():
+    layers = [(3, 5, -1.0), (0, 9, 2.0), (3, 5, 0.5), (0, 9, 1.0), (3, 4, 7.0)]
+    for given in (layers, layers[::-1]):
+        (slab,) = Layers(*zip(*given, strict=True)).slabs(10)
+        assert [given[layer] for layer in slab.layers] == [layers[i] for i in (3, 1, 4, 0, 2)]

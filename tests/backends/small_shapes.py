@@ -1,7 +1,7 @@
 """Runs every tile and way of the GPU backends at small awkward shapes, for compute-sanitizer.
 
     compute-sanitizer --tool memcheck python tests/backends/small_shapes.py [BACKEND ...]
-    python tests/backends/small_shapes.py triton --part 2/16    # in parts, to split up compilation
+    python tests/backends/small_shapes.py triton --part 2/16    # 2nd of 16, to share compilation
     ncu python tests/backends/small_shapes.py --large
 
 With `--large` it runs large shapes instead, for a profiler. The default is all GPU backends. A

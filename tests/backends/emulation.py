@@ -1,4 +1,4 @@
-"""The emulator's side of the tests of the CUDA kernels: its requests, its answers, their bounds."""
+"""Talks to the emulator of the CUDA kernels: builds requests, reads and checks answers."""
 
 import math
 import os
@@ -12,7 +12,7 @@ from tests.conftest import EPSILON
 from tests.reference import DISTRIBUTIONS
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # as dfa::Type
-SHARED = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}  # bytes that a block may have
+SHARED = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}  # bytes per thread block
 UNIT = {"normal": 1.0, "uniform": math.sqrt(3), "rademacher": 1.0}
 ORDERS = {
     "at-once": {},
@@ -100,7 +100,7 @@ class Projection:
         return head + stored + words(*layers)
 
     def signals(self, data):
-        """(launches, tile and blocks of the last one), and one signal a layer."""
+        """(launches, tile and thread blocks of the last one), and one signal per layer."""
         shapes = [(self.error.shape[0], size) for size in self.sizes]
         return struct.unpack("<3q", data[:24]), as_tensors(data[24:], self.dtype, shapes)
 
@@ -108,9 +108,9 @@ class Projection:
         return 24 + self.error.shape[0] * sum(self.sizes) * self.dtype.itemsize
 
     def check(self, signals):
-        """Against float64, to the bound of a sum in fp32 whose every addition is cut off.
+        """Compare with float64, to the bound of an fp32 sum that truncates every addition.
 
-        Of an fp32 error, `terms` bf16 terms leave out 2^-(8 * terms).
+        `terms` bf16 terms of an fp32 error leave out 2^-(8 * terms) of it.
         """
         exact = reference_project(self, self.error)
         magnitudes = reference_project(self, self.error.abs(), absolute=True)

@@ -1,13 +1,12 @@
-"""Every tile and way of the GPU backends at small awkward shapes, for compute-sanitizer; the large
-ones for a profiler.
+"""Runs every tile and way of the GPU backends at small awkward shapes, for compute-sanitizer.
 
     compute-sanitizer --tool memcheck python tests/backends/small_shapes.py [BACKEND ...]
-    python tests/backends/small_shapes.py triton --part 2/16    # the second of 16, to compile all
+    python tests/backends/small_shapes.py triton --part 2/16    # 2nd of 16, to share compilation
     ncu python tests/backends/small_shapes.py --large
 
-By default of all GPU backends. A call that fails does not stop the next; the exit status says
-whether one did. Imports only the package, and launches no more than it must: under a sanitizer
-everything costs.
+With `--large` it runs large shapes instead, for a profiler. The default is all GPU backends. A
+failed call does not stop the next; the exit status says whether one failed. Imports only the
+package and launches as little as possible, because everything is slow under a sanitizer.
 """
 
 import argparse
@@ -25,30 +24,30 @@ BACKENDS = ("cuda", "triton")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PRECISIONS = ("highest", "high", "medium")  # of an fp32 error
 
-# Rows and columns of an error, elements before its first, and the column of U that it begins at.
-# Several chunks of 64 or 128 columns, and once more than two steps of 512, the longest there are,
-# so that every stage of a pipeline comes round again; rows and columns around a tile's edge; as
-# aligned as can be, and not at all.
+# Batch and columns of an error, elements stored before its first, and the column of U it begins at.
+# Each has several chunks of 64 or 128 columns. One has more than two steps of 512, the longest, so
+# that the stages of a pipeline come round again. Batch and columns lie around a tile's edge. One
+# error is as aligned as can be, the other not at all.
 ERRORS = ((5, 1088, 0, 0), (131, 397, 1, 3))
-# Odd sizes, of layers that share rows, that do not, and that begin far away.
+# Odd sizes. Some layers share rows, some do not, and one begins far away.
 SIZES, ROW_OFFSETS = (33, 7, 129, 1, 257), (0, 0, 5, 300, 2**40)
-MANY = 300  # layers, more than travel as arguments of a launch
+MANY = 300  # layers, more than fit in the arguments of a launch
 
 
 def error_of(rows, columns, before, dtype, device):
-    """An error made on the CPU: what a copy writes, the sanitizers see."""
+    """An error made on the CPU: the sanitizers see what a copy writes."""
     storage = torch.randn(before + rows * columns, dtype=torch.float64).to(dtype).to(device)
     return storage[before:].view(rows, columns)
 
 
 def arguments(error, row_offsets, sizes, column_offset, distribution):
-    """What a backend's `project` and its ways take."""
+    """The arguments of a backend's `project` and of its ways."""
     layers = Layers.of(row_offsets, sizes, [0.5] * len(sizes))
     return error, layers, stream.Stream(-3, column_offset, distribution)
 
 
 def ways_of(name, backend, error, distribution):
-    """(label, way) of every way of a backend that takes this error."""
+    """(label, way) for every way of a backend that takes this error."""
     ways = list(backend.ways(error, distribution))
     if not ways:
         raise RuntimeError(f"{name} has no way to project {error.dtype}, {distribution}")
@@ -57,9 +56,9 @@ def ways_of(name, backend, error, distribution):
 
 
 def projections(name, backend, device):
-    """(label, call) of every way with every dtype, at every precision of fp32.
+    """(label, call) for every way, every dtype, and every precision of fp32.
 
-    Signals are of the error's dtype, and of fp32 too where the error is not aligned.
+    Signals have the error's dtype. A misaligned error also gives fp32 signals.
     """
     for distribution, dtype, (rows, columns, before, column_offset) in itertools.product(
         stream.DISTRIBUTIONS, DTYPES, ERRORS
@@ -77,7 +76,7 @@ def projections(name, backend, device):
 
 
 def many_layers(name, backend, device):
-    """(label, call) of every way of a bf16 error into so many layers that a table goes ahead."""
+    """(label, call) for every way of a bf16 error with enough layers to need an uploaded table."""
     error = error_of(5, 77, 0, torch.bfloat16, device)
     sizes = [1 + i % 40 for i in range(MANY)]
     given = arguments(error, range(0, 60 * MANY, 60), sizes, 0, "normal")
@@ -86,7 +85,7 @@ def many_layers(name, backend, device):
 
 
 def terms_made_ahead(name, backend, device):
-    """(label, call) of an fp32 error and so many entries that its terms are made beforehand."""
+    """(label, call) for an fp32 error and enough entries that its terms are made beforehand."""
     error = error_of(3, 1001, 0, torch.float32, device)
     given = (*arguments(error, [0], [2**25 // 1000], 0, "normal"), torch.float32)
     for precision in PRECISIONS:
@@ -103,13 +102,13 @@ def blocks(name, backend, device):
 
 
 def small(name, backend, device):
-    """(label, call) of everything a backend can do."""
+    """(label, call) for everything a backend can do."""
     for part in (projections, many_layers, terms_made_ahead, blocks):
         yield from part(name, backend, device)
 
 
 def large(name, backend, device):
-    """(label, call) of the fused kernel where generation costs most, and of blocks for slabs."""
+    """(label, call) for the fused kernel where generation costs most, and for a slab's entries."""
     for dtype, distribution in itertools.product(
         (torch.bfloat16, torch.float32), ("normal", "rademacher")
     ):
@@ -124,7 +123,7 @@ def large(name, backend, device):
 
 
 def run(calls, synchronize):
-    """Make the calls, each named before what a sanitizer says of it: how many, how many failed."""
+    """Make the calls, each label printed ahead of a sanitizer's report on it: (made, failed)."""
     made, failed = 0, 0
     for label, call in calls:
         print(label, flush=True)
@@ -139,7 +138,7 @@ def run(calls, synchronize):
 
 
 def main(names, part=(1, 1), with_large=False, device="cuda", synchronize=torch.cuda.synchronize):
-    """Run a part, such as (2, 16), of the backends that are named; how many of those failed."""
+    """Run a part, such as (2, 16), of the named backends; return how many backends failed."""
     wrong = 0
     before = torch.get_float32_matmul_precision()
     for name in names:

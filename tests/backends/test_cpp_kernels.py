@@ -124,7 +124,7 @@ def test_feedback_matrix_in_strips(isa, threads, distribution):
         3,
         distribution,
         torch.float32,
-    )  # one row is more than a strip
+    )  # one row is longer than a strip
     same(feedback_matrix(*place), expected(*place))
     place = (999, 131, 2, 2**32 - 500, 3, distribution, torch.float32)
     same(feedback_matrix(*place), expected(*place))
@@ -136,7 +136,7 @@ def test_feedback_matrix_in_strips(isa, threads, distribution):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_projected_identity_is_the_matrix(isa, threads, distribution, dtype):
-    """Bit for bit through the other generator: every sum has one term that is not zero."""
+    """Bit for bit, through the projection's own generator: every sum has one nonzero term."""
     for i, size in enumerate((1, 7, 8, 9, 127, 129)):
         row_offset = (0, 5, 2**32 - 3, 2**33 - 100, 2**63 - 130, 17)[i]
         for n, column_offset in ((9, 0), (1, 7), (129, 127), (40, 2**34 - 40)):
@@ -159,7 +159,7 @@ def test_projected_identity_is_the_matrix(isa, threads, distribution, dtype):
                 distribution=distribution,
             )
             want = torch.from_numpy(lattice).T.contiguous()
-            if distribution == "uniform":  # the scale is one rounding away from 1
+            if distribution == "uniform":  # the scale is one rounding from 1
                 torch.testing.assert_close(out.double(), want, rtol=2 * EPSILON[dtype], atol=0)
             else:
                 same(out, want.to(dtype))
@@ -228,7 +228,7 @@ def test_ranges_far_apart(isa):
 @pytest.mark.parametrize("error_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_signals_larger_than_the_caches(isa, dtype, error_dtype):
-    """Whole cache lines are written past the caches: the same bits, wherever lines begin."""
+    """Streaming stores of whole cache lines give the same bits, wherever lines begin."""
     sizes, offsets, scales = (
         [1003, 900, 517, 803, 1],
         [0, 5, 3, 7, 1100],
@@ -244,7 +244,7 @@ def test_signals_larger_than_the_caches(isa, dtype, error_dtype):
         assert all(torch.equal(s[part], e) for s, e in zip(signals, expected, strict=True))
 
 
-def test_threads_do_not_change_bits(isa, threads):  # which restores their number
+def test_threads_do_not_change_bits(isa, threads):  # the fixture restores their number
     error = torch.randn(20, 700)
     outputs = []
     for count in (threads, 3 - threads):
@@ -272,7 +272,7 @@ def test_non_finite_errors(isa, dtype, bad):
 
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])
 def test_nan_payloads_stay_nan(isa, out_dtype):
-    """A NaN whose significand is all ones must not carry into the sign when shortened."""
+    """Rounding a NaN whose significand is all ones must not carry into the sign."""
     error = torch.full((1, 1), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
     (out,) = project(error, [0], [40], [1.0], dtype=out_dtype)
     assert out.isnan().all()
@@ -297,7 +297,7 @@ def test_float16_rounds_once(isa):
 
 
 def test_double_rounds_once(isa):
-    """Past the middle of two neighbours by less than fp32 can hold: rounding twice would show."""
+    """Values off a rounding midpoint by less than fp32 can hold: rounding twice would show."""
     for dtype, bits in ((torch.bfloat16, 8), (torch.float16, 11)):
         middle = 1 + 2.0**-bits
         error = torch.tensor(

@@ -13,7 +13,7 @@ from tests.reference import DISTRIBUTIONS
 
 
 def test_which_way():
-    """Few rows of error, or little to make: fused. Many: slabs, and sooner with more columns."""
+    """Fused for a small batch or few entries. Slabs for a large batch, sooner with more columns."""
 
     def by_slabs(
         sizes, rows, columns, terms, distribution="normal", in_place=False, row_offsets=None
@@ -39,7 +39,7 @@ def test_which_way():
         if by_slabs(large, rows, 1000, 1):
             assert by_slabs(large, rows, 50_000, 1)
             assert by_slabs(large, rows, 1000, 1, in_place=True)
-    # Every slab and layer is a launch more, and what layers share is made once.
+    # Every slab and layer costs a launch, and rows that layers share are generated once.
     assert by_slabs([3_211_264], 4096, 100, 1, in_place=True)
     assert not by_slabs([4096], 4096, 100, 1, in_place=True)
     many = [2049 + 43 * i for i in range(48)]
@@ -51,7 +51,7 @@ def test_which_way():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_every_way(monkeypatch, dtype):
-    """Each tile that there is for the error, with blocks for one multiprocessor, and the slabs."""
+    """Each tile for the error, with thread blocks for one multiprocessor, and the slabs."""
     forced = []
 
     def tiles(distribution, dtype, terms, device):
@@ -107,7 +107,7 @@ def test_why_not():
 
 
 def test_old_gpus_are_named(monkeypatch):
-    """For both backends of tensor cores, whichever device is the current one."""
+    """Whichever device is current; both backends that use tensor cores rely on it."""
     capabilities = [(9, 0), (7, 5)]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)

@@ -44,7 +44,7 @@ SOURCES = [HOST / "main.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
-    """The program, compiled."""
+    """The compiled emulator."""
     folder = tmp_path_factory.mktemp("emulator")
     flags = ["-std=c++17", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
     flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{HOST}"]
@@ -69,7 +69,7 @@ FAR_SIZES = [5, 40, 5, 9, 1, 9, 3]
 
 
 class Tile(NamedTuple):
-    """One of csrc/cuda/kernels.h."""
+    """A tile of csrc/cuda/kernels.h."""
 
     index: int
     rows: int
@@ -86,7 +86,7 @@ OPERANDS = {
 
 
 def tiles(emulator, dtype, terms, shared=SHARED["sm_90"]):
-    """The tiles that such an error may take."""
+    """The tiles that an error of this dtype may take."""
     listing = run(emulator, words(4, shared, TYPES.index(dtype), terms), ORDERS["at-once"])
     lines = (line.split("\t") for line in listing.decode().splitlines())
     return [Tile(*map(int, line[:4]), line[4]) for line in lines]
@@ -94,14 +94,14 @@ def tiles(emulator, dtype, terms, shared=SHARED["sm_90"]):
 
 @pytest.mark.parametrize(
     ("operand", "distribution"),
-    [  # every tile of every operand, and in the slow battery with every distribution
+    [  # every tile of every operand; the slow tests add every distribution
         pytest.param(operand, distribution, marks=[pytest.mark.slow] * (i % 3 != j))
         for i, operand in enumerate(OPERANDS)
         for j, distribution in enumerate(DISTRIBUTIONS)
     ],
 )
 def test_every_tile(emulator, distribution, operand):
-    """Several tiles in turn, three steps of columns, layers that overlap and cross row 2**32."""
+    """Several tiles per block, three steps of columns, layers that overlap and cross row 2**32."""
     dtype, terms = OPERANDS[operand]
     for tile in tiles(emulator, dtype, terms):
         rows, far = tile.rows, 2**32 - 5
@@ -109,7 +109,7 @@ def test_every_tile(emulator, distribution, operand):
             dtype,
             distribution,
             columns=2 * tile.stage_columns + 5,
-            # Two tiles of error rows, or for the largest ones a part of one.
+            # Two tiles of the batch, or part of one for the largest tiles.
             unit_rows=max(5, tile.errors - 22 if tile.errors <= 32 else tile.errors - 32),
             layers=Layers(
                 row_offsets=(far - rows // 2, far, 2**40 + 1),
@@ -141,7 +141,7 @@ def test_every_tile(emulator, distribution, operand):
 
 
 def check_exact_rows(case, rows, signals):
-    """Entries, sums of integers in any order, and numbers of 24 bits times an entry."""
+    """Entries, integer sums that are exact in any order, and 24-bit numbers times an entry."""
     exact = reference_project(case, case.error)
     in_any_order = ["unit"] if case.where["distribution"] == "normal" else ["unit", "integer"]
     left_out = 2.0 ** -(8 * case.terms) if case.error.dtype == torch.float32 else 0.0
@@ -153,7 +153,7 @@ def check_exact_rows(case, rows, signals):
 
 
 def test_there_is_every_tile(emulator):
-    """Of all that there are, each error has some; those with less memory have fewer."""
+    """Every kind of error has tiles; GPUs with less shared memory have fewer."""
     names = [tile.name for tile in tiles(emulator, torch.bfloat16, 1)]
     assert names == [tile.name for tile in tiles(emulator, torch.float16, 1)]
     assert len(set(names)) == len(names) >= 5
@@ -166,7 +166,7 @@ def test_there_is_every_tile(emulator):
 
 
 def test_what_verify_projects_is_three_steps_of_every_tile(emulator):
-    """So that each of its two stages is filled again before the columns end."""
+    """So that its two stages come round again before the columns end."""
     for dtype, terms in OPERANDS.values():
         columns = Case.of(dtype, "normal").error.shape[1]
         for tile in tiles(emulator, dtype, terms):
@@ -183,7 +183,7 @@ def test_a_tile_that_is_not_there_is_refused(emulator):
 
 
 def test_a_tile_that_does_not_fit_is_not_taken(emulator):
-    """Its stages alone fill the shared memory that there is."""
+    """The tile's stages alone fill the shared memory."""
     (large,) = [tile for tile in tiles(emulator, torch.float32, 2) if tile.name == "128 x 128"]
     too_little = 2 * 2 * large.errors * 2 * large.stage_columns
     assert large in tiles(emulator, torch.float32, 2)
@@ -195,7 +195,7 @@ def test_a_tile_that_does_not_fit_is_not_taken(emulator):
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 def test_in_any_order_of_threads_and_copies(emulator, order):
-    """An error of one or two steps, which stays where it is for as long as its tile lasts."""
+    """Errors of one or two steps, which stay in shared memory for as long as their tile lasts."""
     cases = [
         Projection(
             random_error(tile.errors + 3, columns),
@@ -214,7 +214,7 @@ def test_in_any_order_of_threads_and_copies(emulator, order):
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_which_tile(emulator, distribution):
-    """On an H100: the largest for many rows; for few, those that divide the columns."""
+    """On an H100: the largest tiles for many rows of U; for few, tiles that divide the columns."""
 
     def tile_for(rows, errors, columns=1000, dtype=torch.bfloat16, terms=1):
         where = DISTRIBUTIONS.index(distribution), rows, errors, columns, TYPES.index(dtype), terms
@@ -251,7 +251,7 @@ def test_the_maps_of_the_fragments(emulator):
 @pytest.mark.parametrize("dtype", TYPES[:3], ids=str)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_projected_identity_is_the_matrix(emulator, distribution, dtype):
-    """Bit for bit, with sums of one term that is not zero; among them all normal entries."""
+    """Bit for bit: every sum has one nonzero term. All levels of "normal" occur."""
     places = [(16, 4096, 0, 0), (9, 40, 7, 2**32 - 3), (40, 50, 2**34 - 40, 2**63 - 50)]
     places += [(1, 129, 127, 17), (129, 33, 100, 5)]
     cases = [
@@ -318,7 +318,7 @@ def test_row_offsets_anywhere(emulator):
 
 @pytest.mark.parametrize("layers", [1, 33, 87, 88, 1100])
 def test_any_number_of_layers_is_one_launch(emulator, layers):
-    """Beyond what kernel arguments hold, the table is uploaded in launches of its own."""
+    """A table too long for the kernel arguments is uploaded in separate launches."""
     generator = torch.Generator().manual_seed(layers)
     sizes = torch.randint(1, 20 + 300 // layers, (layers,), generator=generator).tolist()
     shared = [0] * layers
@@ -371,7 +371,7 @@ def test_no_columns_give_zeros(emulator):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3.4e38, 1e-45])
 def test_extreme_errors(emulator, value):
-    """Not finite, near the largest float, or subnormal: what fp32 products would give."""
+    """Non-finite, huge and subnormal errors give what fp32 products would."""
     error = torch.zeros(3, 10)
     error[1, 4] = value
     case = Projection(error, [40], scales=[0.5])
@@ -390,7 +390,7 @@ def test_extreme_errors(emulator, value):
 
 @pytest.mark.parametrize("terms", [1, 2, 3])
 def test_the_terms_of_an_fp32_error(emulator, terms):
-    """Three are as good as an fp32 matrix product, for all that the tensor cores cut sums off."""
+    """Three are as good as an fp32 matrix product, although tensor cores truncate their sums."""
     case = Projection(random_error(8, 1000), [40], terms=terms, dtype=torch.float64)
     ((_, (signal,)),) = run_all(emulator, [case])
     (exact,) = reference_project(case, case.error)
@@ -415,7 +415,7 @@ def test_output_types(emulator, error_type, dtype):
 
 
 def test_the_emulator_sees_mistakes(tmp_path):
-    """Copies not waited for, lanes that part, threads that wait for ever, reads outside."""
+    """Unawaited or unaligned copies, diverging lanes, waits without end, and too much memory."""
     source = """
         #include "../csrc/cuda/device.h"
         using namespace dfa;

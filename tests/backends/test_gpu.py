@@ -1,6 +1,6 @@
-"""What only a GPU shows: streams, graphs, launches, memory, races, and cuRAND as a witness.
+"""What only a GPU shows: streams, graphs, launches, memory, timed races, and agreement with cuRAND.
 
-The tests of values run there too, through the fixture `target`.
+The tests of values also run on a GPU, through the fixture `target`.
 """
 
 import dataclasses
@@ -22,22 +22,22 @@ from tests.benchmarks.races import ONCE, SMALL, machine
 from tests.conftest import assert_projected
 
 SIZES = [700, 33, 700, 1, 129]
-# Rows and columns of a 16-bit error, and layers, whose projection goes by slabs.
+# Batch and columns of a 16-bit error, and sizes of layers, that are projected by slabs.
 BY_SLABS = (4096, 300, [70_000])
 FUSED = ("cuda", "triton")  # the backends that make entries in registers
-# Kernels that may come before the projection's one: the error's terms, a long table of layers.
+# Kernels that may run before the projection's: for the error's terms and a long table of layers.
 BEFORE = ("prepare", "upload", "split_kernel", "addresses_kernel")
 
 
 @pytest.fixture
 def unpoisoned(poison):
-    """Fresh memory as it comes: no fill kernels, no deterministic substitutes."""
+    """Leaves fresh memory as it is: no fill kernels, no deterministic substitutes."""
     torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
 def much_memory():
-    """What a test took is given back, for other processes with tests on the same GPU."""
+    """Frees the memory afterwards, for other test processes on the same GPU."""
     yield
     torch.cuda.empty_cache()
 
@@ -48,7 +48,7 @@ def random_error(*shape, dtype=torch.bfloat16, seed=0):
 
 
 def kernels_of(call):
-    """The names of the kernels and copies that a call puts on the GPU."""
+    """The names of the kernels and copies that a call runs on the GPU."""
     call()
     torch.cuda.synchronize()
     activities = [ProfilerActivity.CUDA, ProfilerActivity.CPU]
@@ -99,13 +99,13 @@ def test_graph_replays_read_the_new_error(gpu_backend, dtype, count, n, sizes):
     error = random_error(count, n, dtype=dtype)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what compiles and caches does so before the capture
+    with torch.cuda.stream(side):  # compile and cache before the capture
         project(error, sizes, seed=3, backend=gpu_backend)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = project(error, sizes, seed=3, backend=gpu_backend)
-    project(error, [8, 9], seed=4, backend=gpu_backend)  # others come between
+    project(error, [8, 9], seed=4, backend=gpu_backend)  # other calls come between
     for seed in (1, 2):
         error.copy_(random_error(count, n, dtype=dtype, seed=seed))
         graph.replay()
@@ -117,7 +117,7 @@ def test_graph_replays_read_the_new_error(gpu_backend, dtype, count, n, sizes):
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_first_call_inside_a_capture_says_what_to_do(gpu_backend, dtype):
-    """Where it compiles or copies at all: "cuda" and "torch" may begin inside."""
+    """Only "triton" must compile or copy first; "cuda" and "torch" may begin inside."""
     error = random_error(5, 61, dtype=dtype)
     if gpu_backend != "triton":
         pytest.skip("it needs no first call")
@@ -150,7 +150,7 @@ assert torch.equal(matrix.cpu(), exact)
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_the_first_call_of_a_process_may_be_captured(gpu_backend, dtype):
-    """What is loaded, compiled or kept by then would have hidden that it cannot be."""
+    """In a new process: what earlier calls loaded, compiled or kept would hide a failure."""
     command = [sys.executable, "-c", FIRST_CALL, gpu_backend, dtype]
     ended = subprocess.run(command, capture_output=True, text=True)
     if gpu_backend == "triton":
@@ -164,7 +164,7 @@ def test_the_first_call_of_a_process_may_be_captured(gpu_backend, dtype):
 @pytest.mark.parametrize("number", [3, 6])
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_graphs_that_torch_compile_captures(gpu_backend, number, requires_grad):
-    """More than four signals have a table of addresses."""
+    """More than four signals need a table of addresses."""
     torch.compiler.reset()
     sizes = [50 + i for i in range(number)]
 
@@ -186,13 +186,13 @@ def test_graphs_that_torch_compile_captures(gpu_backend, number, requires_grad):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("count", "n", "sizes"), [(5, 50, SIZES), BY_SLABS])
 def test_work_goes_to_the_current_stream(gpu_backend, dtype, count, n, sizes):
-    """A projection that did not wait for its stream would read what the sleep holds back.
+    """On any other stream, the projection would read the error before the sleep lets it be copied.
 
-    One that the host waits for is over when it returns. So may the sleep be, where the host is
-    busy with other tests; a longer one tells the two apart.
+    If the host waited for the projection, the stream is idle on return. It may also be idle
+    because a busy host outlasted the sleep; a longer sleep tells the two apart.
     """
     fresh = random_error(count, n, dtype=dtype)
-    # These compile what would otherwise outlast the sleep.
+    # Compile first: that would outlast the sleep.
     expected = project(fresh, sizes, backend=gpu_backend)
     expected_matrix = feedback_matrix(50, 50, device="cuda", backend=gpu_backend)
     for cycles in (400_000_000, 6_000_000_000):  # about 0.2 s and 3 s
@@ -226,7 +226,7 @@ def test_work_goes_to_the_errors_device(gpu_backend):
 
 @pytest.mark.usefixtures("unpoisoned")
 def test_a_race_of_graph_replays(gpu_backend):
-    """The benchmarks' way to time, with stored matrices in TF32: all are right and get times."""
+    """Timed as the benchmarks do, beside stored matrices in TF32: all are correct and get times."""
     case = dataclasses.replace(SMALL, device_type="cuda", precision="high", graph=True)
     roofs = dataclasses.replace(
         machine(),
@@ -246,7 +246,7 @@ def test_a_race_of_graph_replays(gpu_backend):
 
 @pytest.mark.usefixtures("unpoisoned")
 def test_a_stream_waits_for_what_another_has_not_yet_copied(gpu_backend):
-    """Layers first seen on a stream that is held back, used on one that is not."""
+    """Layers are first seen on a stream that is held back, then used on one that is not."""
     error = random_error(5, 50)
     project(error, [31, 17], backend=gpu_backend)  # compiles
     torch.cuda.synchronize()
@@ -264,7 +264,7 @@ def test_a_stream_waits_for_what_another_has_not_yet_copied(gpu_backend):
 def test_the_error_may_begin_anywhere(gpu_backend, columns):
     """Neither the address nor the rows need any alignment.
 
-    The best aligned comes first: what is compiled for it must not serve the others.
+    The best-aligned error comes first: the kernel compiled for it must not serve the others.
     """
     scales = [(size * columns) ** -0.5 for size in SIZES]
     for offset in (0, 1, 3, 8):
@@ -275,7 +275,7 @@ def test_the_error_may_begin_anywhere(gpu_backend, columns):
 
 @pytest.mark.parametrize("count", [16, 64, 100])
 def test_an_fp32_error_loses_no_more_than_in_an_fp32_product(gpu_backend, count):
-    """Tensor cores that add up long sums by themselves lose tens of times more."""
+    """Long sums left to the tensor cores alone would lose tens of times more."""
     rows, n = 2000, 8000
     error = random_error(count, n, dtype=torch.float32)
     (signal,) = project(error, [rows], normalization=1.0, backend=gpu_backend)
@@ -291,11 +291,11 @@ def test_an_fp32_error_loses_no_more_than_in_an_fp32_product(gpu_backend, count)
         (torch.bfloat16, "normal", "highest", 1000, [2500, 1500, 700]),  # sums in fp32
         (torch.bfloat16, "uniform", "highest", 1000, [3000]),  # written in place
         (torch.float32, "normal", "high", 8000, [1000]),  # two terms
-        (torch.bfloat16, "normal", "highest", 50_000, [300]),  # too long for that
+        (torch.bfloat16, "normal", "highest", 50_000, [300]),  # too many columns to write in place
     ],
 )
 def test_values_by_slabs(gpu_backend, dtype, distribution, precision, n, sizes):
-    """Against float64, whatever way would be quicker here."""
+    """Against float64, even where another way would be quicker."""
     backend = importlib.import_module(f"dfa_kernels.backends.{gpu_backend}")
     scales = [(size * n) ** -0.5 for size in sizes]
     before = torch.get_float32_matmul_precision()
@@ -323,20 +323,20 @@ def test_values_by_slabs(gpu_backend, dtype, distribution, precision, n, sizes):
 
 @pytest.mark.usefixtures("unpoisoned")
 def test_failed_allocations_are_torchs_own_errors(gpu_backend):
-    error = random_error(2**12, 8, dtype=torch.float32)  # of three terms: always fused
+    error = random_error(2**12, 8, dtype=torch.float32)  # has three terms: always fused
     with pytest.raises(torch.OutOfMemoryError):
         project(error, [2**28] * 2 + [2**28 - 1], backend=gpu_backend)
     if gpu_backend in FUSED:
         with pytest.raises(torch.OutOfMemoryError):
             feedback_matrix(2**36, 2**10, device="cuda", backend=gpu_backend)
-    project(error, [8], backend=gpu_backend)  # nothing is left behind
+    project(error, [8], backend=gpu_backend)  # the failures leave nothing behind
 
 
 @pytest.mark.usefixtures("unpoisoned")
 @pytest.mark.parametrize("count", [32, 2048])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_extra_memory_is_bounded(gpu_backend, count, dtype):
-    """Beyond the signals: the workspace, and the error's terms. The matrix would take 1 GB."""
+    """Only the workspace and the error's terms, beside the signals. The matrix would take 1 GB."""
     error = random_error(count, 5000, dtype=dtype)
     project(error[:, :8], [8], backend=gpu_backend)
     torch.cuda.reset_peak_memory_stats()
@@ -384,8 +384,8 @@ def test_a_matrix_of_more_than_two_to_the_31_entries(gpu_backend, columns):
 def test_blocks_are_those_of_curand(gpu_backend, seed, block):
     """torch's CUDA generator is cuRAND's Philox4x32-10; its thread t draws from subsequence t.
 
-    With `random_` over all 64-bit integers each draw is one block: element t is words 0 and 1 of
-    the block of row t, element threads + t its words 2 and 3.
+    With `random_` over all 64-bit integers, each draw is one block: element t holds words 0 and 1
+    of row t's block, and element threads + t holds words 2 and 3.
     """
     device = torch.cuda.get_device_properties("cuda")
     threads = device.multi_processor_count * (device.max_threads_per_multi_processor // 256) * 256

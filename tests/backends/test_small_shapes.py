@@ -1,4 +1,4 @@
-"""What runs under the sanitizers and the profiler is everything, as a backend on the CPU shows."""
+"""`small_shapes.py` runs everything a GPU backend can do, as a fake backend on the CPU shows."""
 
 import contextlib
 import functools
@@ -15,7 +15,7 @@ from tests.backends import small_shapes
 
 
 class Fake:
-    """A GPU backend on the CPU that notes what it is called with, and projects."""
+    """A GPU backend on the CPU that records its calls, and projects."""
 
     def __init__(self):
         self.calls = []
@@ -59,7 +59,7 @@ class Fake:
 
 
 def run_shapes(backend, part=(1, 1)):
-    """The script's run of a backend on the CPU: its status, and what it printed."""
+    """Run the script for a backend on the CPU: its status, and what it printed."""
     shown = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
         patch.setitem(sys.modules, "dfa_kernels.backends.fake", backend)
@@ -69,7 +69,7 @@ def run_shapes(backend, part=(1, 1)):
 
 @pytest.fixture(scope="module")
 def everything():
-    """A fake of which everything has run."""
+    """A fake backend after a full run."""
     fake, before = Fake(), torch.get_float32_matmul_precision()
     status, shown = run_shapes(fake)
     assert status == 0, shown
@@ -105,7 +105,7 @@ def test_every_way_runs_with_every_dtype_at_every_precision(everything):
 
 
 def test_the_shapes_are_awkward(everything):
-    """More than three chunks of columns, odd layers, and addresses of one element's alignment."""
+    """More than three chunks of columns, odd sizes, and addresses aligned to a single element."""
     assert all(size % 2 for size in small_shapes.SIZES)
     for dtype in DTYPES:
         some = [
@@ -136,7 +136,7 @@ def test_a_way_that_fails_does_not_stop_the_next(monkeypatch):
     assert "failed: fake broken: 5 x 1088 bfloat16, normal, highest, to bfloat16: an " in shown
     failed = (1 + 2) * len(
         stream.DISTRIBUTIONS
-    ) + 1  # the aligned error, the other to two dtypes; many
+    ) + 1  # aligned, to one dtype; misaligned, to two; many layers
     assert shown.endswith(f"fake: {len(broken.calls) + failed} calls, {failed} failed\n")
     assert len([call for call in broken.calls if call[0] == "narrow"]) == failed
 
@@ -160,6 +160,6 @@ def test_a_backend_without_a_way_or_that_is_not_here_fails():
 
 
 def test_the_profiled_calls_have_names_of_their_own():
-    """Not called here: without a GPU each takes seconds."""
+    """Only listed, not called: without a GPU each takes seconds."""
     labels = [label for label, _ in small_shapes.large("fake", Fake(), "cpu")]
     assert len(set(labels)) == len(labels) == 5

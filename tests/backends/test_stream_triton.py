@@ -56,7 +56,7 @@ def test_words_are_those_of_triton(device, tmp_path: Path):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     interpret = device == "interpreter"
-    program = tmp_path / "program.py"  # Triton reads kernels' source from their file
+    program = tmp_path / "program.py"  # Triton reads a kernel's source from its file
     saved = tmp_path / "words.pt"
     device = "cpu" if interpret else device
     program.write_text(PROGRAM.replace("PATH", repr(str(saved))).replace("DEVICE", repr(device)))

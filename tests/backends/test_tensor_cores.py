@@ -18,13 +18,13 @@ THOUSAND, SIGNS = Layers((0,), (1000,), (1.0,)), Stream(0, 0, "rademacher")
 
 @pytest.fixture
 def made():
-    """The shapes of the blocks of U that were asked for."""
+    """The shapes of the pieces of U that were generated."""
     return []
 
 
 @pytest.fixture
 def lattice(made):
-    """Makes blocks of U for `tensor_cores.project`."""
+    """Generates pieces of U for `tensor_cores.project`."""
 
     def generate(rows, columns, row_offset, stream, dtype):
         made.append((rows, columns))
@@ -38,7 +38,7 @@ def lattice(made):
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize(("columns", "column_offset"), [(37, 3), (40, 16), (5, 8)])
 def test_slabs(lattice, made, monkeypatch, distribution, dtype, columns, column_offset):
-    """Slabs of one layer and of two; what is before and behind the columns is no part of them."""
+    """Slabs of one layer and of two; columns added on either side for alignment do not count."""
     monkeypatch.setattr(slabs, "WORKSPACE_BYTES", 20_000)
     error = random_error(9, columns, dtype=dtype)
     layers = Layers((0, 20, 2**40), (150, 60, 7), (0.5, -2.0, 1.0))
@@ -55,7 +55,7 @@ def test_slabs(lattice, made, monkeypatch, distribution, dtype, columns, column_
 
 
 def test_the_last_columns_of_all(lattice, made):
-    """Aligned, they still end where U ends."""
+    """Widening them for alignment does not go past the end of U."""
     error = random_error(3, 13, dtype=torch.bfloat16)
     place = {"row_offsets": [2**63 - 20], "column_offset": 2**34 - 13}
     layer, stream = Layers((2**63 - 20,), (20,), (1.0,)), Stream(0, 2**34 - 13, "normal")
@@ -96,7 +96,7 @@ def test_slabs_that_need_no_sums_are_larger(lattice, made, monkeypatch):
 
 
 def test_an_error_of_many_rows_is_projected_a_part_at_a_time(lattice, made, monkeypatch):
-    """Each part makes the entries anew, with room for its sums."""
+    """Each part of the batch generates the entries again, and has room for its sums."""
     monkeypatch.setattr(tensor_cores, "_BATCH", 4)
     error = random_error(11, 9)
     layers = Layers((0, 10), (20, 30), (0.5, -2.0))

@@ -1,7 +1,7 @@
-"""What the Triton kernels compile to, for GPUs that need not be here: no spills, few instructions,
-and nothing anew for other numbers.
+"""What the Triton kernels compile to, for GPUs that need not be present: no spills, few
+instructions, and no new compilation for other numbers.
 
-Triton's interpreter may be on in this process, so the kernels are compiled in one of their own.
+Triton's interpreter may be on in this process, so the kernels are compiled in a separate one.
 """
 
 import functools
@@ -17,8 +17,8 @@ pytest.importorskip("triton")
 
 PROGRAM = Path(__file__).parent / "triton_compile.py"
 
-# GPU, distribution, dtype of error and signals, terms, error's rows, outputs (0: a table), and what
-# is out of the ordinary: terms made beforehand, a misaligned error, a signal past 2^31 numbers
+# GPU, distribution, dtype of error and signals, terms, batch, outputs (0: a table), and what is
+# unusual: terms made beforehand, a misaligned error, a signal of more than 2^31 elements
 LAUNCHES = [
     (gpu, distribution, dtype, terms, count, 1, "")
     for gpu in (80, 90)
@@ -52,7 +52,7 @@ LAUNCHES += [
         ("rademacher", 128),
     ]
 ]
-# Newer GPUs, and AMD's.
+# Newer GPUs, and one of AMD's.
 LAUNCHES += [
     (gpu, distribution, dtype, 0, 64, 1, "")
     for gpu in (100, 120, "gfx942")
@@ -62,16 +62,17 @@ LAUNCHES += [
         ("rademacher", "bfloat16"),
     ]
 ]
-# Issue slots an entry in the loop over columns, without the tensor cores' own: Philox, the
-# distribution, moving entries to where they are multiplied, and the error's part of it.
+# The most issue slots per entry in the loop over columns, not counting tensor-core instructions:
+# Philox, the distribution, moving entries to where they are multiplied, and the error's share.
 LIMIT = {"normal": 24, "uniform": 18, "rademacher": 10}
 
 
 @pytest.fixture(scope="module")
 def program():
-    """Gives what a launch compiles to, by `triton_compile.py`, one at a time.
+    """Compiles launches with `triton_compile.py`, one at a time.
 
-    No test waits for more than its own: on a busy machine all together would look like a hang.
+    Each test waits only for its own launch. All of them at once would look like a hang on a busy
+    machine.
     """
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(PROGRAM)]
@@ -89,7 +90,7 @@ def program():
     assert process.returncode == 0
 
 
-# What the others are variations of.
+# The other launches are variations of these.
 QUICK = [
     *[(gpu, "normal", "bfloat16", 0, 128, 1, "") for gpu in (80, 90)],
     *[(gpu, "normal", "bfloat16", 0, 64, 1, "") for gpu in (100, 120, "gfx942")],
@@ -101,7 +102,7 @@ assert {*QUICK} < {*LAUNCHES}
 
 
 def each(launches):
-    """The test, for each of these; in the slow battery where it is not quick."""
+    """Run a test for each of these launches; those not in QUICK are slow."""
     parameters = [
         pytest.param(
             launch,
@@ -114,7 +115,7 @@ def each(launches):
 
 
 def check_spills(found):
-    if "spills" in found:  # AMD's counts
+    if "spills" in found:  # the counts for AMD
         assert found["spills"] == [0, 0]
         return
     assert found["stack"] == found["local"] == found["local_instructions"] == 0, found
@@ -123,7 +124,7 @@ def check_spills(found):
 
 @each(LAUNCHES)
 def test_projection(program, resources, launch):
-    """No spills, few instructions. A run with `-v`, and CI, end with what each launch takes."""
+    """No spills, few instructions. With `-v` and in CI, a run ends with each launch's resources."""
     gpu, distribution, dtype, terms, count, _, way = launch
     found = program(launch)
     check_spills(found)
@@ -136,11 +137,11 @@ def test_projection(program, resources, launch):
     )
     assert found["products"] > 0
     if terms == 0 and way != "misaligned":
-        limit = LIMIT[distribution] + (dtype == "float16")  # to which bf16 is converted
+        limit = LIMIT[distribution] + (dtype == "float16")  # converted from bf16
         assert found["per_entry"] <= limit
     elif way == "beforehand":
         assert found["per_entry"] <= LIMIT[distribution] + 6
-        assert found["single_loads"] == 0  # the terms come by vectors
+        assert found["single_loads"] == 0  # the terms are loaded as vectors
 
 
 @pytest.mark.parametrize("gpu", [pytest.param(80, marks=pytest.mark.slow), 90])
@@ -153,15 +154,15 @@ def test_other_kernels(program, gpu):
 
 @each([launch for launch in LAUNCHES if launch[3] == 3])
 def test_three_terms_are_added_up_apart_from_the_sums(program, launch):
-    """What tensor cores add up over all columns loses more than fp32 does."""
+    """Sums over all columns lose more in tensor cores than in fp32."""
     gpu, distribution, dtype, _, count, outputs, way = launch
     three, two = program(launch), program((gpu, distribution, dtype, 2, count, outputs, way))
-    # A term more that is made in the kernel is a subtraction more for each of its numbers.
+    # Each further term made in the kernel costs one more subtraction for each of its elements.
     assert three["additions"] - two["additions"] >= three["sums"] == two["sums"]
 
 
 def test_numbers_compile_nothing(program):
-    """Whatever the sizes, batch, strides and seed: one compiled kernel."""
+    """One compiled kernel serves all sizes, batches, strides and seeds."""
     first, *others = program(("specialisations",))
     assert len(first) > 10
     assert all(other == first for other in others)

@@ -1,4 +1,4 @@
-"""The tiles of the Triton kernels cover the union of the layers' rows, and name its layers."""
+"""The tiles of the Triton kernels cover the union of the layers' rows, and name their layers."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_tiles_cover_every_row_once_and_name_its_layers(offsets, sizes, rows):
 
 
 def test_layers_of_one_matrix_are_a_prefix_for_every_tile():
-    """Of 1000 nested layers no tile looks at one it has no rows of."""
+    """Of 1000 nested layers, a tile visits only those that share its rows."""
     sizes = [1 + 37 * i % 4001 for i in range(1000)]
     tiles, order = plan.cut_into_tiles(layers_of([0] * 1000, sizes), 128)
     for first, _, low, high in tiles.tolist():

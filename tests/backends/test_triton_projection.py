@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU, or in Triton's interpreter on the CPU: bits of entries, and signals.
+"""The Triton kernels on a GPU, or in Triton's interpreter on the CPU: exact entries, and signals.
 
 In the interpreter the tiles are as large as on a GPU, so that small shapes test the edges.
 """
@@ -26,7 +26,7 @@ from dfa_kernels.layers import Layers
 
 pytestmark = [
     pytest.mark.triton,
-    # Of Triton 3.6's interpreter.
+    # Raised by Triton 3.6's interpreter.
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,7 +36,7 @@ random_error = functools.partial(samples.random_error, device=DEVICE)
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """What a test changes is not kept for another."""
+    """Gives each test its own cache of ways."""
     monkeypatch.setattr(projection, "_ways", plan.Kept())
 
 
@@ -78,7 +78,7 @@ def test_every_level_of_the_codebook_is_exact():
 
 
 def test_entries_are_exact_operands():
-    """Every level is a number of bf16 and of fp16, where none is subnormal."""
+    """Every level is exact in bf16 and in fp16, and none is subnormal in fp16."""
     levels = torch.from_numpy(reference.CODEBOOK)
     assert torch.equal(levels.half().double(), levels)
     assert torch.equal(levels.bfloat16().double(), levels)
@@ -89,7 +89,7 @@ def test_entries_are_exact_operands():
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("n", [1, 37, 136])
 def test_definition(distribution, dtype, n):
-    """Layers nested, disjoint, overlapping and at the last rows of U; more than go as arguments."""
+    """Layers nested, disjoint, overlapping and at U's last rows; more than fit in the arguments."""
     error = random_error(5, n, dtype=dtype)
     where = {"seed": 2**63 + 11, "distribution": distribution, "row_offsets": OFFSETS}
     signals = project(error, SIZES, backend="triton", **where)
@@ -109,13 +109,13 @@ def test_column_offsets(distribution, offset):
 def test_any_number_of_layers(number):
     error = random_error(2, 10)
     sizes = [1 + 37 * i % 101 for i in range(number)]
-    for _ in range(2):  # the second time, the table of addresses may be there
+    for _ in range(2):  # the second time, the table of addresses may exist
         signals = project(error, sizes, backend="triton")
         assert_projected(signals, error, sizes, layer_scales(sizes, 10))
 
 
 def test_operand_order_does_not_matter(monkeypatch):
-    """Columns in the order of registers or in their own: the same sums but for their rounding."""
+    """Columns in register order or in their own give the same sums, up to rounding."""
     error = random_error(5, 70)
     signals = []
     for fragments in (True, False):
@@ -129,7 +129,7 @@ def test_operand_order_does_not_matter(monkeypatch):
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_offsets_of_64_bits(distribution, monkeypatch):
-    """What is compiled for outputs past 2^31 elements gives the same."""
+    """The kernel for outputs past 2^31 elements gives the same signals."""
     monkeypatch.setattr(launch, "_NARROW", 1)
     error = random_error(5, 9)
     signals = project(error, [130, 7], backend="triton", distribution=distribution)
@@ -150,7 +150,7 @@ def test_errors_of_any_strides_and_alignment(dtype):
     wide = random_error(12, 40, dtype=dtype)
     storage = random_error(500, dtype=dtype)
     errors = [wide[:, ::2], wide.T, wide[:, :1].expand(12, 24), wide[:, 3:27], wide[1:2, 8:]]
-    # One shape and layout, first as aligned as can be: what serves there must not serve the others.
+    # One shape and layout, best aligned first: the kernel for that one must not serve the others.
     errors += [storage[first : first + 120].view(5, 24) for first in (0, 1, 4, 8)]
     errors += [storage[:1].expand(3, 8)]
     for error in errors:
@@ -161,7 +161,7 @@ def test_errors_of_any_strides_and_alignment(dtype):
 
 @pytest.mark.parametrize(("name", "terms"), [("highest", 3), ("high", 2), ("medium", 1)])
 def test_precision_of_fp32_follows_that_of_products(precision, name, terms):
-    """The error's terms leave out at most 2^-9 (one, rounded), 2^-16 (two) or nothing of it."""
+    """The terms leave out at most 2^-9 (one, rounded), 2^-16 (two) or nothing (three)."""
     precision(name)
     error = random_error(6, 33)
     assert launch.terms_of(error) == terms
@@ -172,7 +172,7 @@ def test_precision_of_fp32_follows_that_of_products(precision, name, terms):
     bound = (left_out + 36 * EPSILON[torch.float32]) * magnitude
     difference = (signal.cpu().double() - exact).abs()
     assert (difference <= bound).all()
-    if terms < 3:  # and what is left out is seen
+    if terms < 3:  # and what is left out shows
         assert (difference > 36 * EPSILON[torch.float32] * magnitude).any()
 
 
@@ -210,7 +210,7 @@ def test_nan_inf_and_huge_numbers_as_in_a_matrix_product(precision, name):
                 assert signal[1].isnan().all()
             elif math.isinf(value):
                 assert torch.equal(signal[1], value * column)
-            else:  # finite where the sum is, though bf16 rounds an fp32 of this size to infinity
+            else:  # finite, as the sum is, though bf16 rounds an fp32 of this size to infinity
                 small = column.abs() < 0.9
                 expected = 0.1 * value * column[small]
                 assert torch.allclose(signal[1][small], expected, rtol=2**-7, atol=1)
@@ -220,7 +220,7 @@ def test_nan_inf_and_huge_numbers_as_in_a_matrix_product(precision, name):
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_by_slabs(dtype, distribution):
-    """One layer, and several that share rows or not."""
+    """One layer, several that share rows, and several that do not."""
     error = random_error(5, 37, dtype=dtype)
     for sizes, offsets in ([70], [3]), (SIZES, OFFSETS), ([30, 30], [0, 15]):
         where = {"distribution": distribution, "row_offsets": offsets, "column_offset": 3}
@@ -229,7 +229,7 @@ def test_by_slabs(dtype, distribution):
 
 
 def test_the_choice_is_the_cheaper_one_and_is_logged(monkeypatch, caplog):
-    """Few rows of error are fused; for very many, entries are made once."""
+    """A small batch is fused. For a very large one, entries are generated only once."""
     cost = {
         count: projection.Cost.of(
             launch.tile_for(count, "normal", 0, True), count, 1000, 200_000, "normal", 0, False
@@ -249,7 +249,7 @@ def test_the_choice_is_the_cheaper_one_and_is_logged(monkeypatch, caplog):
         assert f"project: {way}, by estimates of" in caplog.messages[-1]
         assert_projected(signals, error, [5], layer_scales([5], 4))
     projection._ways.clear()
-    with caplog.at_level(logging.DEBUG, "dfa_kernels"):  # three terms are not for a vendor's sums
+    with caplog.at_level(logging.DEBUG, "dfa_kernels"):  # three terms never use a vendor's sums
         project(error.float(), [5], backend="triton")
     assert "project: fused" in caplog.messages[-1]
 
@@ -280,7 +280,7 @@ def test_operators_keep_their_promises():
 
 
 def test_offsets_have_64_bits_where_a_signal_needs_them():
-    """Made, not launched: tens of millions of units are beyond the interpreter."""
+    """Built, not launched: tens of millions of units are too many for the interpreter."""
     error = random_error(128, 8, dtype=torch.bfloat16)
     for size, wanted in ((2**24 - 2, launch.tl.int32), (2**24, launch.tl.int64)):
         made = launch.Fused(error, Layers((0,), (size,), (1.0,)), 0, "normal", error.dtype)
@@ -288,7 +288,7 @@ def test_offsets_have_64_bits_where_a_signal_needs_them():
 
 
 def test_operators_that_keep_tables_are_left_out_of_captured_graphs():
-    """Where torch.compile captures graphs by itself, the tables would lie in a graph's memory."""
+    """If torch.compile captured them, the tables would lie in a graph's memory."""
     for name, keeps in (("triton", True), ("default", True), ("cuda", False)):
         tags = getattr(torch.ops.dfa_kernels.project, name).tags
         assert (torch.Tag.cudagraph_unsafe in tags) == keeps

@@ -15,7 +15,7 @@ from tests.reference import DISTRIBUTIONS
 
 pytestmark = [
     pytest.mark.triton,
-    # Of Triton 3.6's interpreter.
+    # Raised by Triton 3.6's interpreter.
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,7 +27,7 @@ ERRORS = [
     (torch.float32, "high"),
     (torch.float32, "medium"),
 ]
-# In the interpreter, which multiplies everything in fp32, these show what the others do.
+# The interpreter multiplies everything in fp32, so these show there what the others would.
 QUICK = [("normal", *ERRORS[0]), ("rademacher", *ERRORS[0]), ("uniform", *ERRORS[4])]
 QUICK += [("normal", *ERRORS[2])]
 WAYS = [
@@ -37,9 +37,9 @@ WAYS = [
 
 
 def case_for(name, dtype, distribution):
-    """Two programs of the way's tile for rows of U, two for the error's, and three steps of each.
+    """Two of the way's tiles along the rows of U, two along the batch, three steps of columns each.
 
-    Layers that cross row 2**32 and one another, two that are one, and one at the last rows.
+    Layers overlap and cross row 2**32, two are the same, and one is at the last rows.
     """
     rows, batch = map(int, re.findall(r"\d+", name) or (32, 32))
     unit_rows = max(batch - 24, 2)
@@ -54,7 +54,7 @@ def case_for(name, dtype, distribution):
 
 @pytest.mark.parametrize(("distribution", "dtype", "precision"), WAYS)
 def test_every_way_gives_the_definition(distribution, dtype, precision):
-    """Entries bit for bit, exact sums bit for bit, and others within their bound."""
+    """Entries and exact sums bit for bit, other sums within their bound."""
     mistakes = {}
     terms = tensor_cores.TERMS[precision] if dtype == torch.float32 else 3
     like = torch.empty(0, 1, dtype=dtype, device=DEVICE)

@@ -1,11 +1,11 @@
-"""Compiles the Triton kernels for GPUs that need not be here, and prints what came out as JSON.
+"""Compiles the Triton kernels for GPUs that need not be present, and prints the results as JSON.
 
     echo '[90, "normal", "bfloat16", 0, 128, 1, ""]' |
         TRITON_INTERPRET=0 python tests/backends/triton_compile.py
 
-It answers one line of JSON with another: one of the LAUNCHES of test_triton_compile.py, or
-["others", CAPABILITY], or ["specialisations"]. A program of its own, because Triton's interpreter
-may be on in the process of the tests.
+It answers each line of JSON with another. A request is one of the LAUNCHES of
+test_triton_compile.py, ["others", CAPABILITY] or ["specialisations"]. It is a separate program
+because Triton's interpreter may be on in the process of the tests.
 """
 
 import json
@@ -32,7 +32,7 @@ NAMES = dict(zip(DTYPES, ("fp16", "bf16", "fp32", "fp64"), strict=True))
 
 
 def compiled(kernel, pointers, constants, warps, target, misaligned=()):
-    """A kernel with pointers of the given types, aligned but for some; numbers are of its own."""
+    """A kernel for pointers of these types, some misaligned, and numbers of its annotated types."""
     names = [parameter.name for parameter in kernel.params]
     constants = dict(zip(names[-len(constants) :], constants, strict=True))
     signature, attributes = {}, {}
@@ -51,7 +51,7 @@ def compiled(kernel, pointers, constants, warps, target, misaligned=()):
 
 
 def inspect(binary):
-    """What there is in a cubin: registers, spills, and the loop over columns by instructions."""
+    """Registers and spills of a cubin, and the instruction counts of its loop over columns."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -85,7 +85,7 @@ def inspect(binary):
         "loop": len(main) - products(main),
         "products": products(main),
         "additions": sum(bool(re.search(r"\bFADD\b", line)) for line in main),
-        # Loads of the error: through registers, a number at a time.
+        # Loads of the error through registers, one element at a time.
         "single_loads": sum(bool(re.search(r"\bLDG\S*U16\b", line)) for line in main),
         "shared": binary.metadata.shared,
     }
@@ -129,7 +129,7 @@ def project(arch, target, distribution, dtype, terms, count, outputs, way):
 
 
 def projection(gpu, *launch_of):
-    """One of LAUNCHES: compiled, and inspected."""
+    """One of LAUNCHES, compiled and inspected."""
     if str(gpu).startswith("gfx"):
         binary, _ = project(gpu, GPUTarget("hip", gpu, 64), *launch_of)
         spills = re.findall(r"(?:sgpr|vgpr)_spill_count: *(\d+)", binary.asm["amdgcn"])
@@ -165,7 +165,7 @@ def others(capability):
 
 
 def specialisations(numbers):
-    """What a launch with these numbers is compiled for, by Triton's own binder of arguments."""
+    """What Triton's own argument binder specialises a launch with these numbers for."""
     kernel = kernels.project_kernel
     backend = make_backend(GPUTarget("cuda", 90, 32))
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -177,7 +177,7 @@ def specialisations(numbers):
 
 
 def answer(request):
-    """For a line of the standard input."""
+    """The answer to one line of standard input."""
     match request:
         case ["others", capability]:
             return list(others(capability))

@@ -1,4 +1,4 @@
-"""Made-up GPUs, whose check is a small script in a process of its own."""
+"""Made-up GPUs, whose check is a small script in its own process."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ WRONG = """json.dump({"passed": False, "failures": ["bits", "sums"]}, open(repor
 
 
 class Machine:
-    """Devices of a kind each, and the script that a check runs."""
+    """Devices, each of some kind, and the script that a check runs."""
 
     def __init__(self, folder, monkeypatch):
         self.log = folder / "checks.jsonl"
@@ -40,7 +40,7 @@ class Machine:
         self.restart()
 
     def works(self, *backends):
-        """These are available; of the others, those for GPUs are not even in the order."""
+        """Make only these available; other GPU backends are not even in the order of choice."""
         for name in ("cuda", "triton"):
             devices = ("cuda",) if name in backends else ()
             self.monkeypatch.setattr(registry.BACKENDS[name], "DEVICES", devices)
@@ -58,7 +58,7 @@ with open({str(self.log)!r}, "a") as file:
         return [sys.executable, "-c", head + self.check]
 
     def checks(self):
-        """What was checked where, check by check."""
+        """What each check covered, and where it ran."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         return [json.loads(line) for line in lines]
 
@@ -76,7 +76,7 @@ with open({str(self.log)!r}, "a") as file:
 
 
 def choose(device=GPUS[0]):
-    """What an automatic choice takes, and the warnings."""
+    """What an automatic choice takes, and its warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         name = registry.choose("project", device, None)

@@ -1,4 +1,4 @@
-"""What an automatic choice takes where backends are checked before their first use."""
+"""What an automatic choice takes when backends are checked before their first use."""
 
 import copy
 import importlib
@@ -72,7 +72,7 @@ def test_another_value_is_refused(machine, monkeypatch, capsys):
     message = "DFA_KERNELS_CHECK must be one of 'skip', 'force', 'again' or unset, got 'maybe'"
     with pytest.raises(ValueError, match=message):
         registry.choose("project", GPUS[0], None)
-    assert registry.choose("project", GPUS[0], "cuda") == "cuda"  # asks for no check
+    assert registry.choose("project", GPUS[0], "cuda") == "cuda"  # needs no check
     gpu_here(monkeypatch)
     with pytest.raises(ValueError, match=message):
         dfa_kernels.backends()
@@ -102,7 +102,7 @@ def test_while_a_cuda_graph_is_captured_nothing_is_checked(machine, monkeypatch)
 
 @pytest.fixture
 def checked_cpu(machine, monkeypatch):
-    """The CPU's kernels need a check as a GPU's do."""
+    """Makes the CPU's kernels need a check, as a GPU's do."""
     needs("backend cpp", cpp.unavailable("cpu") is None)
     machine.kinds[torch.device("cpu")] = verdicts.Facts("CPU", (1, 0), "0")
     machine.works("torch", "cpp")
@@ -113,7 +113,7 @@ def checked_cpu(machine, monkeypatch):
 
 
 class Recorder:
-    """A compiler that runs graphs as they are, and what it saw."""
+    """A compiler that runs graphs unchanged and records them."""
 
     def __init__(self, machine):
         self.machine, self.graphs, self.checks = machine, [], []
@@ -141,7 +141,7 @@ def equal(found, expected):
 
 def test_a_traced_graph_chooses_when_it_runs(checked_cpu):
     error = torch.randn(40, 1000)
-    assert not equal(by("cpp", error), by("torch", error))  # by their rounding
+    assert not equal(by("cpp", error), by("torch", error))  # they round differently
     recorder = Recorder(checked_cpu)
     compiled = torch.compile(project_once, fullgraph=True, backend=recorder)
     for _ in range(2):
@@ -180,7 +180,7 @@ def test_gradients_of_a_traced_graph(checked_cpu):
 
 
 def in_graph(error):
-    """What a graph holds that was traced before the check."""
+    """The call in a graph that was traced before the check."""
     layers = Layers((0, 0), (30, 7), ((30 * 10) ** -0.5, (7 * 10) ** -0.5))
     return ops.project(2 * error, layers, Stream(0, 0, "normal"), None, "")
 
@@ -275,7 +275,7 @@ def test_a_backend_is_a_module_of_its_name():
 
 
 def test_the_package_of_backends_is_a_module_and_lists_them():
-    import dfa_kernels.backends.triton as triton  # its name is not hidden by a function
+    import dfa_kernels.backends.triton as triton  # no function hides its name
 
     assert triton is registry.BACKENDS["triton"]
     assert dfa_kernels.backends() == registry.backends()

@@ -1,4 +1,4 @@
-"""What comes of a check, however it ends."""
+"""The outcome of a check, however it ends."""
 
 import fcntl
 import os
@@ -86,7 +86,7 @@ def test_the_last_lines_are_the_reason(machine):
 
 
 def test_out_of_time(machine, monkeypatch, tmp_path):
-    """The whole group is ended: a child that holds a lock lets go of it."""
+    """The whole process group is ended, so a child that holds a lock releases it."""
     held = tmp_path / "held"
     monkeypatch.setattr(trial, "LIMIT", 2.0)
     found = outcome(

@@ -1,4 +1,4 @@
-"""Results of checks: what they are of, what is kept of them, and who makes them."""
+"""Results of checks: what they apply to, what is kept of them, and which process runs a check."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def machine(tmp_path, monkeypatch):
     return Machine(tmp_path, monkeypatch)
 
 
-# --- what is kept of it ---
+# --- what is kept ---
 
 
 def change(machine, part):
@@ -110,7 +110,7 @@ def test_what_could_not_be_found_out_is_kept_for_a_day(machine, monkeypatch):
     assert choose() == ("torch", [message])
     assert len(machine.checks()) == 1
     monkeypatch.setattr(verdicts, "now", lambda: 1e9 + 86_401)
-    assert choose() == ("torch", [])  # what this process has chosen stays
+    assert choose() == ("torch", [])  # a process keeps its choice
     machine.restart()
     machine.check = PASSED
     assert choose() == ("cuda", [])
@@ -228,7 +228,7 @@ def test_a_check_by_hand_is_kept(machine):
     registry.keep_check("cuda", GPUS[0], [], 3.0)
     assert choose() == ("cuda", [])
     machine.restart()
-    registry.keep_check("cuda", GPUS[0], ["out of memory"], 3.0)  # says less than what is there
+    registry.keep_check("cuda", GPUS[0], ["out of memory"], 3.0)  # says less than the kept result
     assert choose() == ("cuda", [])
     machine.monkeypatch.setenv("DFA_KERNELS_CHECK", "skip")
     registry.keep_check("cuda", GPUS[0], ["bits"], 3.0)
@@ -236,7 +236,7 @@ def test_a_check_by_hand_is_kept(machine):
     machine.restart()
     assert choose() == ("cuda", [])
     count = len(machine.files())
-    registry.keep_check("torch", GPUS[0], ["bits"], 3.0)  # which serves come what may
+    registry.keep_check("torch", GPUS[0], ["bits"], 3.0)  # serves without a check, as does cpp
     registry.keep_check("cpp", torch.device("cpu"), ["bits"], 3.0)
     assert len(machine.files()) == count == 1
     assert machine.checks() == []
@@ -292,7 +292,7 @@ print(verdicts.obtain("cuda", torch.device("cuda", 0)).passed)
 
 @pytest.fixture
 def other(machine, tmp_path):
-    """Another process in the middle of its check, which ends when the file `go` is there."""
+    """Another process in the middle of its check, which ends once the file `go` exists."""
     begun, go = tmp_path / "begun", tmp_path / "go"
     check = f"""
 import json, os, sys, time
@@ -380,7 +380,7 @@ def test_again(machine, monkeypatch):
     machine.restart()
     machine.check = WRONG
     assert choose()[0] == "torch"
-    assert choose(GPUS[1])[0] == "torch"  # once a process
+    assert choose(GPUS[1])[0] == "torch"  # once per process
     assert len(machine.checks()) == 2
     monkeypatch.delenv("DFA_KERNELS_CHECK")
     machine.restart()

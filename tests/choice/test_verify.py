@@ -1,4 +1,4 @@
-"""`verify` passes what is right, and finds and names what is not."""
+"""`verify` passes correct backends, and finds and names faults."""
 
 import json
 import math
@@ -17,13 +17,13 @@ from tests.conftest import AVAILABLE
 from tests.samples import DTYPES
 
 CPU = torch.device("cpu")
-# What is more than the definition itself.
+# The CPU's backends other than the definition itself.
 COMPILED = [s.name for s in AVAILABLE if s.device == "cpu" and s.name != "torch"]
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """Fewer and smaller cases, for faults that any case shows."""
+    """Fewer and smaller cases, for faults that show in any case."""
     of = cases.Case.of
     monkeypatch.setattr(
         verify.Case, "of", lambda *a, **k: of(*a, columns=70, unit_rows=30, **k), raising=True
@@ -32,13 +32,13 @@ def small(monkeypatch):
 
 
 def stand_in(monkeypatch, project):
-    """Backend "torch" with another projection."""
+    """Give backend "torch" another projection."""
     ways = lambda error, distribution: [("other", project)]  # noqa: E731
     monkeypatch.setattr(definition, "ways", ways, raising=False)
 
 
 def faulty(fault, *, when=lambda error, dtype: True):
-    """The definition's signals with a fault in them."""
+    """The definition's projection, with a fault in its signals."""
 
     def project(error, *arguments):
         signals = definition.project(error, *arguments)
@@ -57,7 +57,7 @@ def mistakes(what="signals"):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("distribution", reference.DISTRIBUTIONS)
 def test_a_case_expects_what_the_reference_gives(distribution, dtype):
-    """By the tests' own definition in NumPy: bits of entries, exact sums, and sums in float64."""
+    """Against the tests' own NumPy definition: entries bit for bit, exact sums, sums in float64."""
     case = cases.Case.of(dtype, distribution, columns=70, unit_rows=30)
     seed, column_offset, _ = case.stream
     where = {"seed": seed % 2**64, "distribution": distribution, "column_offset": column_offset}
@@ -99,7 +99,7 @@ def test_a_case_is_what_it_says():
         terms.append(torch.tensor(left).bfloat16().item())
         left -= terms[-1]
     assert left == 0
-    # What each term but the first adds is more than a needle may be off.
+    # Each term but the first adds more than the error allowed for a needle.
     assert terms[1] / needle > 2**-15
     assert terms[2] / needle > 8 * 2**-24
 
@@ -162,7 +162,7 @@ def test_faults_are_found_and_named(monkeypatch, fault, said):
 @pytest.mark.parametrize("lost", [1, 2])
 @pytest.mark.usefixtures("small")
 def test_a_lost_term_of_an_fp32_error_is_found(monkeypatch, lost):
-    """What a kernel would give that leaves out the last terms of three."""
+    """As from a kernel that leaves out the last one or two of three terms."""
 
     def project(error, *arguments):
         kept, left = torch.zeros_like(error), error.clone()
@@ -178,7 +178,7 @@ def test_a_lost_term_of_an_fp32_error_is_found(monkeypatch, lost):
 
 @pytest.mark.usefixtures("small")
 def test_what_a_kernel_leaves_unwritten_is_found(monkeypatch):
-    """Also where the memory it gets held the right signals before."""
+    """Even where its memory held the right signals before."""
 
     def project(error, layers, stream, dtype):
         signals = [error.new_empty(len(error), size, dtype=dtype) for size in layers.sizes]
@@ -259,7 +259,7 @@ def test_what_a_caller_had_set_is_as_before(monkeypatch):
     list(verify.checks_of("torch", CPU))
     assert set(states) == {"medium"}
     assert torch.get_float32_matmul_precision() == "highest"
-    assert torch.are_deterministic_algorithms_enabled()  # the tests' own
+    assert torch.are_deterministic_algorithms_enabled()  # as the tests set it
 
 
 # The command
@@ -297,7 +297,7 @@ def test_a_backend_that_cannot_serve_is_not_verified(monkeypatch, capsys):
     assert "cuda on cpu was not checked: not today" in capsys.readouterr().out
     monkeypatch.setattr(verify, "checks_of", lambda backend, device, only: [])
     monkeypatch.setattr(verify, "checks_side_by_side", lambda *_: [])
-    assert cli.main(["verify"]) == 0  # the others are
+    assert cli.main(["verify"]) == 0  # the other backends are verified
     assert "cuda on cpu was not checked: not today" in capsys.readouterr().out
 
 
@@ -313,7 +313,7 @@ def test_one_check_by_its_name(capsys):
 
 
 def test_checks_in_processes_side_by_side(monkeypatch):
-    """They come in order, with what was wrong, also where a process ends without a word."""
+    """Results come in order, with their mistakes, even if a process ends without a word."""
     names = ["the definition, against known answers", "entries, rademacher", "gone"]
     monkeypatch.setattr(verify, "_aspects", lambda *_: [(name, None) for name in names])
     found = list(verify.checks_side_by_side("torch", CPU, 2))

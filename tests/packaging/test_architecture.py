@@ -1,4 +1,4 @@
-"""Modules import downwards only: no circles, the trainer above the projection, the benchmarks'
+"""Modules import only downwards: no circles, the trainer above the projection, the benchmarks'
 harness below their reports."""
 
 import ast
@@ -12,8 +12,8 @@ from tests import ROOT
 
 PACKAGES = (ROOT / "dfa_kernels", ROOT / "benchmarks")
 
-# Nothing imports a floor above its own. What is not named is the projection, on floor 2; the
-# benchmarks are on floors below 0.
+# No module imports from a floor above its own. Modules not named here are the projection, on floor
+# 2. The benchmarks are on floors below 0.
 FLOORS = {
     0: {"dfa_kernels", "__main__", "cli", "demo"},
     1: {"nn"},
@@ -30,9 +30,9 @@ FILES = {module_of(file): file for package in PACKAGES for file in package.rglob
 
 
 def imports(source):
-    """The modules of ours that a source imports, wherever in it: also in functions and for types.
+    """Our modules that a source imports anywhere, including in functions and for type checking.
 
-    Packages on the way to an imported module do not count.
+    The parent packages of an imported module do not count.
     """
     found = set()
     for node in ast.walk(ast.parse(source)):
@@ -91,7 +91,7 @@ def test_floors_are_of_modules_there_are():
 
 
 def test_the_trainers_modules_are_in_this_order():
-    """Each imports those before it only."""
+    """Each imports only those before it."""
     order = ["rows", "functions", "state", "sources", "signals", "layer", "dfa", "hooks", "angles"]
     modules = [f"dfa_kernels.nn.{name}" for name in order]
     assert {*modules, "dfa_kernels.nn"} == {name for name in FILES if floor(name) == 1}

@@ -87,7 +87,7 @@ def test_demo_shows_and_draws_what_it_did(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_demo_accuracy():
-    """DFA comes within 3 points of backpropagation, and past frozen hidden layers."""
+    """DFA comes within 3 points of backpropagation, and beats frozen hidden layers."""
     data = demo.Data.load(torch.device("cpu"))
     runs = {mode: demo.Run() for mode in demo.LABELS}
     for mode, run in runs.items():

@@ -1,4 +1,4 @@
-"""What is built from `csrc`: the headers, the binary's symbols, builds that leave it out."""
+"""What is built from `csrc`: the headers, the binary's symbols, and builds without it."""
 
 import os
 import shutil
@@ -66,7 +66,7 @@ def test_the_binary_needs_only_pythons_stable_symbols(extension):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of what a checkout holds, so that builds leave nothing behind in this one."""
+    """A copy of the checkout, so that builds leave nothing behind in the real one."""
     for name in ("dfa_kernels", "csrc"):
         ignore = shutil.ignore_patterns("*.so", "__pycache__")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
@@ -76,7 +76,7 @@ def checkout(tmp_path):
 
 
 def build_wheel(checkout, **environment):
-    """Build as an installer does, in this environment; the wheel's path and what was printed."""
+    """Build as an installer does, with these variables set: the wheel's path and the output."""
     command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
     done = subprocess.run(
         [*command, "--wheel-dir", checkout / "wheels", checkout],
@@ -136,7 +136,7 @@ def test_a_failed_build_leaves_a_working_package(extension, checkout):
     assert done.stderr.count("RuntimeWarning: dfa_kernels: backend 'cpp' cannot serve cpu") == 1
 
 
-# A build as it is where torch is a CUDA build.
+# A build as if torch were a CUDA build.
 CUDA_BUILD = """
 import runpy, sys, torch
 torch.version.cuda = "13.0"
@@ -159,7 +159,7 @@ runpy.run_path("setup.py", run_name="__main__")
     ids=["no-toolkit", "no-version", "compiles-nothing"],
 )
 def test_a_failed_cuda_build_leaves_the_cpu_kernels(checkout, nvcc, reason):
-    """The sources are emptied, for speed; what is built is built from them all the same."""
+    """The sources are emptied for speed; the build still compiles all of them."""
     needs("c++", COMPILER is not None)
     for source in checkout.glob("csrc/**/*.c*"):
         if source.suffix in (".cpp", ".cu"):

@@ -1,7 +1,7 @@
-"""What nvcc makes of the CUDA sources: no spills, no local memory, few instructions an entry.
+"""What nvcc makes of the CUDA sources: no spills, no local memory, few instructions per entry.
 
-With `-v`, and in CI, a run ends with registers, shared memory and blocks of every kernel, and what
-its inner loop issues.
+With `-v`, and in CI, a run ends with the registers, shared memory and thread blocks per
+multiprocessor of every kernel, and the instructions of its inner loop.
 """
 
 import collections
@@ -23,16 +23,16 @@ from tests.reference import DISTRIBUTIONS
 
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_90a")
-# Most instructions per entry in the loop that makes U and multiplies one term, at the largest tile:
-# 2 of them multiply, half of one loads the error.
+# The most instructions per entry, at the largest tile, in the loop that generates U and multiplies
+# one term. 2 of them multiply, and half of one loads the error.
 MOST = {"normal": 19, "uniform": 12, "rademacher": 8}
-SHARED = {"sm_80": 164 << 10, "sm_90a": 228 << 10}  # bytes of a multiprocessor
+SHARED = {"sm_80": 164 << 10, "sm_90a": 228 << 10}  # bytes per multiprocessor
 
 needs("nvcc", shutil.which("nvcc") is not None)
 
 
 def cuobjdump():
-    """The disassembler, of the toolkit or of Triton's wheel."""
+    """The disassembler, from the toolkit or from Triton's wheel."""
     found = shutil.which("cuobjdump")
     triton = importlib.util.find_spec("triton")
     if found is None and triton is not None:
@@ -79,7 +79,7 @@ def compiled(source, folder):
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """The kernels of a source, compiled at its first use: each source in a test of its own."""
+    """The kernels of a source, compiled at its first use, so that each source has its own test."""
     needs("cuobjdump", cuobjdump() is not None)
     return functools.cache(functools.partial(compiled, folder=tmp_path_factory.mktemp("cubins")))
 
@@ -91,7 +91,7 @@ def instructions(function):
 
 
 def loops(sass):
-    """The instructions of each loop, which is what a branch back encloses, shortest first."""
+    """The instructions of each loop, shortest first. A backward branch encloses a loop."""
     found = []
     for address, text in sass:
         target = re.search(r"\bBRA\S*\s.*?0x([0-9a-f]+)", text)
@@ -105,7 +105,7 @@ Shape = collections.namedtuple("Shape", "n f warps chunks parts distribution ope
 
 
 def shape(symbol):
-    """The template arguments of a fused kernel, but for its least number of blocks."""
+    """The template arguments of a fused kernel, except its minimum number of thread blocks."""
     found = re.search(
         r"5ShapeILi(\d+)ELi(\d+)ELi(\d+)ELi\d+ELi(\d+)ELi(\d+)EE"
         r".*?DistributionE(\d).*?OperandE(\d)",
@@ -115,7 +115,7 @@ def shape(symbol):
 
 
 def tile(of):
-    """What csrc/cuda/kernels.h calls it, and its operand."""
+    """Its name in csrc/cuda/kernels.h, with the distribution and the operand."""
     rows = 16 * of.f * of.warps // of.parts
     parts = f", columns in {of.parts}" if of.parts > 1 else ""
     operand = ("bf16", "fp16", "exact")[of.operand]
@@ -123,7 +123,7 @@ def tile(of):
 
 
 def shared_bytes(symbol):
-    """Of a fused kernel for one term, as csrc/cuda/kernels.h counts them, with what CUDA takes."""
+    """Bytes for a fused kernel's terms, as csrc/cuda/kernels.h counts them, and what CUDA takes."""
     found = shape(symbol)
     if not found:
         return []
@@ -160,7 +160,7 @@ def test_the_fused_loop_is_short(kernels, name, resources):
     seen = collections.Counter()
     for kernel in kernels(ROOT / "csrc" / "cuda" / f"fused_{name}.cu"):
         of = shape(kernel.symbol)
-        entries = 16 * of.f  # of a lane, in 32 columns
+        entries = 16 * of.f  # per lane, in 32 columns
         inner = next(
             body
             for body in loops(kernel.sass)

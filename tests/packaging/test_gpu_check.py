@@ -1,4 +1,4 @@
-"""The check for a machine with a GPU, without one: its plan, its runs, and what it looks at."""
+"""The check for a machine with a GPU, tested without one: its plan, runs, and what it inspects."""
 
 import contextlib
 import itertools
@@ -29,7 +29,7 @@ def step(name, command, **options):
 
 @pytest.fixture
 def check(tmp_path):
-    """Makes a check in one folder, which a run before may have left something in."""
+    """Makes a check in one folder, where an earlier run may have left files."""
 
     def make(again=False, **origin):
         return gpu_check.Check(
@@ -52,7 +52,7 @@ def archived(check):
 
 
 def ran(check):
-    """How often each step ran, by the lines that its command left."""
+    """How often each step ran, counted by the lines its command wrote."""
     return {path.stem: len(path.read_text().split()) for path in check.output.glob("*.ran")}
 
 
@@ -61,7 +61,7 @@ def ran(check):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_ends_within_its_nine_minutes(stage):
-    """With its last archive, and with what comes first: 25 seconds to ask torch for the GPU."""
+    """Including its last archive, and the 25 seconds it first takes to ask torch for the GPU."""
     assert sum(step.limit for step in STAGES[stage]) + gpu_check.RESERVE + 25 <= 9 * 60
     assert all(gpu_check.LEAST < step.estimate < step.limit for step in STAGES[stage])
 
@@ -118,7 +118,7 @@ def test_our_own_kernels_are_among_those_that_are_looked_at():
     }
 
 
-TRITON = ("triton_projection", "triton_tiles", "stream_triton")  # all of these files
+TRITON = ("triton_projection", "triton_tiles", "stream_triton")  # these files as a whole
 FAKE_GPU = """
 import dfa_kernels, torch
 here = dfa_kernels.backends()
@@ -137,7 +137,7 @@ torch.cuda.get_device_capability = lambda *device: (9, 0)
     ],
 )
 def test_the_marks_select_the_tests_of_a_gpu(tmp_path, stage, name, words, others):
-    """As they are collected where there is a GPU: by their parameters, or all of a file."""
+    """As collected where there is a GPU: by their parameters, or a whole file."""
     (tmp_path / "fake_gpu.py").write_text(FAKE_GPU)
     (tests,) = (step for step in STAGES[stage] if step.name == name)
     marks = re.search(r"-m '(.*)'", tests.command)[1]
@@ -234,7 +234,7 @@ def test_the_archive_leaves_out_the_largest_files(check, monkeypatch, capsys):
 
 
 def is_running(pid):
-    """Whether a process is more than an entry that waits for its parent."""
+    """Whether a process still runs. A zombie, which waits for its parent, does not."""
     with contextlib.suppress(FileNotFoundError):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(") ")[-1][0] != "Z"
     return False
@@ -253,7 +253,7 @@ def test_a_step_that_hangs_is_killed_with_what_it_started(check, monkeypatch):
 
 def test_a_step_at_its_limit_may_write_what_it_has(check, monkeypatch):
     class Patient(subprocess.Popen):
-        """Is at its limit once the command has begun."""
+        """Reaches its limit once the command has begun."""
 
         def wait(self, timeout=None):
             while timeout and "begun" not in (done.output / "long.log").read_text():
@@ -263,7 +263,7 @@ def test_a_step_at_its_limit_may_write_what_it_has(check, monkeypatch):
             return super().wait()
 
     done = check()
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as `main` has it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as in `main`
     try:
         monkeypatch.setattr(gpu_check.subprocess, "Popen", Patient)
         writes = "trap 'echo saved; exit 0' INT; echo begun; while :; do sleep 0.01; done"
@@ -295,7 +295,7 @@ def test_a_step_gets_no_more_than_what_is_left_of_its_stage(check, monkeypatch, 
     assert done.failed == 0
 
 
-# --- a run that goes on where one ended ---
+# --- a run that continues an earlier one ---
 
 COUNTED = [
     step("good", "echo x >> {output}/good.ran"),
@@ -305,7 +305,7 @@ COUNTED = [
 
 
 def test_a_second_call_repeats_what_did_not_pass(check, capsys):
-    """And what makes files that may be gone: its own condition says whether they are."""
+    """And it repeats a step whose files may be gone; the step's condition says whether they are."""
     assert run(check(), *COUNTED).failed == 1
     done = run(check(), *COUNTED)
     assert ran(done) == {"good": 1, "bad": 2, "made": 2}
@@ -334,7 +334,7 @@ def test_a_commit_that_does_not_tell_the_files_is_repeated(check, commit):
 
 # --- the command ---
 
-# The check with stages of its own, in a tree without .git.
+# The check with the test's own stages, in a tree without .git.
 DRIVER = """
 import sys
 sys.path.insert(0, {folder!r})
@@ -373,7 +373,7 @@ def start(tmp_path):
 
 
 def test_the_command_says_how_many_failed_and_of_which_commit(start, check):
-    """The commit is that of the environment where there is no .git, changed files included."""
+    """Without .git, the commit and its mark of changed files come from the environment."""
     with start("echo $TRITON_CACHE_DIR; exit 1") as process:
         shown = process.communicate()[0]
     assert process.returncode == 2

@@ -1,5 +1,5 @@
 """Every Markdown file: its examples run, its commands exist, its links lead somewhere, and its
-tables are those of the committed results."""
+tables match the committed results."""
 
 import importlib.util
 import json
@@ -29,7 +29,7 @@ def in_git(root):
 
 
 def in_folder(root):
-    """Those of a source archive: in no hidden folder and in none that a build leaves behind."""
+    """Those of a source archive: outside hidden folders and those that a build leaves behind."""
 
     def is_source(path):
         folders = path.relative_to(root).parts[:-1]
@@ -48,7 +48,7 @@ def fenced(text, language):
 
 
 def each(holds):
-    """Run a test for every file whose text is such a one."""
+    """Run a test for every file for whose text `holds` is true."""
     return pytest.mark.parametrize("name", [name for name in FILES if holds(FILES[name])])
 
 
@@ -87,7 +87,7 @@ def test_the_guides_have_examples():
 
 
 def commands(text):
-    """What stands in blocks for a shell, and between backticks if it starts as a command does."""
+    """The lines of shell blocks, and text between backticks that starts like a command."""
     lines = [line for block in fenced(text, "sh") for line in block.splitlines()]
     inline = re.findall(
         r"`((?:make|python3?|pytest|dfa-kernels|\.ci/)\b[^`]*)`", FENCE.sub("", text)
@@ -97,7 +97,7 @@ def commands(text):
 
 
 def why_unknown(words, options_of):
-    """What a command names that is not there, or None."""
+    """What a command names that does not exist, or None."""
     program, *rest = words
     if program in ("python", "python3") and rest[:1] == ["-m"]:
         module = rest[1]
@@ -119,7 +119,7 @@ def why_unknown(words, options_of):
 
 @pytest.fixture
 def options_of(capsys):
-    """The help of a command of ours, which fails where there is no such command."""
+    """The help of one of our commands; it fails if there is no such command."""
 
     def help_of(command):
         with pytest.raises(SystemExit) as ended:
@@ -157,7 +157,7 @@ def test_unknown_commands_are_found(command, missing, options_of):
 
 
 def anchors(text):
-    """What GitHub calls the headings, to link to."""
+    """The anchors that GitHub gives the headings."""
     found: list[str] = []
     for title in re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE):
         plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title).lower().strip()
@@ -171,7 +171,7 @@ def links(text):
 
 
 def leads_nowhere(link, path):
-    """Whether a link in the file at `path` is neither into the web nor to something here."""
+    """Whether a link in the file at `path` leads neither to the web nor to something here."""
     if link.startswith("https://"):
         return False
     file, _, anchor = link.partition("#")
@@ -231,7 +231,7 @@ def test_committed_results_are_of_committed_code():
         measured = json.loads(path.read_text())
         commits = [measured["commit"], *measured.get("run_commits", ())]
         assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in commits), path
-        assert not measured.get("quick"), path  # a run of the paper's that only shows that it runs
+        assert not measured.get("quick"), path  # a quick run of the paper's only shows that it runs
 
 
 def test_a_commit_cut_short_still_says_that_files_had_changed():

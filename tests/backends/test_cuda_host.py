@@ -4,6 +4,7 @@ The kernels' own source is compiled by the host compiler with the address and un
 sanitizers; only the primitives of csrc/cuda/device.h are emulated.
 """
 
+import hashlib
 import math
 import os
 import shutil
@@ -43,11 +44,20 @@ SOURCES = [HOST / "main.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
-    """The compiled emulator."""
+def emulator(tmp_path_factory, pytestconfig):
+    """The compiled emulator; pytest's cache keeps it until a source changes."""
     folder = tmp_path_factory.mktemp("emulator")
     flags = ["-std=c++17", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
     flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{HOST}"]
+
+    version = subprocess.run([COMPILER, "--version"], check=True, capture_output=True).stdout
+    digest = hashlib.sha256(repr((version, flags)).encode())
+    for path in sorted([*(ROOT / "csrc").rglob("*.*"), *HOST.iterdir()]):
+        digest.update(path.read_bytes())
+    cache = getattr(pytestconfig, "cache", None)  # none with -p no:cacheprovider
+    kept = (cache.mkdir("emulator") if cache else folder) / digest.hexdigest()
+    if kept.exists():
+        return kept
 
     def build(source):
         target = folder / f"{source.name}.o"
@@ -58,7 +68,10 @@ def emulator(tmp_path_factory):
         objects = list(pool.map(build, SOURCES))
     program = folder / "emulator"
     subprocess.run([COMPILER, *flags, *objects, "-o", program], check=True)
-    return program
+    unfinished = kept.with_suffix(f".{os.getpid()}")
+    shutil.copy2(program, unfinished)
+    unfinished.replace(kept)
+    return kept
 
 
 FAR = [2**62, 3, 20, 2**32 - 4, 2**63 - 1, 2**32 - 4, 60]  # row offsets, in no order

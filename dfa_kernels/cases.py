@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dfa_kernels import hadamard
 from dfa_kernels import stream as definition
 from dfa_kernels.layers import Layers
-from dfa_kernels.stream import DISTRIBUTIONS, Stream
+from dfa_kernels.stream import DENSE, STRUCTURED, Stream
 
 # All 24 bits count, also if it is split into three numbers of 8 bits.
 _NEEDLE = 1 + 2**-6 + 2**-12 + 2**-20
@@ -119,9 +120,14 @@ class Case(NamedTuple):
         return None
 
     def _signal(self, layer: int, dtype: torch.dtype, terms: int, lattice: bool) -> Signal:
+        if self.stream.distribution in STRUCTURED:  # the definition fixes every bit
+            row_offsets, sizes, scales = self.layers
+            one = Layers.of([row_offsets[layer]], [sizes[layer]], [scales[layer]])
+            (values,) = hadamard.project(self.error, one, self.stream, dtype)
+            return Signal(values.double(), torch.zeros(values.shape, dtype=torch.float64))
         scale, row_offset = self.layers.scales[layer], self.layers.row_offsets[layer]
         piece = (self.layers.sizes[layer], self.error.shape[1], row_offset, self.stream)
-        facts = DISTRIBUTIONS[self.stream.distribution]
+        facts = DENSE[self.stream.distribution]
         arithmetic = torch.float64 if self.error.dtype == torch.float64 else torch.float32
         error, entries = self.error.double(), _entries(*piece, arithmetic).double()
         values = error @ entries.T * scale
@@ -162,4 +168,4 @@ def _entries(
 def _lattice(rows: int, columns: int, row_offset: int, stream: Stream) -> Tensor:
     """Entries without the factor of uniform ones, which is exact: multiples of 1/256, or +-1."""
     entries = _entries(rows, columns, row_offset, stream, torch.float64)
-    return (entries / DISTRIBUTIONS[stream.distribution].factor * 256).round() / 256
+    return (entries / DENSE[stream.distribution].factor * 256).round() / 256

@@ -40,8 +40,10 @@ def project(
             fp64, any strides; leading dimensions are batch dimensions. Differentiable.
         sizes: the layers' sizes l_i, at least one, each at least 1.
         seed: selects the matrix, 0 <= seed < 2**64.
-        distribution: of U's entries: "normal", "uniform" or "rademacher", each of mean 0 and
-            variance 1.
+        distribution: of U's entries: "normal", "uniform" or "rademacher", independent, of mean 0
+            and variance 1; or "hadamard", structured: entries look normal but depend on one
+            another, the projection costs 10 additions a number whatever n is, and signals are
+            the same bits on every backend (see `dfa_kernels.hadamard`).
         normalization: "layer" for 1/sqrt(l_i n) (eq. 8), "shared" for 1/sqrt(max(sizes) n) (eq. 7
             alone, the paper's "no norm"), a finite number for all layers, or one for each.
         row_offsets: each layer's first row of U, which has 2**63 rows. None: 0 for all, so layers
@@ -112,7 +114,7 @@ def project(
         layers,
         Stream(seed, column_offset, distribution),
         dtype,
-        registry.choose_for_call("project", error.device, backend),
+        registry.choose_for_call("project", error.device, backend, distribution),
     )
     if error.dim() != 2:
         signals = [signal.view(*batch, signal.shape[1]) for signal in signals]
@@ -137,8 +139,8 @@ def feedback_matrix(
 
     For inspection, or to store the matrix; `project` never makes it. An entry has the same bits on
     every backend and device, and in every piece. Normal and rademacher entries are exact in every
-    dtype; a uniform one is sqrt(3) * (2k - 255)/256, multiplied in fp32 (fp64 for fp64), then
-    rounded to `dtype`.
+    dtype. A hadamard one is exact in fp32, and rounded to 16 bits; a uniform one is
+    sqrt(3) * (2k - 255)/256, multiplied in fp32 (fp64 for fp64), then rounded to `dtype`.
 
     Args:
         rows, columns: shape of the piece, each at least 0.
@@ -164,6 +166,6 @@ def feedback_matrix(
     checks.dtype("feedback_matrix", "dtype", dtype)
     # Not torch.get_default_device(), which torch.compile cannot trace.
     device = torch.empty(()).device if device is None else torch.device(device)
-    backend = registry.choose_for_call("feedback_matrix", device, backend)
+    backend = registry.choose_for_call("feedback_matrix", device, backend, distribution)
     matrix = Stream(seed, column_offset, distribution)
     return ops.feedback_matrix(rows, columns, row_offset, matrix, dtype, device, backend)

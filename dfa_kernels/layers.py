@@ -77,6 +77,25 @@ class Layers(NamedTuple):
             position = slab.last
             active = [layer for layer in active if ends[layer] > position]
 
+    def blocks(self, rows: int) -> Iterator[Slab]:
+        """The blocks of `rows` rows that layers read, ascending: block i begins at i * rows.
+
+        They are whole, also where layers read a part of their rows. A block's layers are in an
+        order that does not depend on the given one.
+        """
+        ends = [first + size for first, size in zip(self.row_offsets, self.sizes, strict=True)]
+        ordered = sorted(zip(self.row_offsets, ends, self.scales, range(len(ends)), strict=True))
+        waiting = [layer for *_, layer in reversed(ordered)]  # the next layer to begin is last
+        active: list[int] = []
+        last = 0
+        while waiting or active:
+            first = last if active else self.row_offsets[waiting[-1]] // rows * rows
+            last = first + rows
+            while waiting and self.row_offsets[waiting[-1]] < last:
+                active.append(waiting.pop())
+            yield Slab(first, last, active)
+            active = [layer for layer in active if ends[layer] > last]
+
     def overlap(self, layer: int, slab: Slab) -> tuple[slice, slice]:
         """The rows that a layer and a slab share, counted from the first row of each."""
         begin = self.row_offsets[layer]

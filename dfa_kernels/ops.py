@@ -3,6 +3,7 @@
     project(..., backend)       all layers' signals, differentiable; "" chooses when it runs
     project.<backend>           the same from one backend, without the autograd layer's 10 us a call
     project_adjoint             the transpose of project
+    structured_adjoint.<backend>    the same of structured distributions
     feedback_matrix.<backend>   a piece of U
     cpu_isa                     the instruction set of backend "cpp"
     cuda_fused, cuda_entries    the kernels of backend "cuda": the fused projection, and a piece of
@@ -26,7 +27,7 @@ from dfa_kernels import derivatives
 from dfa_kernels.backends import slabs
 from dfa_kernels.backends.registry import BACKENDS, choose
 from dfa_kernels.layers import Layers
-from dfa_kernels.stream import Stream
+from dfa_kernels.stream import STRUCTURED, Stream
 
 # `Layers` and `Stream`, field by field.
 _LAYERS = "int[] row_offsets, SymInt[] sizes, float[] scales"
@@ -47,6 +48,9 @@ _library.define(f"project_adjoint{_SCHEMAS['project_adjoint']}, str backend) -> 
 for _name, _backend in BACKENDS.items():
     _library.define(f"project.{_name}{_SCHEMAS['project']}) -> Tensor[]", tags=_backend.TAGS)
     _library.define(f"feedback_matrix.{_name}{_SCHEMAS['feedback_matrix']}) -> Tensor")
+_STRUCTURED = [name for name, one in BACKENDS.items() if {*STRUCTURED} & {*one.DISTRIBUTIONS}]
+for _name in _STRUCTURED:
+    _library.define(f"structured_adjoint.{_name}{_SCHEMAS['project_adjoint']}) -> Tensor")
 _library.define("cpu_isa(str? force) -> str")
 _library.define(
     f"cuda_fused{_SCHEMAS['project']}, int terms, int tile, int processors) -> Tensor[]"
@@ -81,7 +85,8 @@ def project(
 
 def _project(error: Tensor, *arguments) -> list[Tensor]:
     *others, backend = arguments
-    chosen = choose("project", error.device, backend or None)
+    distribution = others[5]
+    chosen = choose("project", error.device, backend or None, distribution)
     return getattr(_projections, chosen)(error, *others)
 
 
@@ -131,15 +136,32 @@ def _project_autocast(operator, device_type: str, error: Tensor, *arguments) -> 
 def _project_adjoint(
     signals, row_offsets, scales, seed, column_offset, distribution, columns, dtype, backend
 ) -> Tensor:
-    chosen = choose("project_adjoint", signals[0].device, backend or None)
+    chosen = choose("project_adjoint", signals[0].device, backend or None, distribution)
+    if distribution in STRUCTURED:
+        adjoint = getattr(torch.ops.dfa_kernels.structured_adjoint, chosen)
+        where = (row_offsets, scales, seed, column_offset, distribution)
+        return adjoint(signals, *where, columns, dtype)
     layers = Layers.of(row_offsets, [signal.shape[1] for signal in signals], scales)
     generate = functools.partial(_generate, chosen, signals[0].device)
     stream = Stream(seed, column_offset, distribution)
     return slabs.project_adjoint(generate, signals, layers, stream, columns, dtype)
 
 
+def _adjoint_by(kernel: Callable) -> Callable:
+    """The operator's kernel, from a backend's `structured_adjoint`."""
+
+    def structured_adjoint(
+        signals, row_offsets, scales, seed, column_offset, distribution, columns, dtype
+    ) -> Tensor:
+        layers = Layers.of(row_offsets, [signal.shape[1] for signal in signals], scales)
+        stream = Stream(seed, column_offset, distribution)
+        return kernel(signals, layers, stream, columns, dtype)
+
+    return structured_adjoint
+
+
 def _project_adjoint_fake(
-    signals, row_offsets, scales, seed, column_offset, distribution, columns, dtype, backend
+    signals, row_offsets, scales, seed, column_offset, distribution, columns, dtype, *_
 ) -> Tensor:
     return signals[0].new_empty(signals[0].shape[0], columns, dtype=dtype)
 
@@ -227,12 +249,17 @@ def _register() -> None:
         for function, kernel_by in (
             ("project", _project_by),
             ("feedback_matrix", _feedback_matrix_by),
+            ("structured_adjoint", _adjoint_by),
         ):
             if kernel := getattr(backend, function, None):  # otherwise its extension registers one
                 _library.impl(f"{function}.{name}", kernel_by(kernel), "CompositeExplicitAutograd")
         torch.library.register_fake(f"dfa_kernels::project.{name}", _project_fake, lib=_library)
         torch.library.register_fake(
             f"dfa_kernels::feedback_matrix.{name}", _feedback_matrix_fake, lib=_library
+        )
+    for name in _STRUCTURED:
+        torch.library.register_fake(
+            f"dfa_kernels::structured_adjoint.{name}", _project_adjoint_fake, lib=_library
         )
     torch.library.register_fake("dfa_kernels::cuda_fused", _project_fake, lib=_library)
     torch.library.register_fake("dfa_kernels::cuda_entries", _feedback_matrix_fake, lib=_library)

@@ -11,9 +11,10 @@ as easy as 1, 2, 3") gives the entries of one row in one block of consecutive co
     uniform     8 columns a block, one halfword each: k = halfword >> 8,
         U = sqrt(3) * (2k - 255)/256
     rademacher  128 columns a block, one bit each: U = 1 - 2*bit
+    hadamard    structured: see `dfa_kernels.hadamard`
 
 Halfword 2j of a block is the low half of word j, halfword 2j+1 its high half. Within word j of a
-rademacher block, column 2i is bit i and column 2i+1 is bit 16+i. `DISTRIBUTIONS` holds these
+rademacher block, column 2i is bit i and column 2i+1 is bit 16+i. `DENSE` holds these
 facts for the rest of the package.
 """
 
@@ -112,7 +113,7 @@ def _quantiles(k: Tensor) -> Tensor:
 
 
 class Distribution(NamedTuple):
-    """The facts of a distribution of entries.
+    """The facts of a distribution of independent entries.
 
     Attributes:
         block: columns of a row whose entries one Philox block gives.
@@ -131,7 +132,7 @@ class Distribution(NamedTuple):
     slots: dict[str, float]
 
 
-DISTRIBUTIONS = {
+DENSE = {
     "normal": Distribution(
         block=8,
         bits=12,
@@ -154,6 +155,8 @@ DISTRIBUTIONS = {
         slots={"cuda": 4.0, "triton": 4.8},
     ),
 }
+STRUCTURED = ("hadamard",)
+DISTRIBUTIONS = (*DENSE, *STRUCTURED)
 
 
 def levels(distribution: str, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -177,7 +180,7 @@ def _levels_on_cpu(distribution: str, dtype: torch.dtype) -> Tensor:
 
 
 def _make_levels(distribution: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    facts = DISTRIBUTIONS[distribution]
+    facts = DENSE[distribution]
     k = torch.arange(2**facts.bits, dtype=torch.float32, device=device)
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
     values = facts.lattice(k).to(arithmetic)
@@ -188,7 +191,7 @@ def _make_levels(distribution: str, dtype: torch.dtype, device: torch.device) ->
 
 def indices(words: Words, distribution: str) -> Tensor:
     """Level indices k of each block's entries: four words [...] -> [..., columns a block]."""
-    facts = DISTRIBUTIONS[distribution]
+    facts = DENSE[distribution]
     if facts.bits == 1:
         column = torch.arange(32, device=words[0].device)
         bit = column // 2 + 16 * (column % 2)
@@ -212,7 +215,7 @@ def entries(
     """
     seed, column_offset, distribution = stream
     seed &= 2**64 - 1
-    width = DISTRIBUTIONS[distribution].block
+    width = DENSE[distribution].block
     first_block = column_offset // width
     last_block = (column_offset + columns - 1) // width if columns else first_block - 1
     row = row_offset + torch.arange(rows, device=device)[:, None]  # [rows, 1]

@@ -26,7 +26,7 @@ from dfa_kernels.backends import tensor_cores, trial
 from dfa_kernels.backends.registry import BACKENDS, unavailable
 from dfa_kernels.cases import LAYERS, LONE_LAYER, Case, Signal
 from dfa_kernels.layers import Layers
-from dfa_kernels.stream import DISTRIBUTIONS, Stream
+from dfa_kernels.stream import Stream
 
 # Random123's known answer for counter and key pi, and the codebook's bf16 patterns.
 _COUNTER = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
@@ -97,7 +97,7 @@ def _aspects(backend: str, device: torch.device) -> Iterator[tuple[str, Callable
         return name, functools.partial(_check, name, cases)
 
     yield aspect("the definition, against known answers", [("this machine", _definition)])
-    for distribution in DISTRIBUTIONS:
+    for distribution in BACKENDS[backend].DISTRIBUTIONS:
         pieces = [
             (f"{dtype}", functools.partial(_entries, backend, device, distribution, dtype, *piece))
             for dtype in checks.DTYPES
@@ -200,7 +200,9 @@ def _signals(
     lattice = backend != "torch" and dtype != torch.float64
     terms = tensor_cores.TERMS[precision] if dtype == torch.float32 else 3
     with _precision(precision):
-        for distribution, layers in itertools.product(DISTRIBUTIONS, (LAYERS, LONE_LAYER)):
+        for distribution, layers in itertools.product(
+            BACKENDS[backend].DISTRIBUTIONS, (LAYERS, LONE_LAYER)
+        ):
             case = Case.of(dtype, distribution, layers=layers)
             error = case.error.to(device)
             for out in dict.fromkeys((dtype, torch.float32)):

@@ -12,7 +12,7 @@ import torch
 
 KNOWN = json.loads((Path(__file__).parent / "known_answers.json").read_text())
 WIDTH = {"normal": 8, "uniform": 8, "rademacher": 128}  # columns of a Philox block
-DISTRIBUTIONS = tuple(WIDTH)
+DENSE = tuple(WIDTH)
 COEFFICIENTS = (
     float.fromhex("0x1.40ce28p+0"),
     float.fromhex("0x1.d4d196p-3"),

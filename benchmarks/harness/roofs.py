@@ -212,7 +212,7 @@ def _measure_generation(roofs: Roofs, best: Callable) -> None:
             return size * error.shape[1] / min(map(best, calls))
 
         try:
-            roofs.generation[source] = {name: rate(name) for name in stream.DISTRIBUTIONS}
+            roofs.generation[source] = {name: rate(name) for name in stream.DENSE}
         except Exception:  # its own benchmarks will report it, and the others go on
             traceback.print_exc()
     out = torch.empty(rows // 10, 1000, device=roofs.device_type)

@@ -11,9 +11,12 @@ from collections.abc import Iterator
 
 import torch
 
+from dfa_kernels.stream import DENSE
+
 DEVICES = ("cpu",)
 RANK = 0
 PROVEN = frozenset({"cpu"})
+DISTRIBUTIONS = tuple(DENSE)
 TAGS: tuple[torch.Tag, ...] = ()
 
 _INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")

@@ -23,12 +23,13 @@ from torch import Tensor
 
 from dfa_kernels.backends import slabs, tensor_cores
 from dfa_kernels.layers import Layers
-from dfa_kernels.stream import DISTRIBUTIONS, Stream
+from dfa_kernels.stream import DENSE, Stream
 
 DEVICES = () if torch.version.hip else ("cuda",)
 RANK = 0
 # Compute capabilities of GPUs on which all tests have run, such as (9, 0).
 PROVEN: frozenset[tuple[int, int]] = frozenset()
+DISTRIBUTIONS = tuple(DENSE)
 TAGS: tuple[torch.Tag, ...] = ()
 
 _log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def prefers_slabs(
     """
     if terms == 3:
         return False
-    make = DISTRIBUTIONS[distribution].slots["cuda"]
+    make = DENSE[distribution].slots["cuda"]
     tiles = -(-batch // _BATCH)
     products = terms * batch
     fused = max(make * tiles + _ISSUE * products, _MULTIPLY_FUSED * products)

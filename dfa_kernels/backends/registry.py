@@ -6,6 +6,7 @@ A backend is a module of this folder with its name in `BACKENDS`. It states:
     RANK      its place in that choice, lowest first
     PROVEN    where all its tests have run: "cpu", or compute capabilities of GPUs, such as (9, 0).
               Elsewhere it is checked before an automatic choice takes it; see `verdicts`
+    DISTRIBUTIONS   of U, those that it makes
     TAGS      tags of its operator
     unavailable(device_type)    why it cannot serve a device type, or None
 
@@ -14,6 +15,7 @@ extension does when it is loaded, or has functions that `ops` registers:
 
     project(error, layers, stream, dtype)
     feedback_matrix(rows, columns, row_offset, stream, dtype, device)
+    structured_adjoint(signals, layers, stream, columns, dtype)     of structured distributions
 
 For `verify` it may have `ways(error, distribution)`, which gives every way a projection can go, by
 name, and `modes()`, which puts the whole backend into each of its modes in turn.
@@ -45,6 +47,10 @@ class Backend(Protocol):
 
     @property
     def PROVEN(self) -> Collection[Any]:  # noqa: D102
+        ...
+
+    @property
+    def DISTRIBUTIONS(self) -> Collection[str]:  # noqa: D102
         ...
 
     @property
@@ -80,9 +86,13 @@ class BackendStatus(NamedTuple):
     reason: str | None
 
 
-def unavailable(name: str, device_type: str) -> str | None:
-    """Why a backend cannot serve a device type, or None."""
-    return BACKENDS[name].unavailable(device_type)
+def unavailable(name: str, device_type: str, distribution: str | None = None) -> str | None:
+    """Why a backend cannot serve a device type, and a distribution if one is given, or None."""
+    backend = BACKENDS[name]
+    reason = backend.unavailable(device_type)
+    if reason is None and distribution is not None and distribution not in backend.DISTRIBUTIONS:
+        return f"it does not make the distribution {distribution!r}"
+    return reason
 
 
 def _preferred(device_type: str) -> list[str]:
@@ -100,7 +110,9 @@ def _wants_check(name: str, device: torch.device) -> bool:
 
 
 def _first(
-    device: torch.device, verdict_of: Callable[[str, torch.device], verdicts.Verdict | None]
+    device: torch.device,
+    verdict_of: Callable[[str, torch.device], verdicts.Verdict | None],
+    distribution: str | None = None,
 ) -> tuple[str, bool, dict[str, str | verdicts.Verdict]]:
     """The first backend that can serve, whether its check is to come, and why those before cannot.
 
@@ -108,7 +120,7 @@ def _first(
     """
     against: dict[str, str | verdicts.Verdict] = {}
     for name in _preferred(device.type):
-        reason = unavailable(name, device.type)
+        reason = unavailable(name, device.type, distribution)
         if reason is not None:
             against[name] = reason
             continue
@@ -121,7 +133,7 @@ def _first(
     return _LAST, False, against
 
 
-_chosen: dict[torch.device, str] = {}
+_chosen: dict[tuple[torch.device, str], str] = {}
 _said: dict[object, object] = {}
 
 
@@ -145,15 +157,16 @@ def _indexed(device: torch.device) -> torch.device:
     return device
 
 
-def _automatic(device: torch.device, tracing: bool) -> str:
+def _automatic(device: torch.device, distribution: str, tracing: bool) -> str:
     """The first backend that can serve and is checked. Warns once about each that it passes over.
 
     With `tracing`, "" if a check is still to come.
     """
     device = _indexed(device)
-    if device in _chosen:
-        return _chosen[device]
-    name, to_come, against = _first(device, verdicts.known if tracing else _checked)
+    if (device, distribution) in _chosen:
+        return _chosen[device, distribution]
+    verdict_of = verdicts.known if tracing else _checked
+    name, to_come, against = _first(device, verdict_of, distribution)
     if to_come and tracing:
         return ""
     if to_come:
@@ -164,7 +177,7 @@ def _automatic(device: torch.device, tracing: bool) -> str:
             f"before, or run `python -m dfa_kernels verify --backend {name} --device {device}`",
         )
         return _LAST
-    _chosen[device] = name
+    _chosen[device, distribution] = name
     for other, why in against.items():
         message = f"dfa_kernels: backend {other!r} cannot serve {device.type}: {why}"
         if isinstance(why, verdicts.Verdict):
@@ -173,7 +186,13 @@ def _automatic(device: torch.device, tracing: bool) -> str:
     return name
 
 
-def choose(function: str, device: torch.device, backend: str | None, tracing: bool = False) -> str:
+def choose(
+    function: str,
+    device: torch.device,
+    backend: str | None,
+    distribution: str = "normal",
+    tracing: bool = False,
+) -> str:
     """The backend that serves: the one asked for, else DFA_KERNELS_BACKEND, else the preferred.
 
     The first automatic choice on a GPU may take minutes, because it checks backends. With `tracing`
@@ -187,26 +206,30 @@ def choose(function: str, device: torch.device, backend: str | None, tracing: bo
         source = "DFA_KERNELS_BACKEND"
         backend = os.environ.get(source) or None
     if backend is None:
-        return _chosen.get(device) or _automatic(device, tracing)
+        return _chosen.get((device, distribution)) or _automatic(device, distribution, tracing)
     if backend not in tuple(BACKENDS):  # what is asked for may have no hash
         names = ", ".join(map(repr, BACKENDS))
         raise ValueError(f"{function}: {source} must be one of {names}, got {backend!r}")
-    reason = unavailable(backend, device.type)
+    reason = unavailable(backend, device.type, distribution)
     if reason is not None:
         raise RuntimeError(f"{function}: {source} {backend!r} cannot serve {device.type}: {reason}")
     return backend
 
 
 @torch.compiler.assume_constant_result
-def choose_for_graph(function: str, device: torch.device, backend: str | None) -> str:
+def choose_for_graph(
+    function: str, device: torch.device, backend: str | None, distribution: str
+) -> str:
     """As `choose`, for a graph that is being traced: "" if the choice is made when it runs."""
-    return choose(function, device, backend, tracing=True)
+    return choose(function, device, backend, distribution, tracing=True)
 
 
-def choose_for_call(function: str, device: torch.device, backend: str | None) -> str:
+def choose_for_call(
+    function: str, device: torch.device, backend: str | None, distribution: str
+) -> str:
     """The choice of a public function: `choose`, or `choose_for_graph` while it is being traced."""
     choice = choose_for_graph if torch.compiler.is_compiling() else choose
-    return choice(function, device, backend)
+    return choice(function, device, backend, distribution)
 
 
 def keep_check(name: str, device: torch.device, failures: list[str], seconds: float) -> None:

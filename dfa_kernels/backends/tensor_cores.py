@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from dfa_kernels.backends import slabs
 from dfa_kernels.layers import Layers
-from dfa_kernels.stream import DISTRIBUTIONS, Stream
+from dfa_kernels.stream import DENSE, Stream
 
 TERMS = {"highest": 3, "high": 2, "medium": 1}
 
@@ -108,7 +108,7 @@ def project(
     after = -(before + error.shape[1]) % _COLUMN_STEP
     terms = terms_of(error)
     in_place = written_in_place(error, len(layers.sizes), dtype)
-    factor = DISTRIBUTIONS[stream.distribution].factor
+    factor = DENSE[stream.distribution].factor
     for top, bottom in slabs.cut(error.shape[0], _BATCH):
         part = functional.pad(error[top:bottom], (before, after))
         batch, columns = part.shape

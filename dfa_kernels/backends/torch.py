@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from dfa_kernels import hadamard
 from dfa_kernels import stream as definition
 from dfa_kernels.backends import slabs
 from dfa_kernels.layers import Layers
@@ -15,6 +16,7 @@ from dfa_kernels.stream import Stream
 DEVICES: tuple[str, ...] = ()  # it serves every device where no other backend does
 RANK = 9
 PROVEN = frozenset({"cpu"})
+DISTRIBUTIONS = definition.DISTRIBUTIONS
 TAGS: tuple[torch.Tag, ...] = ()
 
 
@@ -32,11 +34,13 @@ def feedback_matrix(
     device: torch.device,
 ) -> Tensor:
     """`rows` rows of U from `row_offset` on, and `columns` of its columns, made slab by slab."""
+    if stream.distribution in definition.STRUCTURED:
+        return hadamard.feedback_matrix(rows, columns, row_offset, stream, dtype, device)
     matrix = torch.empty(rows, columns, dtype=dtype, device=device)
     if matrix.numel() == 0:
         return matrix
     # Both ends may cut a Philox block, which is made whole.
-    padding = 2 * definition.DISTRIBUTIONS[stream.distribution].block
+    padding = 2 * definition.DENSE[stream.distribution].block
     slab_rows, slab_columns = slabs.slab_shape(columns, matrix.device, padding=padding)
     for top, bottom in slabs.cut(rows, slab_rows):
         for left, right in slabs.cut(columns, slab_columns):
@@ -53,5 +57,10 @@ def feedback_matrix(
 
 def project(error: Tensor, layers: Layers, stream: Stream, dtype: torch.dtype) -> list[Tensor]:
     """The signals of an error [batch, n]: one [batch, size] per layer."""
+    if stream.distribution in definition.STRUCTURED:
+        return hadamard.project(error, layers, stream, dtype)
     generate = functools.partial(feedback_matrix, device=error.device)
     return slabs.project(generate, error, layers, stream, dtype)
+
+
+structured_adjoint = hadamard.project_adjoint

@@ -93,7 +93,7 @@ class Seeded(NamedTuple):
         for first, size in zip(layers.row_offsets, layers.sizes, strict=True):
             checks.rows("project", "row_offsets", first, size)  # a state's may be any
         stream = Stream(checks.seed("project", self.seed), 0, self.distribution)
-        backend = registry.choose_for_call("project", error.device, self.backend)
+        backend = registry.choose_for_call("project", error.device, self.backend, self.distribution)
         return ops.project(error, layers, stream, dtype, backend)
 
     def describe(self) -> dict[str, Any]:

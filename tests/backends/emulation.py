@@ -9,7 +9,7 @@ import torch
 
 from tests import reference
 from tests.conftest import EPSILON
-from tests.reference import DISTRIBUTIONS
+from tests.reference import DENSE
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # as dfa::Type
 SHARED = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}  # bytes per thread block
@@ -78,7 +78,7 @@ class Projection:
         head = words(
             0,
             self.where["seed"],
-            DISTRIBUTIONS.index(self.where["distribution"]),
+            DENSE.index(self.where["distribution"]),
             self.where["column_offset"],
             *error.shape,
             *error.stride(),

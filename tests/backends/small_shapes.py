@@ -61,7 +61,7 @@ def projections(name, backend, device):
     Signals have the error's dtype. A misaligned error also gives fp32 signals.
     """
     for distribution, dtype, (rows, columns, before, column_offset) in itertools.product(
-        stream.DISTRIBUTIONS, DTYPES, ERRORS
+        stream.DENSE, DTYPES, ERRORS
     ):
         error = error_of(rows, columns, before, dtype, device)
         given = arguments(error, ROW_OFFSETS, SIZES, column_offset, distribution)
@@ -95,7 +95,7 @@ def terms_made_ahead(name, backend, device):
 
 def blocks(name, backend, device):
     """(label, call) of pieces of U that begin and end anywhere."""
-    for distribution, dtype in itertools.product(stream.DISTRIBUTIONS, DTYPES):
+    for distribution, dtype in itertools.product(stream.DENSE, DTYPES):
         where = (37, 131, 5, stream.Stream(-3, 3, distribution), dtype, torch.device(device))
         label = f"{name} block of U: {str(dtype)[6:]}, {distribution}"
         yield label, functools.partial(backend.feedback_matrix, *where)

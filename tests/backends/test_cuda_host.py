@@ -33,7 +33,7 @@ from tests.backends.emulation import (
     words,
 )
 from tests.conftest import EPSILON, needs
-from tests.reference import DISTRIBUTIONS
+from tests.reference import DENSE
 from tests.samples import random_error
 
 COMPILER = shutil.which("g++")
@@ -110,7 +110,7 @@ def tiles(emulator, dtype, terms, shared=SHARED["sm_90"]):
     [  # every tile of every operand; the slow tests add every distribution
         pytest.param(operand, distribution, marks=[pytest.mark.slow] * (i % 3 != j))
         for i, operand in enumerate(OPERANDS)
-        for j, distribution in enumerate(DISTRIBUTIONS)
+        for j, distribution in enumerate(DENSE)
     ],
 )
 def test_every_tile(emulator, distribution, operand):
@@ -144,7 +144,7 @@ def test_every_tile(emulator, distribution, operand):
             processors=1,
             shared=SHARED["sm_90"],
         )
-        turn = tile.index + list(OPERANDS).index(operand) + DISTRIBUTIONS.index(distribution)
+        turn = tile.index + list(OPERANDS).index(operand) + DENSE.index(distribution)
         order = list(ORDERS)[turn % len(ORDERS)]
         (((_, taken, blocks), signals),) = run_all(emulator, [case], ORDERS[order])
         print(f"{tile.name}: {order}")
@@ -225,12 +225,12 @@ def test_in_any_order_of_threads_and_copies(emulator, order):
     run_all(emulator, cases, order)
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DENSE)
 def test_which_tile(emulator, distribution):
     """On an H100: the largest tiles for many rows of U; for few, tiles that divide the columns."""
 
     def tile_for(rows, errors, columns=1000, dtype=torch.bfloat16, terms=1):
-        where = DISTRIBUTIONS.index(distribution), rows, errors, columns, TYPES.index(dtype), terms
+        where = DENSE.index(distribution), rows, errors, columns, TYPES.index(dtype), terms
         log = run(emulator, words(3, 132, SHARED["sm_90"], *where), ORDERS["at-once"])
         (tile,) = (
             tile
@@ -262,7 +262,7 @@ def test_the_maps_of_the_fragments(emulator):
 
 
 @pytest.mark.parametrize("dtype", TYPES[:3], ids=str)
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DENSE)
 def test_projected_identity_is_the_matrix(emulator, distribution, dtype):
     """Bit for bit: every sum has one nonzero term. All levels of "normal" occur."""
     places = [(16, 4096, 0, 0), (9, 40, 7, 2**32 - 3), (40, 50, 2**34 - 40, 2**63 - 50)]
@@ -292,7 +292,7 @@ def test_projected_identity_is_the_matrix(emulator, distribution, dtype):
 def test_feedback_matrices(emulator):
     """Any shape, place, type and alignment; the slabs' lattice too."""
     sizes = (1, 7, 8, 9, 65, 140)
-    kinds = [(d, t, False) for d in DISTRIBUTIONS for t in TYPES]
+    kinds = [(d, t, False) for d in DENSE for t in TYPES]
     kinds += [("uniform", t, True) for t in TYPES]
     requests, expected = [], []
     for i, (rows, columns) in enumerate((r, c) for r in sizes for c in sizes):
@@ -303,7 +303,7 @@ def test_feedback_matrices(emulator):
                 "row_offset": (0, 5, 2**32 - 3, 2**33 - 100, 2**63 - 140)[i % 5],
                 "column_offset": (0, 1, 8, 16, 100, 127, 2**34 - 140)[i % 7],
             }
-            numbers = DISTRIBUTIONS.index(distribution), TYPES.index(dtype)
+            numbers = DENSE.index(distribution), TYPES.index(dtype)
             requests.append(
                 words(1, place["seed"], numbers[0], place["column_offset"], place["row_offset"])
                 + words(rows, columns, numbers[1], lattice, (0, 8, 16)[i % 3])

@@ -91,7 +91,7 @@ def test_every_way_runs_with_every_dtype_at_every_precision(everything):
         (name, dtype, distribution, precision)
         for name in ("wide", "narrow")
         for dtype, precision in precisions
-        for distribution in stream.DISTRIBUTIONS
+        for distribution in stream.DENSE
         if (name, dtype) != ("narrow", torch.float64)
     }
     outputs = {(dtype, output) for dtype in DTYPES for output in (dtype, torch.float32)}
@@ -101,7 +101,7 @@ def test_every_way_runs_with_every_dtype_at_every_precision(everything):
     many = {name for name, _, sizes, *_ in calls if len(sizes) == small_shapes.MANY}
     assert many == {"wide", "narrow"}
     blocks = {(m.dtype, kind) for name, m, _, _, kind, _ in calls if name == "matrix"}
-    assert blocks == {(dtype, kind) for dtype in DTYPES for kind in stream.DISTRIBUTIONS}
+    assert blocks == {(dtype, kind) for dtype in DTYPES for kind in stream.DENSE}
 
 
 def test_the_shapes_are_awkward(everything):
@@ -135,7 +135,7 @@ def test_a_way_that_fails_does_not_stop_the_next(monkeypatch):
     assert status == 1
     assert "failed: fake broken: 5 x 1088 bfloat16, normal, highest, to bfloat16: an " in shown
     failed = (1 + 2) * len(
-        stream.DISTRIBUTIONS
+        stream.DENSE
     ) + 1  # aligned, to one dtype; misaligned, to two; many layers
     assert shown.endswith(f"fake: {len(broken.calls) + failed} calls, {failed} failed\n")
     assert len([call for call in broken.calls if call[0] == "narrow"]) == failed

@@ -10,7 +10,7 @@ from dfa_kernels.layers import Layers
 from dfa_kernels.stream import Stream
 from tests import reference
 from tests.conftest import assert_projected
-from tests.reference import DISTRIBUTIONS
+from tests.reference import DENSE
 from tests.samples import random_error
 
 THOUSAND, SIGNS = Layers((0,), (1000,), (1.0,)), Stream(0, 0, "rademacher")
@@ -35,7 +35,7 @@ def lattice(made):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DENSE)
 @pytest.mark.parametrize(("columns", "column_offset"), [(37, 3), (40, 16), (5, 8)])
 def test_slabs(lattice, made, monkeypatch, distribution, dtype, columns, column_offset):
     """Slabs of one layer and of two; columns added on either side for alignment do not count."""

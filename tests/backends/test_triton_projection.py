@@ -15,7 +15,7 @@ import dfa_kernels
 from dfa_kernels import feedback_matrix, project
 from tests import reference, samples
 from tests.conftest import EPSILON, assert_projected
-from tests.reference import DISTRIBUTIONS
+from tests.reference import DENSE
 from tests.samples import DTYPES, layer_scales
 
 pytest.importorskip("triton")
@@ -56,7 +56,7 @@ def test_the_backend_is_there():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DENSE)
 def test_entries_are_the_definitions(distribution, dtype):
     for seed, row, column in [
         (0, 0, 0),
@@ -86,7 +86,7 @@ def test_entries_are_exact_operands():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DENSE)
 @pytest.mark.parametrize("n", [1, 37, 136])
 def test_definition(distribution, dtype, n):
     """Layers nested, disjoint, overlapping and at U's last rows; more than fit in the arguments."""
@@ -97,7 +97,7 @@ def test_definition(distribution, dtype, n):
 
 
 @pytest.mark.parametrize("offset", [5, 127, 128, 2**34 - 40])
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DENSE)
 def test_column_offsets(distribution, offset):
     error = random_error(3, 40)
     where = {"distribution": distribution, "column_offset": offset}
@@ -127,7 +127,7 @@ def test_operand_order_does_not_matter(monkeypatch):
         assert_projected([signal], error, [40], layer_scales([40], 70))
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DENSE)
 def test_offsets_of_64_bits(distribution, monkeypatch):
     """The kernel for outputs past 2^31 elements gives the same signals."""
     monkeypatch.setattr(launch, "_NARROW", 1)
@@ -178,7 +178,7 @@ def test_precision_of_fp32_follows_that_of_products(precision, name, terms):
 
 @pytest.mark.parametrize(
     ("name", "distribution"),
-    [("high", "normal"), *(("highest", name) for name in DISTRIBUTIONS)],
+    [("high", "normal"), *(("highest", name) for name in DENSE)],
 )
 def test_terms_made_beforehand_are_those_of_the_kernel(precision, monkeypatch, name, distribution):
     """The same bits, whatever the error's layout and first column."""
@@ -217,7 +217,7 @@ def test_nan_inf_and_huge_numbers_as_in_a_matrix_product(precision, name):
 
 
 @pytest.mark.usefixtures("by_slabs")
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DENSE)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_by_slabs(dtype, distribution):
     """One layer, several that share rows, and several that do not."""

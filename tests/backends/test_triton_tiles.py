@@ -11,7 +11,7 @@ from dfa_kernels import cases, verify
 from dfa_kernels.backends import tensor_cores, triton
 from dfa_kernels.backends.triton import launch
 from dfa_kernels.layers import Layers
-from tests.reference import DISTRIBUTIONS
+from tests.reference import DENSE
 
 pytestmark = [
     pytest.mark.triton,
@@ -32,7 +32,7 @@ QUICK = [("normal", *ERRORS[0]), ("rademacher", *ERRORS[0]), ("uniform", *ERRORS
 QUICK += [("normal", *ERRORS[2])]
 WAYS = [
     pytest.param(*way, marks=[pytest.mark.slow] * (DEVICE == "cpu" and way not in QUICK))
-    for way in ((distribution, *error) for distribution in DISTRIBUTIONS for error in ERRORS)
+    for way in ((distribution, *error) for distribution in DENSE for error in ERRORS)
 ]
 
 

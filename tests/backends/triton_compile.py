@@ -111,7 +111,7 @@ def project(arch, target, distribution, dtype, terms, count, outputs, way):
     vector = 8 if split else 1 if way == "misaligned" else 16 // dtype.itemsize
     constants = (
         distribution,
-        stream.DISTRIBUTIONS[distribution].block,
+        stream.DENSE[distribution].block,
         outputs,
         DTYPES[dtype],
         DTYPES[operand],
@@ -151,7 +151,7 @@ def others(capability):
         ("normal", torch.float64),
     ):
         rows, columns, warps = launch.matrix_tile(distribution)
-        facts, vector = stream.DISTRIBUTIONS[distribution], 16 // dtype.itemsize
+        facts, vector = stream.DENSE[distribution], 16 // dtype.itemsize
         constants = (distribution, facts.block, DTYPES[dtype], facts.factor, vector)
         constants += ("cuda", rows, columns)
         pointers = {"matrix": "*" + NAMES[dtype]}

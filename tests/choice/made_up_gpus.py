@@ -45,7 +45,7 @@ class Machine:
             devices = ("cuda",) if name in backends else ()
             self.monkeypatch.setattr(registry.BACKENDS[name], "DEVICES", devices)
         self.monkeypatch.setattr(
-            registry, "unavailable", lambda name, _: None if name in backends else "not today"
+            registry, "unavailable", lambda name, *_: None if name in backends else "not today"
         )
 
     def command(self, backend, device, report):

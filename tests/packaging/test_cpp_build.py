@@ -13,7 +13,7 @@ import pytest
 from dfa_kernels import stream
 from tests import ROOT, reference
 from tests.conftest import COMPILER, needs
-from tests.reference import DISTRIBUTIONS
+from tests.reference import DENSE
 
 BINARY = ROOT / "dfa_kernels" / "_C.abi3.so"
 
@@ -40,13 +40,13 @@ def test_the_headers_make_the_stream_under_every_compiler(compiler, tmp_path):
     values = patterns.view(np.float32).astype(np.float64)
     assert reference.codebook_digest(values) == reference.KNOWN["codebook_bf16_sha256"]
     fields = np.array(corner.split()).reshape(2, 4, 3)  # rows, columns, distributions
-    for place, distribution in enumerate(DISTRIBUTIONS):
+    for place, distribution in enumerate(DENSE):
         known = next(a for a in reference.KNOWN["entries"] if a["distribution"] == distribution)
         expected = [[str(value) for value in row[:4]] for row in known["values"][:2]]
         assert fields[:, :, place].tolist() == expected
     assert facts.split() == [
         text
-        for name, of in stream.DISTRIBUTIONS.items()
+        for name, of in stream.DENSE.items()
         for text in (name, f"{of.block}", f"{of.bits}", f"{of.factor:.17g}")
     ]
 

@@ -19,7 +19,7 @@ import torch
 
 from tests import ROOT
 from tests.conftest import needs
-from tests.reference import DISTRIBUTIONS
+from tests.reference import DENSE
 
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_90a")
@@ -119,7 +119,7 @@ def tile(of):
     rows = 16 * of.f * of.warps // of.parts
     parts = f", columns in {of.parts}" if of.parts > 1 else ""
     operand = ("bf16", "fp16", "exact")[of.operand]
-    return f"{DISTRIBUTIONS[of.distribution]} {operand} {rows} x {8 * of.n}{parts}"
+    return f"{DENSE[of.distribution]} {operand} {rows} x {8 * of.n}{parts}"
 
 
 def shared_bytes(symbol):
@@ -155,7 +155,7 @@ def test_no_kernel_spills_or_has_local_memory(kernels, source, resources):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("name", DENSE)
 def test_the_fused_loop_is_short(kernels, name, resources):
     seen = collections.Counter()
     for kernel in kernels(ROOT / "csrc" / "cuda" / f"fused_{name}.cu"):
@@ -169,7 +169,7 @@ def test_the_fused_loop_is_short(kernels, name, resources):
         )
         kinds = collections.Counter(op.split(".")[0] for op in inner)
         assert kinds["HMMA"] >= 2 * of.n * of.f
-        assert name == DISTRIBUTIONS[of.distribution]
+        assert name == DENSE[of.distribution]
         assert kinds["MUFU"] == (entries if name == "normal" else 0)
         count = len(inner) / entries
         common = ", ".join(f"{kind} {number}" for kind, number in kinds.most_common(8))

@@ -12,14 +12,14 @@ from dfa_kernels import feedback_matrix, project
 from dfa_kernels.backends import slabs
 from tests import reference
 from tests.conftest import assert_projected
-from tests.reference import DISTRIBUTIONS
+from tests.reference import DENSE
 from tests.samples import DTYPES, layer_scales, random_error
 
 SIZES = [33, 7, 33, 1, 129]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DENSE)
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 127, 129])
 def test_definition(target, distribution, dtype, n):
     error = random_error(5, n, dtype=dtype, device=target.device)
@@ -75,7 +75,7 @@ def test_row_offsets_anywhere(target):
     assert_projected(signals, error, sizes, scales, row_offsets=offsets, seed=2**64 - 1)
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DENSE)
 def test_shards_of_the_error_sum_to_the_whole(target, distribution):
     error = random_error(4, 301, dtype=torch.float64, device=target.device)
     options = {"seed": 5, "distribution": distribution, "backend": target.name}

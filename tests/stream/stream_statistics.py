@@ -61,7 +61,7 @@ class Source(NamedTuple):
 
     def words(self, rows, blocks):
         """The four Philox words of each block: 4 x [rows, blocks]."""
-        width = stream.DISTRIBUTIONS[self.distribution].block
+        width = stream.DENSE[self.distribution].block
         row_offset, column_offset = self.corner(rows, blocks * width)
         row = row_offset + torch.arange(rows)[:, None]
         block = column_offset // width + torch.arange(blocks)[None, :]
@@ -69,7 +69,7 @@ class Source(NamedTuple):
 
     def indices(self, rows, columns):
         """The level index of each entry, [rows, columns]: several normal levels share a value."""
-        words = self.words(rows, columns // stream.DISTRIBUTIONS[self.distribution].block)
+        words = self.words(rows, columns // stream.DENSE[self.distribution].block)
         return stream.indices(words, self.distribution).flatten(1).numpy()
 
 
@@ -86,7 +86,7 @@ def bits_of(words):
 
 
 def shape(form, distribution, size=2**20):
-    width = stream.DISTRIBUTIONS[distribution].block
+    width = stream.DENSE[distribution].block
     side = int(size**0.5)
     return {"tall": (size // width, width), "wide": (8, size // 8), "square": (side, side)}[form]
 
@@ -212,7 +212,7 @@ def neighbours(seed):
 
 def seeds(source):
     """Correlations with neighbouring seeds: entry by entry, and one row or block further on."""
-    z, block = [], stream.DISTRIBUTIONS[source.distribution].block
+    z, block = [], stream.DENSE[source.distribution].block
     here = list(features(source.entries(512, 1024), source.distribution))
     for seed in sorted(neighbours(source.seed)):
         there = features(source._replace(seed=seed).entries(512, 1024), source.distribution)

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from dfa_kernels import stream
-from tests.reference import DISTRIBUTIONS
+from tests.reference import DENSE
 from tests.stream.stream_statistics import (
     FORMS,
     LAW,
@@ -44,7 +44,7 @@ def one_thread():
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DENSE)
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_stream(statistic, distribution, place):
     assert STATISTICS[statistic](Source(distribution, place)) > ALPHA
@@ -56,7 +56,7 @@ def test_avalanche(seed):
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DENSE)
 def test_the_indices_looked_at_are_those_of_the_entries(distribution, place):
     source = Source(distribution, place)
     index = source.indices(16, 1024)
@@ -191,22 +191,22 @@ CONTROLS = [
     (one_wrong_level, "values", "normal"),
     (one_wrong_level, "values", "uniform"),
     (impossible_level, "values", "normal"),
-    *((equal_halves, "tuples of columns", d) for d in DISTRIBUTIONS),
-    *((equal_rows_in_pairs, "tuples of rows", d) for d in DISTRIBUTIONS),
-    *((biased_words, "moments", d) for d in DISTRIBUTIONS),
+    *((equal_halves, "tuples of columns", d) for d in DENSE),
+    *((equal_rows_in_pairs, "tuples of rows", d) for d in DENSE),
+    *((biased_words, "moments", d) for d in DENSE),
     (wrong_scale, "moments", "normal"),
     (wrong_tail, "moments", "normal"),
-    *((biased_bit, "moments, each column", d) for d in DISTRIBUTIONS),
-    *((biased_row, "moments, each row", d) for d in DISTRIBUTIONS),
-    *((equal_rows_in_pairs, "lags along columns", d) for d in DISTRIBUTIONS),
-    *((equal_halves, "lags along rows", d) for d in DISTRIBUTIONS),
-    *((equal_blocks_in_pairs, "lags along rows", d) for d in DISTRIBUTIONS),
-    *((equal_words, "lags along rows", d) for d in DISTRIBUTIONS),
-    *((ignored_high_seed, "seeds", d) for d in DISTRIBUTIONS),
-    *((seed_added_to_row, "seeds", d) for d in DISTRIBUTIONS),
-    *((equal_rows_far_apart, "inner products of rows", d) for d in DISTRIBUTIONS),
-    *((repeating_blocks, "inner products of columns", d) for d in DISTRIBUTIONS),
-    *((shared_between_rows, "spectrum", d) for d in DISTRIBUTIONS),
+    *((biased_bit, "moments, each column", d) for d in DENSE),
+    *((biased_row, "moments, each row", d) for d in DENSE),
+    *((equal_rows_in_pairs, "lags along columns", d) for d in DENSE),
+    *((equal_halves, "lags along rows", d) for d in DENSE),
+    *((equal_blocks_in_pairs, "lags along rows", d) for d in DENSE),
+    *((equal_words, "lags along rows", d) for d in DENSE),
+    *((ignored_high_seed, "seeds", d) for d in DENSE),
+    *((seed_added_to_row, "seeds", d) for d in DENSE),
+    *((equal_rows_far_apart, "inner products of rows", d) for d in DENSE),
+    *((repeating_blocks, "inner products of columns", d) for d in DENSE),
+    *((shared_between_rows, "spectrum", d) for d in DENSE),
     (biased_bit, "word bits", "normal"),
     (equal_halves, "word bits", "normal"),
     (equal_words, "word bits", "normal"),
@@ -235,7 +235,7 @@ MANY_SEEDS = (*AWKWARD_SEEDS, RANDOM.getrandbits(64), RANDOM.getrandbits(64))
 
 
 @pytest.mark.battery
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DENSE)
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_many_seeds(statistic, distribution):
     sources = [Source(distribution, place, seed) for place in PLACES for seed in MANY_SEEDS]
@@ -260,7 +260,7 @@ def cells_of_consecutive_seeds(distribution, seeds):
 
 
 @pytest.mark.battery
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DENSE)
 def test_consecutive_seeds(distribution):
     assert cells_of_consecutive_seeds(distribution, 512) > ALPHA
 
@@ -273,7 +273,7 @@ def rarely_biased_words(counter, key):
 @pytest.mark.battery
 @pytest.mark.parametrize(
     ("broken", "distribution"),
-    [*((rarely_biased_words, d) for d in DISTRIBUTIONS), (equal_halves, "normal")],
+    [*((rarely_biased_words, d) for d in DENSE), (equal_halves, "normal")],
 )
 def test_consecutive_seeds_of_a_broken_stream(monkeypatch, broken, distribution):
     monkeypatch.setattr(stream, "philox", broken)
@@ -302,13 +302,13 @@ def test_pairs_of_levels_of_a_broken_stream(monkeypatch):
 
 
 @pytest.mark.battery
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DENSE)
 def test_large_spectrum(distribution):
     assert spectrum(Source(distribution), 4096, 2048) > ALPHA
 
 
 @pytest.mark.battery
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DENSE)
 def test_large_spectrum_of_a_broken_stream(monkeypatch, distribution):
     """Shares a quarter of what the smaller matrix's test shares."""
     monkeypatch.setattr(stream, "philox", functools.partial(shared_between_rows, one_in=16))
@@ -316,7 +316,7 @@ def test_large_spectrum_of_a_broken_stream(monkeypatch, distribution):
 
 
 @pytest.mark.battery
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DENSE)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_many_inner_products(axis, distribution):
     assert inner_products(Source(distribution), axis, vectors=4096, length=8192) > ALPHA

@@ -13,7 +13,7 @@ from dfa_kernels.backends import slabs, tensor_cores
 from dfa_kernels.backends import torch as plain
 from dfa_kernels.layers import Layers
 from tests import reference
-from tests.reference import DISTRIBUTIONS
+from tests.reference import DENSE
 from tests.samples import DTYPES
 
 SEEDS = (0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1)
@@ -36,14 +36,14 @@ def known_lattice(known):
 
 
 def test_the_distributions_are_those_of_the_tests():
-    blocks = {name: facts.block for name, facts in stream.DISTRIBUTIONS.items()}
+    blocks = {name: facts.block for name, facts in stream.DENSE.items()}
     assert blocks == reference.WIDTH
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DENSE)
 def test_the_facts_of_a_distribution(distribution):
     """Its levels are the factor times lattice values, which both 16-bit dtypes hold exactly."""
-    facts = stream.DISTRIBUTIONS[distribution]
+    facts = stream.DENSE[distribution]
     lattice = facts.lattice(torch.arange(2**facts.bits, dtype=torch.float32))
     for dtype in (torch.float16, torch.bfloat16):
         assert torch.equal(lattice.to(dtype).double(), lattice.double())
@@ -77,7 +77,7 @@ def test_entries_are_the_known_answers(known):
 
 
 def test_the_known_answers_cover_every_distribution():
-    assert {known["distribution"] for known in reference.KNOWN["entries"]} == set(DISTRIBUTIONS)
+    assert {known["distribution"] for known in reference.KNOWN["entries"]} == set(DENSE)
 
 
 def test_codebook_is_the_known_one():
@@ -87,7 +87,7 @@ def test_codebook_is_the_known_one():
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DENSE)
 def test_entries_are_the_second_implementations(distribution, seed):
     for row_offset, column_offset in CORNERS:
         where = {"seed": seed, "row_offset": row_offset, "column_offset": column_offset}
@@ -97,7 +97,7 @@ def test_entries_are_the_second_implementations(distribution, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DENSE)
 def test_every_dtype_holds_the_same_entries(distribution, dtype):
     entries = feedback_matrix(7, 300, seed=3, distribution=distribution, dtype=dtype)
     assert entries.dtype == dtype
@@ -109,7 +109,7 @@ def test_every_dtype_holds_the_same_entries(distribution, dtype):
         assert torch.equal(entries.double(), exact)
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DENSE)
 def test_a_block_is_a_slice_of_the_matrix(distribution):
     whole = feedback_matrix(40, 300, seed=9, distribution=distribution)
     for rows, columns, row, column in [
@@ -124,7 +124,7 @@ def test_a_block_is_a_slice_of_the_matrix(distribution):
         assert torch.equal(block, whole[row : row + rows, column : column + columns])
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DENSE)
 def test_slabs_do_not_show(distribution):
     """Entries made in many slabs, in both directions, equal those made at once."""
     rows, columns = 70, 5003
@@ -192,7 +192,7 @@ def test_a_copy_and_a_reading_are_noticed(wrong):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DENSE)
 def test_nothing_comes_from_the_host_to_an_accelerator(monkeypatch, distribution, dtype):
     """So a CUDA graph can be captured from the first call on, and no call waits for a copy."""
     for name in ("tensor", "as_tensor", "from_numpy"):  # these copy Python's values unseen

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from dfa_kernels.backends import tensor_cores
 from dfa_kernels.layers import Layers
-from dfa_kernels.stream import Stream
+from dfa_kernels.stream import DENSE, Stream
 
 DEVICES = ("cuda",)  # also ROCm's name in torch
 RANK = 1
 # Compute capabilities of GPUs on which all tests have run, such as (9, 0).
 PROVEN: frozenset[tuple[int, int]] = frozenset()
+DISTRIBUTIONS = tuple(DENSE)
 # Tables on the device are kept from call to call. If torch.compile captures CUDA graphs by itself
 # (mode="reduce-overhead"), they must not lie in a graph's memory.
 TAGS = (torch.Tag.cudagraph_unsafe,)

@@ -17,7 +17,7 @@ from dfa_kernels.backends import tensor_cores
 from dfa_kernels.backends.triton import kernels
 from dfa_kernels.backends.triton.plan import Kept, plan_for
 from dfa_kernels.layers import Layers
-from dfa_kernels.stream import DISTRIBUTIONS, Stream
+from dfa_kernels.stream import DENSE, Stream
 
 INTERPRETED = not isinstance(kernels.project_kernel, triton.runtime.JITFunction)
 TARGET = "interpreter" if INTERPRETED else "hip" if torch.version.hip else "cuda"
@@ -70,7 +70,7 @@ def tiles(distribution: str, terms: int, fragments: bool) -> tuple[Tile, ...]:
 
 def _of_signs(distribution: str) -> bool:
     """Whether a Philox block is so long that tiles must be long, too."""
-    return DISTRIBUTIONS[distribution].block > _TILES[0].columns
+    return DENSE[distribution].block > _TILES[0].columns
 
 
 def tile_for(batch: int, distribution: str, terms: int, fragments: bool) -> Tile:
@@ -242,7 +242,7 @@ class Fused:
             split = terms > 1 and layers.union_rows() * columns >= _SPLIT_ENTRIES
         if tile is None:
             tile = tile_for(batch, distribution, terms, operands.fragments)
-        facts = DISTRIBUTIONS[distribution]
+        facts = DENSE[distribution]
         plan = plan_for(layers, facts.factor, tile.rows, error.device)
         block = facts.block
         shift = column_offset % block
@@ -324,7 +324,7 @@ def fill(matrix: Tensor, row_offset: int, stream: Stream, lattice: bool = False)
         return matrix
     rows, columns = matrix.shape
     seed, column_offset, distribution = stream
-    facts = DISTRIBUTIONS[distribution]
+    facts = DENSE[distribution]
     width = facts.block
     shift = column_offset % width
     row_stride = matrix.stride(0)

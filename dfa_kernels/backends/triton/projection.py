@@ -21,7 +21,7 @@ from dfa_kernels.backends import slabs, tensor_cores
 from dfa_kernels.backends.triton import launch
 from dfa_kernels.backends.triton.plan import Kept
 from dfa_kernels.layers import Layers
-from dfa_kernels.stream import DISTRIBUTIONS, Stream
+from dfa_kernels.stream import DENSE, Stream
 
 _log = logging.getLogger("dfa_kernels")
 
@@ -59,7 +59,7 @@ class Cost(NamedTuple):
 
         `scaled_apart`: slabs scale the signals in a separate pass.
         """
-        generation = _SLOTS / DISTRIBUTIONS[distribution].slots["triton"]  # entries a second
+        generation = _SLOTS / DENSE[distribution].slots["triton"]  # entries a second
         products = max(terms, 1)
         # A tile that the error fills only in part takes its full time.
         entries = rows * -(-columns // tile.columns) * tile.columns

@@ -48,7 +48,7 @@ class Limits:
         return enough or rounds >= self.most or (rounds > 0 and elapsed > self.patience)
 
 
-QUICK = Limits(budget=1.0, patience=40.0, few=5, most=15, slowest=4.0)
+QUICK = Limits(budget=1.0, patience=20.0, few=5, most=15, slowest=8.0)
 FULL = Limits(budget=2.0, patience=120.0, few=5, most=41, slowest=15.0)
 
 

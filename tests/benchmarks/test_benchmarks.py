@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench_matrix, bench_networks, bench_precisions, bench_sweeps
+from benchmarks import bench_matrix, bench_networks, bench_precisions, bench_sweeps, training_step
 from benchmarks.harness import contenders, gate, measure, race, roofs
 from benchmarks.harness.roofs import Roofs, Work
 from benchmarks.harness.shapes import ALL, STRUCTURED, WRITE_ROOF, Case
 from benchmarks.report import results
+from benchmarks.report.speed_tables import WAYS
 from dfa_kernels import feedback_matrix, project
 from tests.benchmarks.races import ONCE, SMALL, machine, new_race
 from tests.conftest import COMPILER, needs
@@ -480,3 +481,28 @@ def test_names_of_cases_differ(device_type, full):
     modules = (bench_networks, bench_sweeps, bench_precisions, bench_matrix)
     names = [case.name for module in modules for case in module.cases(device_type, full)]
     assert len(set(names)) == len(names)
+
+
+# --- training steps ---
+
+
+def test_a_training_step_is_measured_with_both_kinds_of_matrices():
+    case = (6, [8, 5], 4, 3)
+    times, peaks = training_step.measure(case, torch.device("cpu"), torch.float32, 0, ["hadamard"])
+    assert set(times) == set(peaks) <= set(WAYS)
+    assert {"DFA", "DFA, hadamard"} <= set(times)
+    assert all(time > 0 for time in times.values())
+
+
+def test_a_training_step_takes_its_distribution(monkeypatch):
+    seen = []
+
+    class Seen(training_step.Step):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            seen.append(self.dfa.distribution)
+
+    monkeypatch.setattr(training_step, "Step", Seen)
+    case = (6, [8, 5], 4, 3)
+    training_step.measure(case, torch.device("cpu"), torch.float32, 0, ["uniform", "hadamard"])
+    assert seen[-3:] == ["normal", "uniform", "hadamard"]

@@ -4,15 +4,10 @@
 // The workspace is bounded, independent of the layers and the batch: at most kPackedBytes of packed
 // error, kAccumulatorBytes of partial sums if the error does not fit there, and about 1.5 MiB per
 // thread.
-#include <torch/csrc/stable/ops.h>
-
-#include <atomic>
-#include <memory>
-#include <new>
-
 #include "../plan.h"
 #include "kernels.h"
 #include "pack.h"
+#include "parallel.h"
 
 namespace dfa {
 namespace {
@@ -28,30 +23,6 @@ constexpr int64_t kThreadAccumulatorBytes = 512 << 10;
 constexpr int64_t kCachedBytes = 64 << 20;
 constexpr int64_t kMappedBytes = 32 << 20;
 constexpr double kSerialWork = 4e5;  // multiplications below which a second thread does not pay
-constexpr std::align_val_t kAlignment{64};
-
-struct AlignedDelete {
-  void operator()(char* p) const { ::operator delete(p, kAlignment); }
-};
-using Buffer = std::unique_ptr<char, AlignedDelete>;
-
-Buffer allocate(int64_t bytes) {
-  return Buffer(static_cast<char*>(::operator new(static_cast<size_t>(bytes), kAlignment)));
-}
-
-// Runs work(index, worker) for every index on torch's threads. A free thread takes the next index.
-template <class Work>
-void run_parallel(int64_t count, int64_t workers, const Work& work) {
-  std::atomic<int64_t> next{0};
-  const auto drain = [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t i = next++; i < count; i = next++) work(i, worker);
-    }
-  };
-  if (workers == 1) return drain(0, 1);
-  torch::stable::parallel_for(0, workers, 1, drain);
-}
-
 // What follows from the types of error and output.
 struct Arithmetic {
   int columns;    // columns in one packed element: 2 for bf16 pairs
@@ -270,6 +241,9 @@ class Projection {
 
 void project_cpu(const Stream& stream, const ErrorMatrix& error, std::vector<Layer> layers,
                  Type out_type) {
+  if (stream.distribution == Distribution::kHadamard) {
+    return project_structured_cpu(stream, error, std::move(layers), out_type);
+  }
   Projection(stream, error, std::move(layers), out_type).run();
 }
 

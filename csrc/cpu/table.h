@@ -4,6 +4,7 @@
 #pragma once
 
 #include "fill.h"
+#include "hadamard.h"
 #include "multiply.h"
 #include "tile.h"
 
@@ -22,6 +23,9 @@ constexpr Kernels make_kernels(const char* name) {
   k.multiply_f32 = multiply<S, Float32Ops<S>>;
   k.multiply_f64 = multiply<S, Float64Ops<S>>;
   k.multiply_bf16 = nullptr;
+  k.make_signs = make_signs<S>;
+  k.transform_f32 = {transform<S, float>, turn<S, float>, accumulate<S, float>};
+  k.transform_f64 = {transform<S, double>, turn<S, double>, accumulate<S, double>};
   const ScaleKernel scale_f32[] = {scale<S, float, float>, scale<S, float, BFloat16>,
                                    scale<S, float, Half>, scale<S, float, double>};
   const ScaleKernel scale_f64[] = {scale<S, double, float>, scale<S, double, BFloat16>,

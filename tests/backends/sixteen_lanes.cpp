@@ -2,9 +2,10 @@
 // compiler's vectors, and compares them with the portable ones. Prints "equal".
 #include <cstdio>
 
-#include "hadamard.h"
 #include "kernels.h"
 #include "simd_portable.h"
+// Builds on both.
+#include "hadamard.h"
 
 namespace dfa {
 namespace {

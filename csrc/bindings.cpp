@@ -50,13 +50,13 @@ std::vector<Tensor> project(const Tensor& error, const std::vector<int64_t>& row
   return outputs;
 }
 
-// The transpose of `project`, of structured distributions. The signals have one dtype.
+// The transpose of `project`, of structured distributions. The signals, at least one, have one
+// dtype.
 Tensor structured_adjoint(const std::vector<Tensor>& signals,
                           const std::vector<int64_t>& row_offsets,
                           const std::vector<double>& scales, int64_t seed, int64_t column_offset,
                           const std::string& distribution, int64_t columns, ScalarType dtype) {
   const char* const op = "project_adjoint";
-  check(!signals.empty(), op, ": signals must hold at least one layer's, got none");
   check(row_offsets.size() == signals.size() && scales.size() == signals.size(), op,
         ": row_offsets and scales must have one entry per signal (", signals.size(), "), got ",
         row_offsets.size(), " and ", scales.size());

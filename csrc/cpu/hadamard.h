@@ -83,45 +83,62 @@ __attribute__((always_inline)) inline void butterflies(V* v) {
   }
 }
 
-// The stages that kRadix rows at a time leave to do, across all rows of a square, in place.
-template <class T, int kRadix, class Real>
-__attribute__((always_inline)) inline void across_groups(Real* square) {
+// The stages that kRadix rows at a time leave to do, across all rows of a square. Each vector goes
+// to put(its place, itself), two neighbours in turn: together they fill a cache line.
+template <class T, int kRadix, class Real, class Put>
+__attribute__((always_inline)) inline void across_groups(const Real* square, const Put& put) {
   constexpr int kGroups = kSide / kRadix;
-  if constexpr (kGroups > 1) {
-    for (int i = 0; i < kRadix; ++i) {
-      for (int x = 0; x < kSide; x += T::kLanes) {
-        typename T::V v[kGroups];
+  for (int i = 0; i < kRadix; ++i) {
 #pragma GCC unroll 4
-        for (int g = 0; g < kGroups; ++g) v[g] = T::load(square + (i + g * kRadix) * kSide + x);
-        butterflies<kGroups>(v);
+    for (int x = 0; x < kSide; x += 2 * T::kLanes) {
+      typename T::V v[2][kGroups];
+#pragma GCC unroll 2
+      for (int side = 0; side < 2; ++side) {
 #pragma GCC unroll 4
-        for (int g = 0; g < kGroups; ++g) T::store(square + (i + g * kRadix) * kSide + x, v[g]);
+        for (int g = 0; g < kGroups; ++g) {
+          v[side][g] = T::load(square + (i + g * kRadix) * kSide + x + side * T::kLanes);
+        }
+        butterflies<kGroups>(v[side]);
+      }
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g) {
+#pragma GCC unroll 2
+        for (int side = 0; side < 2; ++side) {
+          put((i + g * kRadix) * kSide + x + side * T::kLanes, v[side][g]);
+        }
       }
     }
   }
 }
 
-// natural = fwht(D_0 * in_0 + D_1 * in_1 + ..): `blocks` turned squares and their diagonals.
-template <class S, class Real>
-void transform(const void* in, const uint32_t* signs, int64_t blocks, void* natural) {
+// fwht(D_0 * in_0 + D_1 * in_1 + ..): `blocks` squares and their diagonals. They are turned, or one
+// square in natural order. The result goes to put(place in natural order, vector).
+template <class S, class Real, bool kTurned, class Put>
+__attribute__((always_inline)) inline void transform_to(const void* in, const uint32_t* signs,
+                                                        int64_t blocks, const Put& put) {
   using T = Vectors<S, Real>;
   using V = typename T::V;
   constexpr int kRadix = S::kRadix, kLanes = T::kLanes;
   const Real* const squares = static_cast<const Real*>(in);
-  Real* const out = static_cast<Real*>(natural);
-  alignas(64) Real turned[kSquare];
+  alignas(64) Real turned[kSquare], natural[kSquare];
   for (int r = 0; r < kSide; r += kLanes) {
 #pragma GCC unroll 4
     for (int c = 0; c < kSide; c += kRadix) {
       V v[kRadix];
-      const Real* from = squares + c * kSide + r;
+      if constexpr (kTurned) {
+#pragma GCC unroll 32
+        for (int i = 0; i < kRadix; ++i) v[i] = T::load(squares + (c + i) * kSide + r);
+      } else {
+#pragma GCC unroll 16
+        for (int g = 0; g < kRadix; g += kLanes) {
+          T::load_turned(squares + r * kSide + c + g, v + g);
+        }
+      }
       const auto first = T::words(signs + r);
 #pragma GCC unroll 32
-      for (int i = 0; i < kRadix; ++i) {
-        v[i] = T::flip(T::load(from + i * kSide), first, sign_bit(c + i));
-      }
-      for (int64_t b = 1; b < blocks; ++b) {
-        from += kSquare;
+      for (int i = 0; i < kRadix; ++i) v[i] = T::flip(v[i], first, sign_bit(c + i));
+      for (int64_t b = 1; kTurned && b < blocks; ++b) {
+        const Real* from = squares + b * kSquare + c * kSide + r;
         const auto words = T::words(signs + b * kSide + r);
 #pragma GCC unroll 32
         for (int i = 0; i < kRadix; ++i) {
@@ -133,7 +150,9 @@ void transform(const void* in, const uint32_t* signs, int64_t blocks, void* natu
       for (int i = 0; i < kRadix; ++i) T::store(turned + (c + i) * kSide + r, v[i]);
     }
   }
-  across_groups<T, kRadix>(turned);
+  if constexpr (kRadix < kSide) {
+    across_groups<T, kRadix>(turned, [&](int place, V v) { T::store(turned + place, v); });
+  }
   for (int c = 0; c < kSide; c += kLanes) {
     for (int r = 0; r < kSide; r += kRadix) {
       V v[kRadix];
@@ -141,10 +160,43 @@ void transform(const void* in, const uint32_t* signs, int64_t blocks, void* natu
       for (int g = 0; g < kRadix; g += kLanes) T::load_turned(turned + c * kSide + r + g, v + g);
       butterflies<kRadix>(v);
 #pragma GCC unroll 32
-      for (int i = 0; i < kRadix; ++i) T::store(out + (r + i) * kSide + c, v[i]);
+      for (int i = 0; i < kRadix; ++i) {
+        const int place = (r + i) * kSide + c;
+        if constexpr (kRadix < kSide) {
+          T::store(natural + place, v[i]);
+        } else {
+          put(place, v[i]);
+        }
+      }
     }
   }
-  across_groups<T, kRadix>(out);
+  if constexpr (kRadix < kSide) across_groups<T, kRadix>(natural, put);
+}
+
+template <class S, class Real, bool kTurned>
+void transform(const void* in, const uint32_t* signs, int64_t blocks, void* natural) {
+  using T = Vectors<S, Real>;
+  transform_to<S, Real, kTurned>(in, signs, blocks, [&](int place, typename T::V v) {
+    T::store(static_cast<Real*>(natural) + place, v);
+  });
+}
+
+// The same of turned squares, times `factor`, to memory where a layer's signal is.
+template <class S, class Real>
+void transform_signal(const void* in, const uint32_t* signs, int64_t blocks, double factor,
+                      bool past_caches, void* signal) {
+  using T = Vectors<S, Real>;
+  using V = typename T::V;
+  Real* const out = static_cast<Real*>(signal);
+  const V f = S::set1(static_cast<Real>(factor));
+  if (past_caches && reinterpret_cast<uintptr_t>(out) % sizeof(V) == 0) {
+    transform_to<S, Real, true>(in, signs, blocks,
+                                [&](int place, V v) { S::stream(out + place, v * f); });
+    S::fence();
+  } else {
+    transform_to<S, Real, true>(in, signs, blocks,
+                                [&](int place, V v) { T::store(out + place, v * f); });
+  }
 }
 
 // Turns a square.

@@ -67,6 +67,9 @@ struct SignSpec {
 // What structured feedback is made of, on aligned blocks of kHadamardBlock numbers; see hadamard.h.
 struct TransformKernels {
   void (*transform)(const void* in, const uint32_t* signs, int64_t blocks, void* natural);
+  void (*transform_natural)(const void* in, const uint32_t* signs, int64_t blocks, void* natural);
+  void (*transform_signal)(const void* in, const uint32_t* signs, int64_t blocks, double factor,
+                           bool past_caches, void* signal);
   void (*turn)(const void* in, void* out);
   void (*accumulate)(const void* in, const uint32_t* signs, int64_t blocks, void* sums);
 };

@@ -64,6 +64,8 @@ struct Avx2 {
     auto* to = static_cast<__m256i*>(p);
     for (int i = 0; i < 2; ++i) _mm256_stream_si256(to + i, _mm256_load_si256(from + i));
   }
+  static void stream(float* p, F a) { _mm256_stream_ps(p, a); }
+  static void stream(double* p, D a) { _mm256_stream_pd(p, a); }
   static void fence() { _mm_sfence(); }
   static void store_bf16(void* p, F a) {  // finite values
     const I x = _mm256_castps_si256(a);

@@ -192,6 +192,8 @@ struct Avx512 {
   static void store_past_caches(void* p, const void* line) {
     _mm512_stream_si512(static_cast<__m512i*>(p), _mm512_load_si512(line));
   }
+  static void stream(float* p, F a) { _mm512_stream_ps(p, a); }
+  static void stream(double* p, D a) { _mm512_stream_pd(p, a); }
   static void fence() { _mm_sfence(); }
   static void store_bf16(void* p, F a) {  // finite values
     const I x = _mm512_castps_si512(a);

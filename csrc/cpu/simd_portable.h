@@ -70,6 +70,8 @@ struct Portable {
     return low >> 16 | (high & 0xffff0000u);
   }
   static void store_past_caches(void* p, const void* line) { std::memcpy(p, line, 64); }
+  static void stream(float* p, F a) { store(p, a); }
+  static void stream(double* p, D a) { store(p, a); }
   static void fence() {}
   static void store_bf16(void* p, F a) {
     uint16_t halves[kLanes];

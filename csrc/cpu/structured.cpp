@@ -27,7 +27,8 @@ namespace {
 constexpr int64_t kBlock = kHadamardBlock;
 constexpr int64_t kWords = kBlock / 32;  // of a diagonal
 constexpr int64_t kTransformedBytes = 4 << 20;
-constexpr int64_t kTaskDiagonals = 512;  // 64 KiB
+constexpr int64_t kAdjointBytes = 32 << 20;  // of sums, unless one row of the error is longer
+constexpr int64_t kTaskDiagonals = 512;      // 64 KiB
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kSerialTransforms = 24;  // below which a second thread does not pay
 // Signals are written past the caches if together they exceed this.
@@ -174,6 +175,8 @@ void project(const Stream& stream, const ErrorMatrix& error, std::vector<Layer> 
   const int64_t out_bytes = type_bytes(out_type);
   const Inputs inputs(stream, error.columns);
   const Outputs outputs(std::move(layers));
+  if (outputs.count() == 0) return;
+  const bool same_type = out_type == (sizeof(Real) == 8 ? Type::kFloat64 : Type::kFloat32);
   const bool past_caches = outputs.written() * error.batch * out_bytes > kCachedBytes;
 
   const int64_t row_bytes = std::max<int64_t>(1, inputs.count()) * kBlock * int64_t{sizeof(Real)};
@@ -201,7 +204,7 @@ void project(const Stream& stream, const ErrorMatrix& error, std::vector<Layer> 
     run_parallel(squares, std::min(threads, divide_up(squares, 8)), [&](int64_t i, int64_t) {
       const Arithmetic arithmetic;
       const int64_t m = i / inputs.count(), block = i % inputs.count();
-      alignas(64) Real natural[kBlock] = {}, turned[kBlock];
+      alignas(64) Real natural[kBlock] = {}, transformed_once[kBlock];
       inputs.columns_of(block, [&](int64_t column, int64_t place, int64_t size) {
         for_type(error.type, [&](auto* type) {
           const auto* from = static_cast<decltype(type)>(const_cast<void*>(error.data)) +
@@ -209,10 +212,8 @@ void project(const Stream& stream, const ErrorMatrix& error, std::vector<Layer> 
           for (int64_t c = 0; c < size; ++c) natural[place + c] = Real(widen(from[c]));
         });
       });
-      t.turn(natural, turned);
-      t.transform(turned, inputs.diagonal(1, block), 1, natural);
-      t.turn(natural, turned);
-      t.transform(turned, inputs.diagonal(2, block), 1, natural);
+      t.transform_natural(natural, inputs.diagonal(1, block), 1, transformed_once);
+      t.transform_natural(transformed_once, inputs.diagonal(2, block), 1, natural);
       t.turn(natural, square(m, block));
     });
 
@@ -234,10 +235,19 @@ void project(const Stream& stream, const ErrorMatrix& error, std::vector<Layer> 
       alignas(64) Real natural[kBlock] = {};
       for (int64_t m = row; m < last; ++m) {
         for (int64_t i = 0; i < end - begin; ++i) {
-          if (inputs.count() > 0) {
-            t.transform(square(m, 0), signs + i * inputs.count() * kWords, inputs.count(), natural);
+          const uint32_t* const of_block = signs + i * inputs.count() * kWords;
+          const std::vector<Outputs::Part>& readers = parts[static_cast<size_t>(i)];
+          if (same_type && inputs.count() > 0 && readers.size() == 1 && readers[0].size == kBlock) {
+            const auto& [layer, place, skipped, size] = readers[0];
+            Real* signal = static_cast<Real*>(layer->out) + (first + m) * layer->size + skipped;
+            t.transform_signal(square(m, 0), of_block, inputs.count(), layer->scale, past_caches,
+                               signal);
+            continue;
           }
-          for (const auto& [layer, place, skipped, size] : parts[static_cast<size_t>(i)]) {
+          if (inputs.count() > 0) {
+            t.transform(square(m, 0), of_block, inputs.count(), natural);
+          }
+          for (const auto& [layer, place, skipped, size] : readers) {
             ScaleSpec spec{};
             spec.acc = natural + place;
             spec.out =
@@ -263,7 +273,8 @@ void adjoint(const Stream& stream, std::vector<Layer> layers, Type in_type, int6
   const Outputs outputs(std::move(layers));
 
   const int64_t row_bytes = inputs.count() * kBlock * int64_t{sizeof(Real)};
-  const int64_t threads = threads_for(batch * (2 * inputs.count() + outputs.count()));
+  const int64_t threads = std::clamp<int64_t>(
+      kAdjointBytes / row_bytes, 1, threads_for(batch * (2 * inputs.count() + outputs.count())));
   // A task makes some rows of the error.
   const int64_t task_batch =
       std::clamp<int64_t>(batch / (threads * kTasksPerThread), 1,
@@ -281,7 +292,7 @@ void adjoint(const Stream& stream, std::vector<Layer> layers, Type in_type, int6
     auto* const sums = reinterpret_cast<Real*>(sums_of.get() + worker * sum_bytes);
     auto* const signs = reinterpret_cast<uint32_t*>(diagonals_of.get() + worker * diagonal_bytes);
     std::fill_n(sums, task_batch * inputs.count() * kBlock, Real{0});
-    alignas(64) Real natural[kBlock], turned[kBlock];
+    alignas(64) Real natural[kBlock], summed[kBlock], turned[kBlock];
     std::vector<Outputs::Part> parts;
     for (int64_t i = 0; i < outputs.count(); ++i) {
       const uint64_t block = outputs.block(i);
@@ -298,18 +309,16 @@ void adjoint(const Stream& stream, std::vector<Layer> layers, Type in_type, int6
             }
           });
         }
-        t.turn(natural, turned);
-        t.transform(turned, kPositive, 1, natural);
-        t.turn(natural, turned);
+        t.transform_natural(natural, kPositive, 1, summed);
+        t.turn(summed, turned);
         t.accumulate(turned, signs, inputs.count(), sums + (m - first) * inputs.count() * kBlock);
       }
     }
     for (int64_t m = first; m < last; ++m) {
       for (int64_t block = 0; block < inputs.count(); ++block) {
         Real* const sum = sums + ((m - first) * inputs.count() + block) * kBlock;
-        t.transform(sum, kPositive, 1, natural);
-        t.turn(natural, turned);
-        t.transform(turned, inputs.diagonal(2, block), 1, natural);
+        t.transform(sum, kPositive, 1, summed);
+        t.transform_natural(summed, inputs.diagonal(2, block), 1, natural);
         const uint32_t* words = inputs.diagonal(1, block);
         inputs.columns_of(block, [&](int64_t column, int64_t place, int64_t size) {
           for_type(out_type, [&](auto* type) {
@@ -372,7 +381,7 @@ void feedback_matrix_structured_cpu(const Stream& stream, uint64_t row_offset, i
     if (begin >= end) return;
     uint32_t outer[kWords], signs[kWords];
     k.make_signs({stream.seed, 3, output, inputs.first() + input, 1}, outer);
-    alignas(64) float ones[kBlock], natural[kBlock], turned[kBlock], last[kBlock];
+    alignas(64) float ones[kBlock], natural[kBlock], summed[kBlock], last[kBlock];
     std::fill_n(ones, kBlock, 1.0f);
     const uint32_t* words = inputs.diagonal(1, input);
     for (int64_t c = 0; c < kBlock; ++c) {
@@ -384,9 +393,8 @@ void feedback_matrix_structured_cpu(const Stream& stream, uint64_t row_offset, i
       for (uint32_t w = 0; w < kWords; ++w) {
         signs[w] = outer[w] ^ parities[low] ^ (0u - uint32_t(__builtin_parity(high & w)));
       }
-      t.transform(ones, signs, 1, natural);
-      t.turn(natural, turned);
-      t.transform(turned, inputs.diagonal(2, input), 1, natural);
+      t.transform(ones, signs, 1, summed);
+      t.transform_natural(summed, inputs.diagonal(2, input), 1, natural);
       inputs.columns_of(input, [&](int64_t column, int64_t place, int64_t size) {
         for_type(type, [&](auto* kind) {
           using Out = std::remove_pointer_t<decltype(kind)>;

@@ -5,6 +5,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <cstring>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -13,6 +16,13 @@
 #include "cpu/kernels.h"
 #include "cpu/memory.h"
 #include "projection.h"
+
+// Torch's from 2.11 on; null with an older one.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset,
+    int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* made,
+    int32_t layout, const uint8_t* opaque_metadata, int64_t opaque_metadata_size,
+    void (*deleter)(void* data, void* context), void* deleter_context);
 
 namespace {
 
@@ -29,6 +39,33 @@ Tensor allocate(int64_t rows, int64_t columns, ScalarType dtype, const char* op)
   return *std::move(out);
 }
 
+// Whether torch.empty fills memory with NaN and the largest integers, which only torch can say.
+bool fills_memory() {
+  const std::vector<int64_t> four = {4};
+  const Tensor sample = torch::stable::empty(four, ScalarType::Long);
+  const auto* value = static_cast<const int64_t*>(sample.const_data_ptr());
+  const auto largest = [](int64_t x) { return x == std::numeric_limits<int64_t>::max(); };
+  return std::all_of(value, value + 4, largest);
+}
+
+// A signal's tensor. A large one is in memory that is used again.
+Tensor allocate_signal(int64_t rows, int64_t columns, ScalarType dtype, const char* op) {
+  dfa::check_fits(rows, columns, op);
+  const int64_t bytes = rows * columns * dfa::type_bytes(dfa::type_of(dtype, op, "dtype"));
+  void* const block = torch_from_blob == nullptr ? nullptr : dfa::take_block(bytes);
+  if (block == nullptr) return allocate(rows, columns, dtype, op);
+  if (fills_memory()) std::memset(block, 0xff, static_cast<size_t>(bytes));  // NaN in every dtype
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made;
+  if (torch_from_blob(block, 2, sizes, strides, 0, code, aoti_torch_device_type_cpu(), -1, &made,
+                      aoti_torch_layout_strided(), nullptr, 0, dfa::give_block, nullptr) != 0) {
+    dfa::give_block(block, nullptr);
+    return allocate(rows, columns, dtype, op);
+  }
+  return Tensor(made);
+}
+
 std::vector<Tensor> project(const Tensor& error, const std::vector<int64_t>& row_offsets,
                             const std::vector<int64_t>& sizes, const std::vector<double>& scales,
                             int64_t seed, int64_t column_offset, const std::string& distribution,
@@ -37,10 +74,11 @@ std::vector<Tensor> project(const Tensor& error, const std::vector<int64_t>& row
                                                      column_offset, distribution, dtype);
   const int64_t batch = error.size(0);
   const Tensor contiguous = error.is_contiguous() ? error : torch::stable::contiguous(error);
+  dfa::begin_call();
   std::vector<Tensor> outputs;
   outputs.reserve(sizes.size());
   for (dfa::Layer& layer : checked.layers) {
-    outputs.push_back(allocate(batch, layer.size, checked.out_dtype, "project"));
+    outputs.push_back(allocate_signal(batch, layer.size, checked.out_dtype, "project"));
     layer.out = outputs.back().mutable_data_ptr();
   }
   if (batch == 0) return outputs;
@@ -48,6 +86,42 @@ std::vector<Tensor> project(const Tensor& error, const std::vector<int64_t>& row
                    {contiguous.const_data_ptr(), batch, error.size(1), checked.error_type},
                    std::move(checked.layers), checked.out_type);
   return outputs;
+}
+
+// The transpose of `project`, of structured distributions. The signals, at least one, have one
+// dtype.
+Tensor structured_adjoint(const std::vector<Tensor>& signals,
+                          const std::vector<int64_t>& row_offsets,
+                          const std::vector<double>& scales, int64_t seed, int64_t column_offset,
+                          const std::string& distribution, int64_t columns, ScalarType dtype) {
+  const char* const op = "project_adjoint";
+  check(row_offsets.size() == signals.size() && scales.size() == signals.size(), op,
+        ": row_offsets and scales must have one entry per signal (", signals.size(), "), got ",
+        row_offsets.size(), " and ", scales.size());
+  const dfa::Stream stream = dfa::stream_of(seed, column_offset, columns, distribution, op);
+  check(stream.distribution == dfa::Distribution::kHadamard, op,
+        ": distribution must be structured for this operator, got '", distribution, "'");
+  const double factor = facts(stream.distribution).factor;
+  const int64_t batch = signals[0].size(0);
+  std::vector<Tensor> contiguous;
+  std::vector<dfa::Layer> layers;
+  for (size_t i = 0; i < signals.size(); ++i) {
+    const Tensor& signal = signals[i];
+    check(signal.dim() == 2 && signal.size(0) == batch &&
+              signal.scalar_type() == signals[0].scalar_type(),
+          op, ": signals[", i, "] must be [", batch, ", size] and of the dtype of the others");
+    dfa::check_element(row_offsets[i], 0, op, "row_offsets", i);
+    dfa::check_rows(row_offsets[i], signal.size(1), op, "row_offsets");
+    contiguous.push_back(signal.is_contiguous() ? signal : torch::stable::contiguous(signal));
+    layers.push_back({static_cast<uint64_t>(row_offsets[i]), signal.size(1), scales[i] * factor,
+                      const_cast<void*>(contiguous.back().const_data_ptr())});
+  }
+  dfa::begin_call();
+  Tensor out = allocate_signal(batch, columns, dtype, op);
+  dfa::adjoint_structured_cpu(stream, std::move(layers),
+                              dfa::type_of(signals[0].scalar_type(), op, "signals"), batch, columns,
+                              dfa::type_of(dtype, op, "dtype"), out.mutable_data_ptr());
+  return out;
 }
 
 Tensor feedback_matrix(int64_t rows, int64_t columns, int64_t seed, int64_t row_offset,
@@ -64,6 +138,13 @@ Tensor feedback_matrix(int64_t rows, int64_t columns, int64_t seed, int64_t row_
   return out;
 }
 
+// Bytes of the memory that large signals use again: in tensors, and idle.
+std::vector<int64_t> pool_bytes() {
+  std::vector<int64_t> bytes(2);
+  dfa::pool_bytes(bytes[0], bytes[1]);
+  return bytes;
+}
+
 // The instruction set in use. A name forces that one, "" returns to the automatic choice.
 std::string cpu_isa(std::optional<std::string> force) {
   if (force.has_value()) {
@@ -76,12 +157,16 @@ std::string cpu_isa(std::optional<std::string> force) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dfa_kernels, CPU, m) { m.impl("project.cpp", TORCH_BOX(&project)); }
+STABLE_TORCH_LIBRARY_IMPL(dfa_kernels, CPU, m) {
+  m.impl("project.cpp", TORCH_BOX(&project));
+  m.impl("structured_adjoint.cpp", TORCH_BOX(&structured_adjoint));
+}
 
 // No tensor argument: there is no backend to dispatch on.
 STABLE_TORCH_LIBRARY_IMPL(dfa_kernels, CompositeExplicitAutograd, m) {
   m.impl("feedback_matrix.cpp", TORCH_BOX(&feedback_matrix));
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("pool_bytes", TORCH_BOX(&pool_bytes));
 }
 
 // `import dfa_kernels._C` loads the library and so makes the registrations above. The module itself

@@ -36,9 +36,10 @@
 
 namespace dfa {
 
-enum class Distribution { kNormal, kUniform, kRademacher };
+enum class Distribution { kNormal, kUniform, kRademacher, kHadamard };
 
-constexpr int kDistributions = 3;
+constexpr int kDistributions = 4;
+constexpr int kDense = 3;  // the first ones, whose entries are independent
 
 // The facts of a distribution that are not arithmetic. Everything else reads them from here.
 struct DistributionFacts {
@@ -53,11 +54,12 @@ DFA_HOST_DEVICE constexpr DistributionFacts facts(Distribution distribution) {
       {"normal", 8, 12, 1.0},
       {"uniform", 8, 8, 1.7320508075688772},  // sqrt(3)
       {"rademacher", 128, 1, 1.0},
+      {"hadamard", 128, 1, 0x1p-10},  // of its signs
   };
   return of[static_cast<int>(distribution)];
 }
 
-// Calls `use` with the distribution as a compile-time constant.
+// Calls `use` with the distribution as a compile-time constant. Dense ones only.
 template <class Use>
 auto for_distribution(Distribution distribution, const Use& use) {
   using D = Distribution;
@@ -68,9 +70,15 @@ auto for_distribution(Distribution distribution, const Use& use) {
       return use(std::integral_constant<D, D::kUniform>());
     case D::kRademacher:
       return use(std::integral_constant<D, D::kRademacher>());
+    case D::kHadamard:
+      break;
   }
-  throw std::logic_error("dfa_kernels: unknown distribution");
+  throw std::logic_error("dfa_kernels: no kernel makes entries of this distribution");
 }
+
+// Structured feedback is made of blocks of so many rows and columns, defined in
+// dfa_kernels/hadamard.py.
+constexpr int kHadamardBlock = 1024;
 
 // Kernels count columns in units of 8, the narrowest block.
 constexpr int kUnitColumns = 8;

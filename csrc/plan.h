@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <tuple>
 #include <vector>
 
 #include "projection.h"
@@ -25,8 +26,10 @@ class RowPlan {
   };
 
   explicit RowPlan(std::vector<Layer> layers) : layers_(std::move(layers)) {
-    std::sort(layers_.begin(), layers_.end(),
-              [](const Layer& a, const Layer& b) { return a.row_offset < b.row_offset; });
+    std::sort(layers_.begin(), layers_.end(), [](const Layer& a, const Layer& b) {
+      return std::make_tuple(a.row_offset, a.size, a.scale) <
+             std::make_tuple(b.row_offset, b.size, b.scale);
+    });
     uint64_t reach = 0;
     for (const Layer& layer : layers_) {
       written_ += layer.size;

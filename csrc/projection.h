@@ -49,9 +49,20 @@ struct ErrorMatrix {
 void project_cpu(const Stream& stream, const ErrorMatrix& error, std::vector<Layer> layers,
                  Type out_type);
 
+// The same of structured feedback, and its transpose: error[m, c] = sum over layers of
+// scale * signal[m, i] * U[row_offset + i, column_offset + c]. There `out` of a layer is its
+// signal, of type `in_type`. Their arithmetic is the definition's (dfa_kernels/hadamard.py).
+void project_structured_cpu(const Stream& stream, const ErrorMatrix& error,
+                            std::vector<Layer> layers, Type out_type);
+void adjoint_structured_cpu(const Stream& stream, std::vector<Layer> layers, Type in_type,
+                            int64_t batch, int64_t columns, Type out_type, void* out);
+
 // U itself, [rows, columns] row-major, unit variance.
 void feedback_matrix_cpu(const Stream& stream, uint64_t row_offset, int64_t rows, int64_t columns,
                          Type type, void* out);
+
+void feedback_matrix_structured_cpu(const Stream& stream, uint64_t row_offset, int64_t rows,
+                                    int64_t columns, Type type, void* out);
 
 // An error on a GPU. Strides count elements.
 struct StridedMatrix {

@@ -39,6 +39,18 @@ def rate_text(rate: float) -> str:
     return f"{rate:.2g}/s"
 
 
+def deviating(mean: float, deviation: float) -> str:
+    """Mean (standard deviation)."""
+    return f"{mean:.3f} ({deviation:.3f})"
+
+
+def way(row: dict) -> str:
+    """How a row of the experiment on distributions was trained."""
+    return {"backprop": "backpropagation", "shallow": "hidden layers frozen"}.get(
+        row["mode"], row["practice"]
+    )
+
+
 def promise_text(rival: str, value: float) -> str:
     """What a promise against `rival` asks or has reached."""
     if rival == WRITE_ROOF:

@@ -9,6 +9,9 @@ namespace dfa {
 void feedback_matrix_cpu(const Stream& stream, uint64_t row_offset, int64_t rows, int64_t columns,
                          Type type, void* out) {
   if (rows == 0 || columns == 0) return;
+  if (stream.distribution == Distribution::kHadamard) {
+    return feedback_matrix_structured_cpu(stream, row_offset, rows, columns, type, out);
+  }
   const FillKernel fill = kernels().fill[static_cast<int>(type)];
   // A piece of work is a strip of whole rows, or a part of one row, of about this many entries.
   constexpr int64_t kStripEntries = 1 << 16;

@@ -18,12 +18,13 @@ struct BlockOfRow {
 
 // Philox for kLanes blocks at once. store_blocks() writes the block of lane l to slot
 // (l % 4) * (kLanes / 4) + l / 4. The counters are therefore assigned to lanes by the inverse.
+// `domain` is their second word.
 template <class S>
 class BlockLanes {
  public:
   using W = typename S::W;
 
-  explicit BlockLanes(uint64_t seed) : seed_(seed) {
+  explicit BlockLanes(uint64_t seed, uint32_t domain = 0) : seed_(seed), domain_(domain) {
     for (int slot = 0; slot < S::kLanes; ++slot) *lane(0, slot) = static_cast<uint64_t>(slot);
     for (int g = 0; g < 2; ++g) run_[g] = S::load(counter_[0][g]);
   }
@@ -55,7 +56,7 @@ class BlockLanes {
 
   // words[4 * slot + i]: word i of the slot's block.
   void words(uint32_t* words) const {
-    W x0[2] = {x0_[0], x0_[1]}, x1[2] = {S::set(0), S::set(0)};
+    W x0[2] = {x0_[0], x0_[1]}, x1[2] = {S::set(domain_), S::set(domain_)};
     W x2[2] = {x2_[0], x2_[1]}, x3[2] = {x3_[0], x3_[1]};
     uint32_t key0 = static_cast<uint32_t>(seed_), key1 = static_cast<uint32_t>(seed_ >> 32);
     const W m0 = S::set(Philox::kMultiplier0), m1 = S::set(Philox::kMultiplier1);
@@ -84,6 +85,7 @@ class BlockLanes {
   }
 
   uint64_t seed_;
+  uint32_t domain_;
   uint64_t counter_[3][2][S::kLanes / 2];
   W run_[2], x0_[2], x2_[2], x3_[2];
 };

@@ -54,6 +54,26 @@ struct FillSpec {
   int64_t out_stride;
 };
 
+// Diagonals of structured feedback: those of `domain` for the input blocks [block, block + blocks)
+// and the output block `output`, which is 0 in domains 1 and 2.
+struct SignSpec {
+  uint64_t seed;
+  uint32_t domain;
+  uint64_t output;
+  int64_t block;
+  int64_t blocks;
+};
+
+// What structured feedback is made of, on aligned blocks of kHadamardBlock numbers; see hadamard.h.
+struct TransformKernels {
+  void (*transform)(const void* in, const uint32_t* signs, int64_t blocks, void* natural);
+  void (*transform_natural)(const void* in, const uint32_t* signs, int64_t blocks, void* natural);
+  void (*transform_signal)(const void* in, const uint32_t* signs, int64_t blocks, double factor,
+                           bool past_caches, void* signal);
+  void (*turn)(const void* in, void* out);
+  void (*accumulate)(const void* in, const uint32_t* signs, int64_t blocks, void* sums);
+};
+
 using MultiplyKernel = void (*)(const MultiplySpec&);
 using ScaleKernel = void (*)(const ScaleSpec&);
 using FillKernel = void (*)(const FillSpec&);
@@ -71,6 +91,9 @@ struct Kernels {
   ScaleKernel scale_f32[4];      // by output Type
   ScaleKernel scale_f64[4];
   FillKernel fill[4];  // by output Type
+  void (*make_signs)(const SignSpec&, uint32_t* words);
+  TransformKernels transform_f32;
+  TransformKernels transform_f64;
 };
 
 // The table in use: the forced one, else the best this CPU runs.

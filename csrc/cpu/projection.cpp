@@ -4,15 +4,11 @@
 // The workspace is bounded, independent of the layers and the batch: at most kPackedBytes of packed
 // error, kAccumulatorBytes of partial sums if the error does not fit there, and about 1.5 MiB per
 // thread.
-#include <torch/csrc/stable/ops.h>
-
-#include <atomic>
-#include <memory>
-#include <new>
-
 #include "../plan.h"
 #include "kernels.h"
+#include "memory.h"
 #include "pack.h"
+#include "parallel.h"
 
 namespace dfa {
 namespace {
@@ -24,34 +20,10 @@ constexpr int64_t kPackedBytes = 16 << 20;
 constexpr int64_t kAccumulatorBytes = 16 << 20;
 constexpr int64_t kThreadAccumulatorBytes = 512 << 10;
 // Signals are written past the caches if together they exceed kCachedBytes. One beyond kMappedBytes
-// is not: its memory is newly mapped, and the system's zeros have just brought it into the caches.
+// is not if its memory is newly mapped: the system's zeros have just brought it into the caches.
 constexpr int64_t kCachedBytes = 64 << 20;
 constexpr int64_t kMappedBytes = 32 << 20;
 constexpr double kSerialWork = 4e5;  // multiplications below which a second thread does not pay
-constexpr std::align_val_t kAlignment{64};
-
-struct AlignedDelete {
-  void operator()(char* p) const { ::operator delete(p, kAlignment); }
-};
-using Buffer = std::unique_ptr<char, AlignedDelete>;
-
-Buffer allocate(int64_t bytes) {
-  return Buffer(static_cast<char*>(::operator new(static_cast<size_t>(bytes), kAlignment)));
-}
-
-// Runs work(index, worker) for every index on torch's threads. A free thread takes the next index.
-template <class Work>
-void run_parallel(int64_t count, int64_t workers, const Work& work) {
-  std::atomic<int64_t> next{0};
-  const auto drain = [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t i = next++; i < count; i = next++) work(i, worker);
-    }
-  };
-  if (workers == 1) return drain(0, 1);
-  torch::stable::parallel_for(0, workers, 1, drain);
-}
-
 // What follows from the types of error and output.
 struct Arithmetic {
   int columns;    // columns in one packed element: 2 for bf16 pairs
@@ -95,6 +67,8 @@ class Projection {
     tiles_ = divide_up(units, tile_units_);
     units_ = units;
     past_caches_ = plan_.written() * error.batch * out_bytes_ > kCachedBytes;
+    if (!past_caches_) return;
+    for (const Layer& layer : plan_.layers()) used_again_ |= is_used_again(layer.out);
   }
 
   void run() {
@@ -248,7 +222,8 @@ class Projection {
       spec.batch = batch;
       spec.rows = static_cast<int64_t>(end - begin);
       spec.scale = layer.scale;
-      spec.past_caches = past_caches_ && layer.size * error_.batch * out_bytes_ < kMappedBytes;
+      spec.past_caches =
+          past_caches_ && (used_again_ || layer.size * error_.batch * out_bytes_ < kMappedBytes);
       math_.scale(spec);
     });
   }
@@ -261,7 +236,7 @@ class Projection {
   RowPlan plan_;
   int64_t head_, first_unit_, units_, tiles_, tile_units_;
   int64_t pass_begin_ = 0, batch_ = 0, slices_ = 0, threads_ = 1;
-  bool past_caches_ = false;
+  bool past_caches_ = false, used_again_ = false;
   int64_t task_panels_ = 1, task_rows_ = 1, task_acc_ = 0, thread_tile_ = 0;
   Buffer tile_buffer_, acc_buffer_, packed_buffer_;
 };
@@ -270,6 +245,9 @@ class Projection {
 
 void project_cpu(const Stream& stream, const ErrorMatrix& error, std::vector<Layer> layers,
                  Type out_type) {
+  if (stream.distribution == Distribution::kHadamard) {
+    return project_structured_cpu(stream, error, std::move(layers), out_type);
+  }
   Projection(stream, error, std::move(layers), out_type).run();
 }
 

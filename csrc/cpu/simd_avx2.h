@@ -9,6 +9,7 @@ struct Avx2 {
   static constexpr int kVectors = 1;
   static constexpr int kBatchF32 = 6;
   static constexpr int kBatchF64 = 2;
+  static constexpr int kRadix = 8;  // vectors of a transform that are in registers together
 
   using W = __m256i;
   using I = __m256i;
@@ -63,6 +64,8 @@ struct Avx2 {
     auto* to = static_cast<__m256i*>(p);
     for (int i = 0; i < 2; ++i) _mm256_stream_si256(to + i, _mm256_load_si256(from + i));
   }
+  static void stream(float* p, F a) { _mm256_stream_ps(p, a); }
+  static void stream(double* p, D a) { _mm256_stream_pd(p, a); }
   static void fence() { _mm_sfence(); }
   static void store_bf16(void* p, F a) {  // finite values
     const I x = _mm256_castps_si256(a);
@@ -109,6 +112,41 @@ struct Avx2 {
   static D load_widen(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
   static void store(double* p, D a) { _mm256_storeu_pd(p, a); }
   static D fma(D a, D b, D c) { return _mm256_fmadd_pd(a, b, c); }
+
+  static W widen_bits(const uint32_t* p) {
+    return _mm256_cvtepu32_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  // Changes the sign where the word has the bit that a shift to the left by n makes the highest.
+  static F flip(F a, I words, int n) {
+    return _mm256_xor_ps(a, as_float(mask(_mm256_slli_epi32(words, n), 0x80000000u)));
+  }
+  static D flip(D a, W words, int n) {
+    const W sign = _mm256_and_si256(_mm256_slli_epi64(words, n), set(uint64_t{1} << 63));
+    return _mm256_xor_pd(a, _mm256_castsi256_pd(sign));
+  }
+  // 128 bits from each of p, p + stride, ..
+  static F pieces(const float* p, int64_t stride) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride),
+                                1);
+  }
+  static D pieces(const double* p, int64_t stride) {
+    return _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(p)), _mm_loadu_pd(p + stride),
+                                1);
+  }
+  // Turns the square of 4 x 4, or 2 x 2, numbers in each 128 bits.
+  static void turn(F (&v)[4]) {
+    const F a = _mm256_unpacklo_ps(v[0], v[1]), b = _mm256_unpackhi_ps(v[0], v[1]);
+    const F c = _mm256_unpacklo_ps(v[2], v[3]), d = _mm256_unpackhi_ps(v[2], v[3]);
+    v[0] = _mm256_shuffle_ps(a, c, 0x44);
+    v[1] = _mm256_shuffle_ps(a, c, 0xee);
+    v[2] = _mm256_shuffle_ps(b, d, 0x44);
+    v[3] = _mm256_shuffle_ps(b, d, 0xee);
+  }
+  static void turn(D (&v)[2]) {
+    const D a = v[0];
+    v[0] = _mm256_unpacklo_pd(a, v[1]);
+    v[1] = _mm256_unpackhi_pd(a, v[1]);
+  }
 
   static void store_blocks(uint32_t* p, I w0, I w1, I w2, I w3) {
     const I a = _mm256_unpacklo_epi32(w0, w1), b = _mm256_unpackhi_epi32(w0, w1);

@@ -144,6 +144,7 @@ struct Avx512 {
   static constexpr int kVectors = 2;
   static constexpr int kBatchF32 = 12;
   static constexpr int kBatchF64 = 6;
+  static constexpr int kRadix = 32;  // vectors of a transform that are in registers together
 
   using W = __m512i;
   using I = __m512i;
@@ -191,6 +192,8 @@ struct Avx512 {
   static void store_past_caches(void* p, const void* line) {
     _mm512_stream_si512(static_cast<__m512i*>(p), _mm512_load_si512(line));
   }
+  static void stream(float* p, F a) { _mm512_stream_ps(p, a); }
+  static void stream(double* p, D a) { _mm512_stream_pd(p, a); }
   static void fence() { _mm_sfence(); }
   static void store_bf16(void* p, F a) {  // finite values
     const I x = _mm512_castps_si512(a);
@@ -230,6 +233,47 @@ struct Avx512 {
   static D load_widen(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
   static void store(double* p, D a) { _mm512_storeu_pd(p, a); }
   static D fma(D a, D b, D c) { return _mm512_fmadd_pd(a, b, c); }
+
+  static W widen_bits(const uint32_t* p) {
+    return _mm512_cvtepu32_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  // Changes the sign where the word has the bit that a shift to the left by n makes the highest.
+  static F flip(F a, I words, int n) {
+    const I moved = _mm512_slli_epi32(words, static_cast<unsigned>(n));
+    return as_float(_mm512_ternarylogic_epi32(as_bits(a), moved, bits(0x80000000u), 0x78));
+  }
+  static D flip(D a, W words, int n) {
+    const W moved = _mm512_slli_epi64(words, static_cast<unsigned>(n));
+    return _mm512_castsi512_pd(
+        _mm512_ternarylogic_epi64(_mm512_castpd_si512(a), moved, set(uint64_t{1} << 63), 0x78));
+  }
+  // 128 bits from each of p, p + stride, ..
+  static F pieces(const float* p, int64_t stride) {
+    F a = _mm512_castps128_ps512(_mm_loadu_ps(p));
+    a = _mm512_insertf32x4(a, _mm_loadu_ps(p + stride), 1);
+    a = _mm512_insertf32x4(a, _mm_loadu_ps(p + 2 * stride), 2);
+    return _mm512_insertf32x4(a, _mm_loadu_ps(p + 3 * stride), 3);
+  }
+  static D pieces(const double* p, int64_t stride) {
+    D a = _mm512_castpd128_pd512(_mm_loadu_pd(p));
+    a = _mm512_insertf64x2(a, _mm_loadu_pd(p + stride), 1);
+    a = _mm512_insertf64x2(a, _mm_loadu_pd(p + 2 * stride), 2);
+    return _mm512_insertf64x2(a, _mm_loadu_pd(p + 3 * stride), 3);
+  }
+  // Turns the square of 4 x 4, or 2 x 2, numbers in each 128 bits.
+  static void turn(F (&v)[4]) {
+    const F a = _mm512_unpacklo_ps(v[0], v[1]), b = _mm512_unpackhi_ps(v[0], v[1]);
+    const F c = _mm512_unpacklo_ps(v[2], v[3]), d = _mm512_unpackhi_ps(v[2], v[3]);
+    v[0] = _mm512_shuffle_ps(a, c, 0x44);
+    v[1] = _mm512_shuffle_ps(a, c, 0xee);
+    v[2] = _mm512_shuffle_ps(b, d, 0x44);
+    v[3] = _mm512_shuffle_ps(b, d, 0xee);
+  }
+  static void turn(D (&v)[2]) {
+    const D a = v[0];
+    v[0] = _mm512_unpacklo_pd(a, v[1]);
+    v[1] = _mm512_unpackhi_pd(a, v[1]);
+  }
 
   static void store_blocks(uint32_t* p, I w0, I w1, I w2, I w3) {
     const I a = _mm512_unpacklo_epi32(w0, w1), b = _mm512_unpackhi_epi32(w0, w1);

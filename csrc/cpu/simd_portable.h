@@ -19,6 +19,7 @@ struct Portable {
   static constexpr int kVectors = 1;  // vectors of rows whose blocks are made together
   static constexpr int kBatchF32 = 6;
   static constexpr int kBatchF64 = 3;
+  static constexpr int kRadix = 8;  // vectors of a transform that are in registers together
 
   typedef uint64_t W __attribute__((vector_size(16)));
   typedef uint32_t I __attribute__((vector_size(16)));
@@ -69,6 +70,8 @@ struct Portable {
     return low >> 16 | (high & 0xffff0000u);
   }
   static void store_past_caches(void* p, const void* line) { std::memcpy(p, line, 64); }
+  static void stream(float* p, F a) { store(p, a); }
+  static void stream(double* p, D a) { store(p, a); }
   static void fence() {}
   static void store_bf16(void* p, F a) {
     uint16_t halves[kLanes];
@@ -99,6 +102,31 @@ struct Portable {
   static void store(double* p, D a) { std::memcpy(p, &a, sizeof a); }
   static D plus(D a, D b) { return a + b; }
   static D fma(D a, D b, D c) { return a * b + c; }
+
+  static W widen_bits(const uint32_t* p) { return W{p[0], p[1]}; }
+  // Changes the sign where the word has the bit that a shift to the left by n makes the highest.
+  static F flip(F a, I words, int n) { return as_float(as_bits(a) ^ (words << n & 0x80000000u)); }
+  static D flip(D a, W words, int n) {
+    return reinterpret_cast<D>(reinterpret_cast<W>(a) ^ (words << n & uint64_t{1} << 63));
+  }
+  // 128 bits from each of p, p + stride, ..: here from p alone.
+  static F pieces(const float* p, int64_t) { return load(p); }
+  static D pieces(const double* p, int64_t) { return load(p); }
+  // Turns the square of 4 x 4, or 2 x 2, numbers in each 128 bits.
+  static void turn(F (&v)[4]) {
+    for (int i = 0; i < 4; ++i) {
+      for (int j = 0; j < i; ++j) {
+        const float below = v[i][j];
+        v[i][j] = v[j][i];
+        v[j][i] = below;
+      }
+    }
+  }
+  static void turn(D (&v)[2]) {
+    const double below = v[1][0];
+    v[1][0] = v[0][1];
+    v[0][1] = below;
+  }
 
   // Transposes four vectors of words to kLanes blocks of four words. The block of lane l is number
   // (l % 4) * (kLanes / 4) + l / 4.

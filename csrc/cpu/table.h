@@ -4,11 +4,18 @@
 #pragma once
 
 #include "fill.h"
+#include "hadamard.h"
 #include "multiply.h"
 #include "tile.h"
 
 namespace dfa {
 namespace {
+
+template <class S, class Real>
+constexpr TransformKernels make_transforms() {
+  return {transform<S, Real, true>, transform<S, Real, false>, transform_signal<S, Real>,
+          turn<S, Real>, accumulate<S, Real>};
+}
 
 template <class S>
 constexpr Kernels make_kernels(const char* name) {
@@ -22,6 +29,9 @@ constexpr Kernels make_kernels(const char* name) {
   k.multiply_f32 = multiply<S, Float32Ops<S>>;
   k.multiply_f64 = multiply<S, Float64Ops<S>>;
   k.multiply_bf16 = nullptr;
+  k.make_signs = make_signs<S>;
+  k.transform_f32 = make_transforms<S, float>();
+  k.transform_f64 = make_transforms<S, double>();
   const ScaleKernel scale_f32[] = {scale<S, float, float>, scale<S, float, BFloat16>,
                                    scale<S, float, Half>, scale<S, float, double>};
   const ScaleKernel scale_f64[] = {scale<S, double, float>, scale<S, double, BFloat16>,

@@ -157,6 +157,8 @@ void make_tile(const TileSpec& spec, T* tile) {
       return halfword_tile<S, UniformLattice<S>>(spec, tile);
     case Distribution::kRademacher:
       return rademacher_tile<S>(spec, tile);
+    case Distribution::kHadamard:
+      break;  // its projection makes no tiles
   }
 }
 

@@ -50,7 +50,7 @@ struct GeneratorSlots {
   double wide_block;  // to make the blocks of a warp, where a block is wider than a strip
 };
 constexpr GeneratorSlots kGeneratorSlots[] = {{16, 0}, {8, 0}, {3, 70}};  // by Distribution
-static_assert(std::size(kGeneratorSlots) == kDistributions);
+static_assert(std::size(kGeneratorSlots) == kDense);
 constexpr double kStepSlots = 65, kCopySlots = 8;  // of a step, of each copy a thread starts in it
 // Cycles of a scheduler's tensor core per m16n8k16 by mma.sync on sm_90: an estimate, not measured.
 constexpr double kMatrixCycles = 6;

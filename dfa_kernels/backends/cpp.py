@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 import torch
 
-from dfa_kernels.stream import DENSE
+from dfa_kernels import stream as definition
 
 DEVICES = ("cpu",)
 RANK = 0
 PROVEN = frozenset({"cpu"})
-DISTRIBUTIONS = tuple(DENSE)
+DISTRIBUTIONS = definition.DISTRIBUTIONS
 TAGS: tuple[torch.Tag, ...] = ()
 
 _INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")

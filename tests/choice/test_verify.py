@@ -112,7 +112,7 @@ def test_what_is_compiled_for_the_cpu_passes(backend):
         modes = {check.what.split(", ")[-1] for check in found[1:]}
         assert modes == set(cpp.modes())
         assert "portable" in modes
-        assert sum(check.cases for check in found) == len(modes) * (1 + 3 * 4 * 4 + 3 * 2 * 7)
+        assert sum(check.cases for check in found) == len(modes) * (1 + 4 * 4 * 4 + 4 * 2 * 7)
         assert torch.ops.dfa_kernels.cpu_isa(None) == torch.ops.dfa_kernels.cpu_isa("")
 
 

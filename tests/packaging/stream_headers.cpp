@@ -31,7 +31,7 @@ int main() {
     }
   }
   std::printf("\n");
-  for (int i = 0; i < dfa::kDistributions; ++i) {
+  for (int i = 0; i < dfa::kDense; ++i) {
     const dfa::DistributionFacts facts = dfa::facts(dfa::Distribution(i));
     std::printf("%s %d %d %.17g ", facts.name, facts.block, facts.bits, facts.factor);
   }

@@ -33,7 +33,7 @@ struct Buffer {
 // The index of the tile whose kernel was launched last.
 int64_t last_tile() {
   using namespace dfa;
-  for (int i = 0; i < kDistributions; ++i) {
+  for (int i = 0; i < kDense; ++i) {
     for (const Operand operand : {Operand::kBFloat16, Operand::kHalf, Operand::kExact}) {
       for (int shape = 0; shape < kShapes; ++shape) {
         const FusedKernel kernel = fused_kernel(static_cast<Distribution>(i), operand, shape);

@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import torch
 
+from dfa_kernels.backends import registry
+
 T = TypeVar("T")
 CGROUPS = Path("/sys/fs/cgroup")
 # In results, the key of the bytes that would have been needed.
@@ -73,7 +75,8 @@ def seconds(call: Callable[[], object], device_type: str, repeats: int = 1) -> f
 def peak_bytes(call: Callable[[], T], device_type: str) -> tuple[T, int]:
     """The result of a call, and its peak memory beyond what was in use before it.
 
-    On a GPU it is the allocator's; on the CPU the resident memory of the process, from Linux.
+    On a GPU it is the allocator's; on the CPU the resident memory of the process, from Linux, and
+    what the result takes of the memory that our kernels keep for large signals.
     """
     if device_type == "cuda":
         torch.cuda.synchronize()
@@ -84,9 +87,10 @@ def peak_bytes(call: Callable[[], T], device_type: str) -> tuple[T, int]:
         return result, torch.cuda.max_memory_allocated() - before
     _return_freed_memory()  # it would hide what the call takes
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = proc_bytes("/proc/self/status", "VmRSS")
+    before, idle = proc_bytes("/proc/self/status", "VmRSS"), _idle_bytes()
     result = call()
-    return result, max(proc_bytes("/proc/self/status", "VmHWM") - before, 0)
+    peak = max(proc_bytes("/proc/self/status", "VmHWM") - before, 0)
+    return result, peak + max(idle - _idle_bytes(), 0)
 
 
 def available_bytes(device_type: str) -> int:
@@ -107,6 +111,13 @@ def is_out_of_memory(error: Exception) -> bool:
 def proc_bytes(path: str, key: str) -> int:
     """A number of bytes from a file in /proc, which counts in kB."""
     return next(int(line.split()[1]) * 1024 for line in _lines(path) if line.startswith(key + ":"))
+
+
+def _idle_bytes() -> int:
+    """Memory that our kernels on the CPU keep for large signals and that no tensor has."""
+    if registry.unavailable("cpp", "cpu") is not None:
+        return 0
+    return torch.ops.dfa_kernels.pool_bytes()[1]
 
 
 def _return_freed_memory() -> None:

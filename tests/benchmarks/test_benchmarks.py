@@ -292,6 +292,19 @@ def test_peak_counts_what_a_call_takes_and_returns():
     assert 1.9 * size < peak < 2.3 * size
 
 
+def test_peak_counts_signals_in_memory_that_is_used_again():
+    here = contenders.names(SMALL)
+    needs("Linux and cpp", sys.platform == "linux" and "cpp" in here)
+    error, size = torch.ones(64, 10), 2**18
+
+    def call():
+        return project(error, [size], backend="cpp")
+
+    for _ in range(3):
+        _, peak = measure.peak_bytes(call, "cpu")
+        assert 0.9 * 256 * size < peak < 1.5 * 256 * size
+
+
 def test_streaming_writes_reach_every_part():
     target = torch.ones(2**12)
     with measure.stream_writes(target, 2) as write:

@@ -54,7 +54,7 @@ def headline(measured: dict) -> list[str]:
     if not cases:
         return []
     rivals = rivals_in(cases)
-    titles = ["case", "dense", "of roofline", "structured", "of roofline", "dense to structured"]
+    titles = ["case", "dense", "of roofline", "structured", "of roofline", "structured faster by"]
     titles += [TITLES[name] for name in rivals]
     lines = [f"| {' | '.join(titles)} |", "|---|---:|---|---:|---|" + "---:|" * (len(rivals) + 1)]
     for case in cases:

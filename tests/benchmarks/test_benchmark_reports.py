@@ -172,7 +172,7 @@ def test_figures_are_written_and_say_where_they_come_from(results, tmp_path, mon
         ("bench_memory", "(54 GB)"),
         ("bench_memory", "| from the seed | structured | stored matrix |"),
         ("headline", "| small |"),
-        ("headline", "| dense to structured | mm alone | stored matrix | matrix per layer |"),
+        ("headline", "| structured faster by | mm alone | stored matrix | matrix per layer |"),
         ("headline", "| 54 GB do not fit |"),
         ("bench_memory", "A layer of 500 with n = 20 and M = 2 takes"),
         ("bench_promises", "| small | `cpp` | matrix per layer | 2.00x | not measured |"),

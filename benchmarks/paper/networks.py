@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.paper.architectures import he_initialization
 
 HIDDEN = (800, 800, 800)
-EMBEDDING = 32  # of a token
+EMBEDDING = 64  # of a token
 TEXT_HIDDEN = (512, 512, 512)
 
 

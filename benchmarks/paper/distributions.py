@@ -39,7 +39,7 @@ IMAGES = Experiment(
 NEXT_TOKEN = Settings(
     epochs=15, steps=100, batch=128, hidden_rate=1e-3, output_rate=1e-3, side=None, adam=True
 )
-SHORTER = replace(NEXT_TOKEN, epochs=8)
+SHORTER = replace(NEXT_TOKEN, epochs=6)
 TEXT = replace(
     IMAGES,
     title="Distributions: 3x512",

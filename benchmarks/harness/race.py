@@ -171,8 +171,8 @@ class Race:
         return Result(case, entrant.name, work, entrant.stored_bytes, measured), once
 
 
-def _fastest(machine: roofs.Roofs, distribution: str) -> str:
-    """The backend that generates entries fastest."""
+def _fastest(machine: roofs.Roofs, distribution: str) -> str | None:
+    """The backend that generates entries fastest; None for the preferred one, if none was timed."""
     rates = {name: r[distribution] for name, r in machine.generation.items() if distribution in r}
     rates.pop("torch.randn", None)
-    return max(rates, key=rates.__getitem__)
+    return max(rates, key=rates.__getitem__, default=None)

@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.harness import provenance
-from benchmarks.paper import data, drawings, table1, tables, vgg16
+from benchmarks.paper import data, distributions, drawings, table1, tables, vgg16
 from benchmarks.paper.architectures import ARCHITECTURES, STORAGES
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.training import Store
 from dfa_kernels.backends import registry
 
 RUNS = Path(__file__).parents[2] / "paper-runs"
-CHOICES = ("table1", *EXPERIMENTS, "vgg16")
+CHOICES = ("table1", *EXPERIMENTS, "distributions", "vgg16")
 QUICK_BYTES = 10**8  # of stored matrices; --quick measures no more
 
 
@@ -72,6 +72,22 @@ def run_experiment(
     return summary
 
 
+def run_distributions(options: argparse.Namespace, console: Console, progress: Progress) -> dict:
+    """Every distribution of U, on images and on text; print and return the summaries."""
+    store = Store(options.runs / options.device.type)
+    summaries = []
+    for experiment, part in distributions.parts(options.data, options.device):
+        jobs = list(experiment.jobs(part.name, options.quick, options.seeds, options.epochs))
+        title = f"{experiment.title}, {part.name}"
+        task = progress.add_task(title, total=sum(job.settings.epochs for job in jobs))
+        summary = distributions.run(
+            experiment, jobs, part, store, lambda n, task=task: progress.advance(task, n)
+        )
+        console.print(tables.distributions_table(summary))
+        summaries.append(summary)
+    return {"parts": summaries}
+
+
 def run_table1(options: argparse.Namespace, console: Console, progress: Progress) -> dict:
     """Table 1: stored bytes and measured peaks."""
     task = progress.add_task("Table 1", total=len(ARCHITECTURES) * len(STORAGES))
@@ -101,7 +117,11 @@ def main(arguments: list[str] | None = None) -> None:
         options.output.mkdir(parents=True, exist_ok=True)
     # Before the run, because files may be edited while it goes on.
     origin = provenance.origin(options.device.type)
-    others: dict[str, Callable[..., dict]] = {"table1": run_table1, "vgg16": run_vgg16}
+    others: dict[str, Callable[..., dict]] = {
+        "table1": run_table1,
+        "distributions": run_distributions,
+        "vgg16": run_vgg16,
+    }
     columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn())
     columns += (TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
@@ -115,7 +135,8 @@ def main(arguments: list[str] | None = None) -> None:
                 how["backend"] = registry.choose("project", options.device, None)
                 results = origin | how | summary
                 provenance.save(options.output / f"paper_{name}.json", results)
-                drawings.draw(name, results, options.output)
+                if name in drawings.DRAWINGS:
+                    drawings.draw(name, results, options.output)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,10 @@ CIFAR10_DEVIATION = (0.2023, 0.1994, 0.2010)
 
 @dataclass
 class Data:
-    """Images [count, channels, side, side] in fp32 and their classes [count]."""
+    """Images [count, channels, side, side] in fp32 and their classes [count].
+
+    Or contexts [count, tokens] and their next tokens, see `text`.
+    """
 
     name: str
     train_x: Tensor
@@ -26,13 +29,13 @@ class Data:
     classes: int = 10
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Channels, height and width of an image."""
-        return tuple(self.train_x.shape[1:])  # type: ignore[return-value]
+        return tuple(self.train_x.shape[1:])
 
-    def resized(self, side: int) -> Data:
-        """The images interpolated to `side` x `side`."""
-        if side == self.shape[1]:
+    def resized(self, side: int | None) -> Data:
+        """The images interpolated to `side` x `side`; what is no image has None."""
+        if side is None or side == self.shape[1]:
             return self
         train_x, test_x = (
             F.interpolate(x, (side, side), mode="bilinear") for x in (self.train_x, self.test_x)

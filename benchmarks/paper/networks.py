@@ -1,8 +1,9 @@
-"""The paper's networks, in the variants that its tables compare."""
+"""The paper's networks, in the variants that its tables compare, and one for text."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from benchmarks.paper.architectures import he_initialization
 
 HIDDEN = (800, 800, 800)
+EMBEDDING = 32  # of a token
+TEXT_HIDDEN = (512, 512, 512)
 
 
 class Absolute(nn.Module):
@@ -38,6 +41,7 @@ class Practice:
     name: str
     activation: str = "tanh"
     normalization: str | float = "layer"
+    distribution: str = "normal"
     batch_norm: bool = False
     dropout: tuple[float, float] = (0.0, 0.0)  # of the inputs, of fully connected hidden units
     masked: float | None = None  # fraction of the second layer's weights that learn
@@ -53,10 +57,10 @@ def block(
     return modules + ([norm()] if practice.batch_norm else [])
 
 
-def perceptron(shape: tuple[int, int, int], classes: int, practice: Practice) -> nn.Sequential:
+def perceptron(shape: tuple[int, ...], classes: int, practice: Practice) -> nn.Sequential:
     """Three hidden layers of 800; all modules but the last get feedback."""
     before, hidden = practice.dropout
-    inputs = shape[0] * shape[1] * shape[2]
+    inputs = math.prod(shape)
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     for index, width in enumerate(HIDDEN, 1):
         if index == 2 and practice.narrow is not None:
@@ -85,7 +89,22 @@ def _multiplied(factor: Tensor, gradient: Tensor) -> Tensor:
     return gradient * factor.to(gradient.device)
 
 
-def convolutional(shape: tuple[int, int, int], classes: int, practice: Practice) -> nn.Sequential:
+def next_token(shape: tuple[int, ...], classes: int, practice: Practice) -> nn.Sequential:
+    """Embedded tokens [tokens], side by side, through three hidden layers of 512."""
+    inputs = shape[0] * EMBEDDING
+    modules: OrderedDict[str, nn.Module] = OrderedDict()
+    for index, width in enumerate(TEXT_HIDDEN, 1):
+        first = [nn.Embedding(classes, EMBEDDING), nn.Flatten()] if index == 1 else []
+        layer = [nn.Linear(inputs, width), ACTIVATIONS[practice.activation]()]
+        modules[f"layer {index}"] = nn.Sequential(*first, *layer)
+        inputs = width
+    modules["output"] = nn.Linear(inputs, classes)
+    model = nn.Sequential(modules)
+    he_initialization(model)
+    return model
+
+
+def convolutional(shape: tuple[int, ...], classes: int, practice: Practice) -> nn.Sequential:
     """Three 5x5 convolutions with overlapping pooling, and a linear layer of 128."""
     before, hidden = practice.dropout
     channels, side = shape[0], shape[1]

@@ -14,7 +14,7 @@ from benchmarks.paper import published
 from benchmarks.paper.experiments import Claim, Experiment
 from benchmarks.paper.networks import Practice
 from benchmarks.paper.training import Job
-from benchmarks.report.texts import STORAGES, bytes_text, peak
+from benchmarks.report.texts import STORAGES, bytes_text, deviating, peak, time_text, way
 
 Runs = list[tuple[Job, dict]]
 
@@ -26,17 +26,22 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def row_of(practice: Practice, mode: str, results: list[dict]) -> dict:
-    """One row over all seeds. The deviation of a cosine is over the test images, as in eq. 6."""
+    """One row over all seeds. The deviation of a cosine is over the test images, as in eq. 6.
+
+    That of its mean over the seeds is beside it.
+    """
     row: dict = {"practice": practice.name, "mode": mode, "seeds": len(results)}
-    for part in ("train_accuracy", "test_accuracy"):
+    for part in ("train_loss", "train_accuracy", "test_loss", "test_accuracy"):
         row[part] = spread([result[part] for result in results])
     if mode == "dfa":
         row["alignment"] = {
             layer: {
-                key: statistics.fmean(result["alignment"][layer][of] for result in results)
-                for key, of in (("mean", "mean"), ("deviation", "std"))
+                "mean": over_seeds["mean"],
+                "deviation": statistics.fmean(r["alignment"][layer]["std"] for r in results),
+                "over_seeds": over_seeds["deviation"],
             }
             for layer in results[0]["alignment"]
+            for over_seeds in [spread([r["alignment"][layer]["mean"] for r in results])]
         }
     return row
 
@@ -147,6 +152,22 @@ def tables(summary: dict) -> list[Table]:
         values = summary["rank_agreement"].values()
         agreement.add_row(*("-" if value is None else f"{value:+.3f}" for value in values))
         found.append(agreement)
+    return found
+
+
+def distributions_table(summary: dict) -> Table:
+    """One kind of data of the experiment on distributions, for the terminal."""
+    layers = next(row["alignment"] for row in summary["rows"] if "alignment" in row)
+    title = f"{summary['title']}, on {summary['data']}: test set, and cos(beta) by layer"
+    found = Table("trained by", "loss", "accuracy, %", *layers, "a step", title=title)
+    for row in summary["rows"]:
+        angles = row.get("alignment", {}).values()
+        cosines = [deviating(angle["mean"], angle["over_seeds"]) for angle in angles]
+        cosines += [""] * (len(layers) - len(cosines))
+        loss = deviating(*row["test_loss"].values())
+        found.add_row(
+            way(row), loss, percent(row["test_accuracy"]), *cosines, time_text(row["step_seconds"])
+        )
     return found
 
 

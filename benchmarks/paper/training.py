@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,15 +22,18 @@ from benchmarks.paper.data import Data
 from benchmarks.paper.networks import Practice
 from dfa_kernels import alignment, attach
 
-# The alignment is measured on at most this many test images.
+# Measured on at most this many images, the first: alignment of those for testing, and the rest.
 ALIGNMENT_IMAGES = 1024
+EVALUATION_IMAGES = 50_000
 
-Network = Callable[[tuple[int, int, int], int, Practice], nn.Sequential]
+Network = Callable[[tuple[int, ...], int, Practice], nn.Sequential]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Hyperparameters of SGD without momentum on the mean cross-entropy, in full batches only.
+    """Hyperparameters of training on the mean cross-entropy, in full batches only.
+
+    The optimizer is SGD without momentum, unless it is Adam.
 
     The published code trains hidden layers with softmax - one-hot, undivided by the batch size, and
     the last layer with the gradient of the mean. With one learning rate for both, hidden layers
@@ -40,7 +45,9 @@ class Settings:
     batch: int
     hidden_rate: float
     output_rate: float
-    side: int  # of the images
+    side: int | None  # of the images
+    adam: bool = False
+    steps: int | None = None  # in an epoch, if not the whole of the data
 
 
 @dataclass(frozen=True)
@@ -84,52 +91,90 @@ class Store:
         partial.replace(path)
 
 
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """The fraction of images that a model in evaluation mode classifies correctly."""
+def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """The mean cross-entropy of a model in evaluation mode, and the fraction it gets right."""
+    x, y = x[:EVALUATION_IMAGES], y[:EVALUATION_IMAGES]
+    loss, right = 0.0, 0
     with torch.no_grad():
-        right = sum(
-            int((model(images).argmax(1) == labels).sum())
-            for images, labels in zip(x.split(1024), y.split(1024), strict=True)
+        for images, labels in zip(x.split(1024), y.split(1024), strict=True):
+            output = model(images)
+            loss += F.cross_entropy(output, labels, reduction="sum").item()
+            right += int((output.argmax(1) == labels).sum())
+    return loss / len(y), right / len(y)
+
+
+class Trainee:
+    """A network as a job wants it, with its optimizer."""
+
+    def __init__(self, network: Network, job: Job, data: Data):
+        torch.manual_seed(job.seed)
+        self.model = network(data.shape, data.classes, job.practice).to(data.train_x.device)
+        handle = attach(
+            self.model,
+            networks.points(self.model),
+            normalization=job.practice.normalization,
+            distribution=job.practice.distribution,
+            seed=job.seed,
         )
-    return right / len(y)
+        handle.mode = job.mode
+        output = list(self.model.get_submodule("output").parameters())
+        hidden = [p for p in self.model.parameters() if all(p is not other for other in output)]
+        optimizer = torch.optim.Adam if job.settings.adam else torch.optim.SGD
+        self.optimizer = optimizer(
+            [
+                {"params": hidden, "lr": job.settings.hidden_rate},
+                {"params": output, "lr": job.settings.output_rate},
+            ]
+        )
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        """Learn from one batch."""
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.model(x), y).backward()
+        self.optimizer.step()
 
 
 def train(network: Network, job: Job, data: Data, tick: Callable[[], None]) -> dict:
-    """Train, and return accuracies in [0, 1] and, for DFA, the alignment of each layer.
+    """Train, and return losses, accuracies in [0, 1] and, for DFA, the alignment of each layer.
 
     `tick` is called after every epoch.
     """
     settings = job.settings
-    torch.manual_seed(job.seed)
-    model = network(data.shape, data.classes, job.practice).to(data.train_x.device)
-    handle = attach(
-        model, networks.points(model), normalization=job.practice.normalization, seed=job.seed
-    )
-    handle.mode = job.mode
-    output = list(model.get_submodule("output").parameters())
-    hidden = [p for p in model.parameters() if all(p is not other for other in output)]
-    optimizer = torch.optim.SGD(
-        [
-            {"params": hidden, "lr": settings.hidden_rate},
-            {"params": output, "lr": settings.output_rate},
-        ]
-    )
+    trainee = Trainee(network, job, data)
+    model = trainee.model
     for _ in range(settings.epochs):
         model.train()
         order = torch.randperm(len(data.train_y)).to(data.train_y.device)
-        for batch in order.split(settings.batch)[: len(order) // settings.batch]:
-            optimizer.zero_grad()
-            F.cross_entropy(model(data.train_x[batch]), data.train_y[batch]).backward()
-            optimizer.step()
+        steps = settings.steps or len(order) // settings.batch
+        for batch in order[: steps * settings.batch].split(settings.batch):
+            trainee.step(data.train_x[batch], data.train_y[batch])
         tick()
     model.eval()
-    result: dict = {
-        "commit": provenance.commit(),
-        "train_accuracy": accuracy(model, data.train_x, data.train_y),
-        "test_accuracy": accuracy(model, data.test_x, data.test_y),
-    }
+    result: dict = {"commit": provenance.commit()}
+    for part, x, y in (
+        ("train", data.train_x, data.train_y),
+        ("test", data.test_x, data.test_y),
+    ):
+        result[f"{part}_loss"], result[f"{part}_accuracy"] = evaluate(model, x, y)
     if job.mode == "dfa":
         x, y = data.test_x[:ALIGNMENT_IMAGES], data.test_y[:ALIGNMENT_IMAGES]
         angles = alignment(model, lambda: F.cross_entropy(model(x), y))
         result["alignment"] = {name: angle._asdict() for name, angle in angles.items()}
     return result
+
+
+def step_seconds(network: Network, jobs: Sequence[Job], data: Data, rounds: int) -> list[float]:
+    """The median time of a training step of each job, over rounds in which they take turns."""
+    device = data.train_x.device
+    trainees = [Trainee(network, job, data) for job in jobs]
+    batch = torch.arange(jobs[0].settings.batch).to(device)
+    x, y = data.train_x[batch], data.train_y[batch]
+    times: list[list[float]] = [[] for _ in jobs]
+    for _ in range(rounds + 1):  # the first warms up
+        for trainee, taken in zip(trainees, times, strict=True):
+            start = time.perf_counter()
+            trainee.step(x, y)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken[1:]) for taken in times]

@@ -96,6 +96,9 @@ PARTS: dict[str, tuple[Part, ...]] = {
     "paper_figure4.json": (
         Part("The paper's figure 4", "", paper_tables.paper_figure4, "paper_figure4.png"),
     ),
+    "paper_distributions.json": (
+        Part("Distributions of the matrix", "", paper_tables.paper_distributions),
+    ),
     "paper_vgg16.json": (Part("VGG-16", "", paper_tables.paper_vgg16, "paper_vgg16.png"),),
 }
 

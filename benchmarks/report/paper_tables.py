@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.harness import provenance
-from benchmarks.report.texts import STORAGES, bytes_text, peak
+from benchmarks.report.texts import STORAGES, bytes_text, deviating, peak, time_text, way
 
 
 def paper_table1(measured: dict) -> list[str]:
@@ -81,6 +81,35 @@ def paper_figure4(measured: dict) -> list[str]:
         "",
         f"{runs(measured)} Rank correlation with the published values over b: {ranks}.",
     ]
+
+
+def paper_distributions(measured: dict) -> list[str]:
+    """Distributions of U: loss, accuracy, alignment and time of a step, a table for each data."""
+    lines: list[str] = []
+    for part in measured["parts"]:
+        layers = next(row["alignment"] for row in part["rows"] if "alignment" in row)
+        lines += [""] if lines else []
+        lines += [
+            f"| {part['data']}, n = {part['n']:,} | test loss | test accuracy, % "
+            f"| {' | '.join(layers)} | a step |",
+            f"|---|---:|---:|{'---:|' * len(layers)}---:|",
+        ]
+        for row in part["rows"]:
+            accuracy = row["test_accuracy"]
+            angles = row.get("alignment", {})
+            cells = (
+                way(row),
+                deviating(*row["test_loss"].values()),
+                f"{100 * accuracy['mean']:.1f} ({100 * accuracy['deviation']:.1f})",
+                *(
+                    deviating(angles[layer]["mean"], angles[layer]["over_seeds"]) if angles else ""
+                    for layer in layers
+                ),
+                time_text(row["step_seconds"]),
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", runs(part)]
+    return lines
 
 
 def paper_vgg16(measured: dict) -> list[str]:

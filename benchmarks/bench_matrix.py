@@ -12,6 +12,7 @@ KINDS = (  # the last is the ratio promised on a CPU
     ("normal", torch.bfloat16, None),
     ("uniform", torch.float32, None),
     ("rademacher", torch.bfloat16, 10.0),
+    ("hadamard", torch.float32, None),
 )
 
 

@@ -9,6 +9,7 @@ from benchmarks.harness.shapes import (
     LLAMA,
     PAPER_MLP,
     STORED,
+    STRUCTURED,
     UNEQUAL_MLP,
     VGG16,
     Case,
@@ -22,15 +23,23 @@ ON_CUDA = (*STORED, "compiled", "randn blocks")
 def on_cpu(full: bool) -> list[Case]:
     transformers = (*STORED, *(["randn blocks"] if full else []))
     small = {"promises": (Promise("cpp", "naive", 1.0),)}
+    unequal = {"promises": (Promise(STRUCTURED, "views", 1.0),)}
+    long = {1024: (Promise(STRUCTURED, "stored", 12.0, 20.0),)}  # errors, by batch size
     cases = [
         Case("3x800 (the paper's), n=10, M=128", *with_batch(PAPER_MLP, 128), ALL, **small),
         Case("48 layers of 4,096, n=1,000, M=512", *with_batch(DEEP_MLP, 512), ALL),
-        Case("48 layers of 2,049 to 4,096, n=1,000, M=512", *with_batch(UNEQUAL_MLP, 512), ALL),
+        Case(
+            "48 layers of 2,049 to 4,096, n=1,000, M=512",
+            *with_batch(UNEQUAL_MLP, 512),
+            ALL,
+            **unequal,
+        ),
         Case("VGG-16 on ImageNet, n=1,000, M=4", *with_batch(VGG16, 4), ALL if full else ALL[:4]),
     ]
     for batch in (1024, 4096, 8192) if full else (1024,):
         name = f"GPT-2 small, 36 points, n=50,257, M={batch:,}"
-        cases.append(Case(name, *with_batch(GPT2_SMALL, batch), transformers))
+        options = {"promises": long.get(batch, ())}
+        cases.append(Case(name, *with_batch(GPT2_SMALL, batch), transformers, **options))
     for batch in (128, 1024) if full else (128,):
         name = f"Llama-like, 64 points, n=32,000, M={batch:,}"
         cases.append(Case(name, *with_batch(LLAMA, batch), transformers))

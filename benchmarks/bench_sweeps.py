@@ -3,7 +3,7 @@
 The sweeps over the batch size have one layer, with a matrix far larger than any cache.
 """
 
-from benchmarks.harness.shapes import Case, Promise, layer_name
+from benchmarks.harness.shapes import STRUCTURED, WRITE_ROOF, Case, Promise, layer_name
 
 LAYER = {"cpu": 100_000, "cuda": 200_000}
 
@@ -46,7 +46,13 @@ def batch(device_type: str, full: bool) -> list[Case]:
 def cpu_promises(m: int) -> tuple[Promise, ...]:
     at_least = {512: 1 / 1.10, 128: 1 / 1.25, 8: 1.0}
     promises = [Promise("cpp", "views", at_least[m])] if m in at_least else []
-    return (*promises, *([Promise("cpp", "randn blocks", 3.0)] if m == 128 else []))
+    if m == 1:
+        promises.append(Promise(STRUCTURED, "views", 20.0, 100.0))
+    if m == 128:
+        promises.append(Promise("cpp", "randn blocks", 3.0))
+        promises.append(Promise(STRUCTURED, "views", 12.0, 30.0))
+        promises.append(Promise(STRUCTURED, WRITE_ROOF, 0.6, 0.8))
+    return tuple(promises)
 
 
 def cuda_promises(m: int) -> tuple[Promise, ...]:
@@ -72,6 +78,7 @@ def error_size(device_type: str, full: bool) -> list[Case]:
 def layer_size(device_type: str, full: bool) -> list[Case]:
     largest = 64 * 224**2  # of VGG-16 on ImageNet; bench_networks.py times its stored matrix
     m, options = 4, settings(device_type, "size")
+    than_dense = (Promise(STRUCTURED, "cpp", 60.0, 120.0),) if device_type == "cpu" else ()
     sizes = (1_000, 10_000, 300_000, *([1_000_000] if full else []), largest)
     return [
         Case(
@@ -80,6 +87,7 @@ def layer_size(device_type: str, full: bool) -> list[Case]:
             m,
             1000,
             () if size == largest else ("views",),
+            promises=than_dense if size == largest else (),
             x=size,
             **options,
         )

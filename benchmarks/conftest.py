@@ -21,7 +21,7 @@ os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 import pytest
 import torch
 
-from benchmarks.harness import contenders, provenance, race
+from benchmarks.harness import contenders, measure, provenance, race
 from benchmarks.harness.shapes import Case
 from benchmarks.report import results, terminal
 
@@ -81,6 +81,7 @@ def pytest_configure(config: pytest.Config) -> None:
     device_type(config)  # raises before anything is collected
     # pytest-benchmark's own table is shown only to compare with an earlier run.
     config.option.benchmark_quiet |= not config.option.benchmark_compare
+    measure.keep_freed_memory()
     config.pluginmanager.register(Session(config), "dfa_kernels session")
 
 

@@ -1,11 +1,12 @@
 """Time of a training step (forward, backward, optimizer) by DFA against backpropagation.
 
-    python -m benchmarks.training_step [--device cpu] [--json FILE]
+    python -m benchmarks.training_step [--device cpu] [--distribution hadamard] [--json FILE]
 
 The ways of training one network take turns, step by step, so background load affects all alike;
 medians and ratios are of the same run. The peak memory of a step is what it takes beyond the
 weights: activations, signals and gradients. "matrix=" has a stored matrix: the difference between
-"DFA" and it is the cost of generating entries. "limit" is the fraction of backpropagation's matrix
+"DFA" and it is the cost of generating entries. Each other distribution of `--distribution` is
+measured beside "DFA", which has normal entries. "limit" is the fraction of backpropagation's matrix
 products that remain when no gradient is carried back between layers: the ratio that a step would
 reach if the projection and all elementwise work were free.
 """
@@ -23,6 +24,7 @@ from benchmarks.harness import provenance
 from benchmarks.harness.measure import peak_bytes
 from dfa_kernels import DFA, DFALayer, feedback_matrix
 from dfa_kernels.backends import registry
+from dfa_kernels.stream import DISTRIBUTIONS
 
 CASES = {  # inputs, hidden layers, batch, n
     "8 x 1024, n = 10": (784, [1024] * 8, 512, 10),
@@ -73,8 +75,11 @@ def limit(case):
     return 2 * sum(sizes) / (3 * sum(sizes) - sizes[0])
 
 
-def measure(case, device, dtype, seconds):
-    """Median seconds and peak bytes of a step, by way of training."""
+def measure(case, device, dtype, seconds, distributions=()):
+    """Median seconds and peak bytes of a step, by way of training.
+
+    `distributions` are those beside normal entries.
+    """
     _, widths, _, classes = case
     stored = feedback_matrix(max(widths), classes, dtype=dtype, device=device)
     ways = {
@@ -84,6 +89,9 @@ def measure(case, device, dtype, seconds):
         "DFA, lean": Step(case, "dfa", device, dtype, lean=True),
         "DFA": Step(case, "dfa", device, dtype),
     }
+    for distribution in distributions:
+        way = Step(case, "dfa", device, dtype, distribution=distribution)
+        ways[f"DFA, {distribution}"] = way
     for way in ways.values():
         for _ in range(2):
             way.run()
@@ -104,6 +112,13 @@ def main():
     parser.add_argument(
         "--seconds", type=float, default=6.0, help="of measuring, for each way of training"
     )
+    parser.add_argument(
+        "--distribution",
+        nargs="*",
+        choices=[name for name in DISTRIBUTIONS if name != "normal"],
+        default=["hadamard"],
+        help="to measure beside normal entries (default: hadamard)",
+    )
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     arguments = parser.parse_args()
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
@@ -112,7 +127,7 @@ def main():
     print(f"{device}, {dtype}, {torch.get_num_threads()} threads, backend {backend}")
     measured = []
     for name, case in (CASES if device.type == "cpu" else CASES | ACCELERATOR_CASES).items():
-        times, peaks = measure(case, device, dtype, arguments.seconds)
+        times, peaks = measure(case, device, dtype, arguments.seconds, arguments.distribution)
         print(f"\n{name}, batch {case[2]}; limit {limit(case):.3f}")
         for way, median in times.items():
             ratio, peak = median / times["backprop"], peaks[way] / 1e6

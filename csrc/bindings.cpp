@@ -5,6 +5,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <cstring>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -13,6 +16,13 @@
 #include "cpu/kernels.h"
 #include "cpu/memory.h"
 #include "projection.h"
+
+// Torch's from 2.11 on; null with an older one.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset,
+    int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* made,
+    int32_t layout, const uint8_t* opaque_metadata, int64_t opaque_metadata_size,
+    void (*deleter)(void* data, void* context), void* deleter_context);
 
 namespace {
 
@@ -29,6 +39,33 @@ Tensor allocate(int64_t rows, int64_t columns, ScalarType dtype, const char* op)
   return *std::move(out);
 }
 
+// Whether torch.empty fills memory with NaN and the largest integers, which only torch can say.
+bool fills_memory() {
+  const std::vector<int64_t> four = {4};
+  const Tensor sample = torch::stable::empty(four, ScalarType::Long);
+  const auto* value = static_cast<const int64_t*>(sample.const_data_ptr());
+  const auto largest = [](int64_t x) { return x == std::numeric_limits<int64_t>::max(); };
+  return std::all_of(value, value + 4, largest);
+}
+
+// A signal's tensor. A large one is in memory that is used again.
+Tensor allocate_signal(int64_t rows, int64_t columns, ScalarType dtype, const char* op) {
+  dfa::check_fits(rows, columns, op);
+  const int64_t bytes = rows * columns * dfa::type_bytes(dfa::type_of(dtype, op, "dtype"));
+  void* const block = torch_from_blob == nullptr ? nullptr : dfa::take_block(bytes);
+  if (block == nullptr) return allocate(rows, columns, dtype, op);
+  if (fills_memory()) std::memset(block, 0xff, static_cast<size_t>(bytes));  // NaN in every dtype
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made;
+  if (torch_from_blob(block, 2, sizes, strides, 0, code, aoti_torch_device_type_cpu(), -1, &made,
+                      aoti_torch_layout_strided(), nullptr, 0, dfa::give_block, nullptr) != 0) {
+    dfa::give_block(block, nullptr);
+    return allocate(rows, columns, dtype, op);
+  }
+  return Tensor(made);
+}
+
 std::vector<Tensor> project(const Tensor& error, const std::vector<int64_t>& row_offsets,
                             const std::vector<int64_t>& sizes, const std::vector<double>& scales,
                             int64_t seed, int64_t column_offset, const std::string& distribution,
@@ -37,10 +74,11 @@ std::vector<Tensor> project(const Tensor& error, const std::vector<int64_t>& row
                                                      column_offset, distribution, dtype);
   const int64_t batch = error.size(0);
   const Tensor contiguous = error.is_contiguous() ? error : torch::stable::contiguous(error);
+  dfa::begin_call();
   std::vector<Tensor> outputs;
   outputs.reserve(sizes.size());
   for (dfa::Layer& layer : checked.layers) {
-    outputs.push_back(allocate(batch, layer.size, checked.out_dtype, "project"));
+    outputs.push_back(allocate_signal(batch, layer.size, checked.out_dtype, "project"));
     layer.out = outputs.back().mutable_data_ptr();
   }
   if (batch == 0) return outputs;
@@ -50,13 +88,13 @@ std::vector<Tensor> project(const Tensor& error, const std::vector<int64_t>& row
   return outputs;
 }
 
-// The transpose of `project`, of structured distributions. The signals have one dtype.
+// The transpose of `project`, of structured distributions. The signals, at least one, have one
+// dtype.
 Tensor structured_adjoint(const std::vector<Tensor>& signals,
                           const std::vector<int64_t>& row_offsets,
                           const std::vector<double>& scales, int64_t seed, int64_t column_offset,
                           const std::string& distribution, int64_t columns, ScalarType dtype) {
   const char* const op = "project_adjoint";
-  check(!signals.empty(), op, ": signals must hold at least one layer's, got none");
   check(row_offsets.size() == signals.size() && scales.size() == signals.size(), op,
         ": row_offsets and scales must have one entry per signal (", signals.size(), "), got ",
         row_offsets.size(), " and ", scales.size());
@@ -78,7 +116,8 @@ Tensor structured_adjoint(const std::vector<Tensor>& signals,
     layers.push_back({static_cast<uint64_t>(row_offsets[i]), signal.size(1), scales[i] * factor,
                       const_cast<void*>(contiguous.back().const_data_ptr())});
   }
-  Tensor out = allocate(batch, columns, dtype, op);
+  dfa::begin_call();
+  Tensor out = allocate_signal(batch, columns, dtype, op);
   dfa::adjoint_structured_cpu(stream, std::move(layers),
                               dfa::type_of(signals[0].scalar_type(), op, "signals"), batch, columns,
                               dfa::type_of(dtype, op, "dtype"), out.mutable_data_ptr());
@@ -97,6 +136,13 @@ Tensor feedback_matrix(int64_t rows, int64_t columns, int64_t seed, int64_t row_
   dfa::feedback_matrix_cpu(stream, static_cast<uint64_t>(row_offset), rows, columns, type,
                            out.mutable_data_ptr());
   return out;
+}
+
+// Bytes of the memory that large signals use again: in tensors, and idle.
+std::vector<int64_t> pool_bytes() {
+  std::vector<int64_t> bytes(2);
+  dfa::pool_bytes(bytes[0], bytes[1]);
+  return bytes;
 }
 
 // The instruction set in use. A name forces that one, "" returns to the automatic choice.
@@ -120,6 +166,7 @@ STABLE_TORCH_LIBRARY_IMPL(dfa_kernels, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(dfa_kernels, CompositeExplicitAutograd, m) {
   m.impl("feedback_matrix.cpp", TORCH_BOX(&feedback_matrix));
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("pool_bytes", TORCH_BOX(&pool_bytes));
 }
 
 // `import dfa_kernels._C` loads the library and so makes the registrations above. The module itself

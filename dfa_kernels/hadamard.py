@@ -95,7 +95,7 @@ def project(error: Tensor, layers: Layers, stream: Stream, dtype: torch.dtype) -
                 sums = fwht(s[:, place])
                 for layer in block.layers:
                     in_layer, in_block = layers.overlap(layer, block)
-                    signal = sums[:, in_block] * _factor(layers.scales[layer], sums)
+                    signal = sums[:, in_block] * (layers.scales[layer] * FACTOR)
                     signals[layer][rows, in_layer] = _rounded(signal, dtype)
     return signals
 
@@ -114,7 +114,7 @@ def project_adjoint(
             for layer in block.layers:
                 in_layer, in_block = layers.overlap(layer, block)
                 signal = signals[layer][rows, in_layer].to(weights.dtype)
-                weights[:, in_block] += signal * _factor(layers.scales[layer], weights)
+                weights[:, in_block] += signal * (layers.scales[layer] * FACTOR)
             weights = fwht(weights)
             for b, diagonal in enumerate(inputs.outer_diagonals([block.first // BLOCK])):
                 total[:, b] += diagonal[0] * weights
@@ -175,9 +175,10 @@ class _Inputs:
 
     def outer_diagonals(self, outputs: list[int]) -> Iterator[Tensor]:
         """D3 of each input block in turn, rising: [output blocks, 1024]."""
-        of = torch.tensor(outputs, device=self.blocks.device)
-        for block in self.blocks.split(1):
-            yield signs(3, of, block, self.seed)[:, 0].to(self.dtype)
+        # Filled on the device: it would wait for a copy, which a CUDA graph could not hold.
+        of = torch.cat([self.blocks.new_full((1,), output) for output in outputs])
+        for b in range(self.count):
+            yield signs(3, of, self.blocks[b : b + 1], self.seed)[:, 0].to(self.dtype)
 
     def _inner_diagonals(self, some: slice) -> tuple[Tensor, Tensor]:
         blocks = self.blocks[some]
@@ -188,11 +189,6 @@ class _Inputs:
 
 def _arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _factor(scale: float, like: Tensor) -> Tensor:
-    """f of the definition."""
-    return torch.tensor(scale * FACTOR, dtype=torch.float64).to(like.dtype)
 
 
 def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:

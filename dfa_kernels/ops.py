@@ -6,6 +6,7 @@
     structured_adjoint.<backend>    the same of structured distributions
     feedback_matrix.<backend>   a piece of U
     cpu_isa                     the instruction set of backend "cpp"
+    pool_bytes                  of its memory for large signals: in tensors, and idle
     cuda_fused, cuda_entries    the kernels of backend "cuda": the fused projection, and a piece of
         U, on request without the sqrt(3) of uniform entries
     cuda_tiles                  indices and names of the tiles that tests may force on `cuda_fused`.
@@ -52,6 +53,7 @@ _STRUCTURED = [name for name, one in BACKENDS.items() if {*STRUCTURED} & {*one.D
 for _name in _STRUCTURED:
     _library.define(f"structured_adjoint.{_name}{_SCHEMAS['project_adjoint']}) -> Tensor")
 _library.define("cpu_isa(str? force) -> str")
+_library.define("pool_bytes() -> int[]")
 _library.define(
     f"cuda_fused{_SCHEMAS['project']}, int terms, int tile, int processors) -> Tensor[]"
 )

@@ -66,6 +66,22 @@ def backend(request):
     return request.param
 
 
+STRUCTURED = [
+    status
+    for status in AVAILABLE
+    if "hadamard" in dfa_kernels.backends.registry.BACKENDS[status.name].DISTRIBUTIONS
+]
+
+
+@pytest.fixture(
+    params=[marked(status, status) for status in STRUCTURED],
+    ids=lambda status: f"{status.name}-{status.device}",
+)
+def structured(request):
+    """As `target`, of the backends that make the structured distribution."""
+    return request.param
+
+
 @pytest.fixture(
     params=[marked(status.name, status) for status in AVAILABLE if status.device == "cuda"]
 )

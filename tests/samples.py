@@ -18,8 +18,11 @@ def layer_scales(sizes, n):
     return [1 / math.sqrt(size * n) for size in sizes]
 
 
-def project_samples(device="cpu"):
-    """Arguments of the operators project.<backend>, without a dtype and with one."""
+def project_samples(device="cpu", distribution=None):
+    """Arguments of the operators project.<backend>, without a dtype and with one.
+
+    Of several distributions, or all of one.
+    """
     samples = [
         # error's shape and dtype, row_offsets, sizes, distribution, dtype
         ((3, 10), torch.float32, [0], [7], "normal", None),
@@ -29,15 +32,16 @@ def project_samples(device="cpu"):
         ((0, 10), torch.float32, [0, 0], [4, 2], "normal", torch.bfloat16),
     ]
     generator = torch.Generator().manual_seed(0)
-    for shape, error_dtype, row_offsets, sizes, distribution, dtype in samples:
+    for shape, error_dtype, row_offsets, sizes, given, dtype in samples:
         error = torch.randn(shape, generator=generator).to(device, error_dtype)
         scales = [0.5 / (1 + i) for i in range(len(sizes))]
-        yield error, row_offsets, sizes, scales, -3, 5, distribution, dtype
+        yield error, row_offsets, sizes, scales, -3, 5, distribution or given, dtype
 
 
-def feedback_matrix_samples(device="cpu"):
-    """Arguments of the operators feedback_matrix.<backend>."""
+def feedback_matrix_samples(device="cpu", distribution=None):
+    """Arguments of the operators feedback_matrix.<backend>, as for `project_samples`."""
     device = torch.device(device)
-    yield 5, 9, 0, 0, 0, "normal", torch.float32, device
-    yield 3, 130, -1, 2**63 - 3, 2**34 - 130, "rademacher", torch.bfloat16, device
-    yield 0, 4, 7, 1, 1, "uniform", torch.float64, device
+    yield 5, 9, 0, 0, 0, distribution or "normal", torch.float32, device
+    last = distribution or "rademacher"
+    yield 3, 130, -1, 2**63 - 3, 2**34 - 130, last, torch.bfloat16, device
+    yield 0, 4, 7, 1, 1, distribution or "uniform", torch.float64, device

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import gate
-from benchmarks.harness.roofs import NAMES, PRECISIONS, Work, sources
-from benchmarks.harness.shapes import Case
-from dfa_kernels import feedback_matrix, project
+from benchmarks.harness.roofs import NAMES, PRECISIONS, Work, projection_additions, sources
+from benchmarks.harness.shapes import STRUCTURED, Case
+from dfa_kernels import feedback_matrix, project, stream
 from dfa_kernels.backends.tensor_cores import TERMS
+from dfa_kernels.hadamard import BLOCK
 
 DEFINITION = 2**24  # entries; `torch`, the definition, sits out larger sets of different layers
 
@@ -27,7 +28,7 @@ DEFINITION = 2**24  # entries; `torch`, the definition, sits out larger sets of 
 class Storage:
     """The matrix U of a case, generated once for all contenders that store it."""
 
-    def __init__(self, case: Case, backend: str):
+    def __init__(self, case: Case, backend: str | None):
         self.case, self.backend = case, backend
 
     def block(self, rows: int) -> Tensor:
@@ -124,6 +125,33 @@ class Seeded(Contender):
             passes = TERMS[case.precision]  # one for each bf16 term of the error
             work = replace(work, multiplications=passes * work.multiplications, arithmetic="bf16")
         return work
+
+
+class Structured(Contender):
+    """The preferred backend of ours with a structured matrix, beside the dense ones."""
+
+    name = STRUCTURED
+
+    def __init__(self, case: Case):
+        super().__init__(case)
+        self.backend = sources(case.device_type, "hadamard")[0]
+
+    def prepare(self, error: Tensor, storage: Storage) -> None:
+        sizes, options = list(self.case.sizes), {"distribution": "hadamard"}
+        self.prepared = lambda: project(error, sizes, backend=self.backend, **options)
+
+    def row(self, index: int) -> Tensor:
+        return gate.exact_row(index, self.case.n, "hadamard")
+
+    def work(self) -> Work:
+        case = self.case
+        return Work(
+            read=case.batch * case.n * case.dtype.itemsize,
+            written=case.written_bytes,
+            additions=projection_additions(case.batch, self.union, case.n),
+            source=self.backend,
+            distribution="hadamard",
+        )
 
 
 class Naive(Contender):
@@ -339,6 +367,8 @@ class SeededMatrix(Contender):
         options = {"distribution": case.distribution, "dtype": case.dtype, "backend": "torch"}
 
         def definition(index: int) -> Tensor:
+            if case.distribution in stream.STRUCTURED:  # from unit vectors it takes seconds
+                return gate.exact_row(index, case.n, case.distribution).to(case.dtype)
             return feedback_matrix(1, case.n, row_offset=index, device="cpu", **options)[0]
 
         gate.check_entries(signals[0], definition)
@@ -346,7 +376,11 @@ class SeededMatrix(Contender):
     def work(self) -> Work:
         entries = self.case.sizes[0] * self.case.n
         options = {"source": self.name, "distribution": self.case.distribution}
-        return Work(written=self.case.written_bytes, entries=entries, **options)
+        if self.case.distribution in stream.STRUCTURED:  # one transform for all of a column block
+            options["additions"] = (BLOCK.bit_length() - 1) * entries
+        else:
+            options["entries"] = entries
+        return Work(written=self.case.written_bytes, **options)
 
 
 class RandnMatrix(Contender):
@@ -368,21 +402,33 @@ class RandnMatrix(Contender):
 
 KINDS = {
     kind.name: kind
-    for kind in (Naive, Stored, Views, Compiled, RandnBlocks, ScikitLearn, Fill, RandnMatrix)
+    for kind in (
+        Structured,
+        Naive,
+        Stored,
+        Views,
+        Compiled,
+        RandnBlocks,
+        ScikitLearn,
+        Fill,
+        RandnMatrix,
+    )
 }
 
 
 def names(case: Case) -> list[str]:
-    """The contenders of a case: the available backends, then the rivals.
+    """The contenders of a case: the available backends, the structured projection, the rivals.
 
-    Where a faster backend is available, `torch` sits out sweeps and large networks, which would
-    take most of a run. It has too many launches for a CUDA graph.
+    Where a faster backend is available, `torch` sits out sweeps, large networks and structured
+    matrices, which would take most of a run. It has too many launches for a CUDA graph.
     """
-    ours = sources(case.device_type)
-    is_slow = case.series or sum(set(case.sizes)) * case.n > DEFINITION
+    ours = sources(case.device_type, case.distribution)
+    is_structured = case.distribution in stream.STRUCTURED
+    is_slow = case.series or is_structured or sum(set(case.sizes)) * case.n > DEFINITION
     if case.graph or (is_slow and len(ours) > 1):
         ours.remove("torch")
-    return [*ours, *case.rivals]
+    beside = case.distribution == "normal" and not case.matrix
+    return [*ours, *([STRUCTURED] if beside else []), *case.rivals]
 
 
 def contender(name: str, case: Case) -> Contender:

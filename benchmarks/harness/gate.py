@@ -13,7 +13,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from dfa_kernels import feedback_matrix
+from dfa_kernels import feedback_matrix, hadamard
+from dfa_kernels.layers import Layers
+from dfa_kernels.stream import STRUCTURED, Stream
 
 # Relative to the norm of the compared signals, for n = 1000. Rounding grows as sqrt(n).
 TOLERANCES = {
@@ -35,7 +37,11 @@ def tolerance(dtype: torch.dtype, precision: str, n: int) -> float:
 
 @cache
 def exact_row(index: int, n: int, distribution: str) -> Tensor:
-    """U[index, :n] in float64, from the definition."""
+    """U[index, :n] in float64, from the definition; a structured row by the transpose."""
+    if distribution in STRUCTURED:
+        layer, one = Layers((index,), (1,), (1.0,)), torch.ones(1, 1, dtype=torch.float64)
+        options = {"columns": n, "dtype": torch.float64}
+        return hadamard.project_adjoint([one], layer, Stream(0, 0, distribution), **options)[0]
     options = {"distribution": distribution, "dtype": torch.float64, "backend": "torch"}
     return feedback_matrix(1, n, row_offset=index, device="cpu", **options)[0]
 

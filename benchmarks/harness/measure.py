@@ -3,17 +3,53 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from dfa_kernels.backends import registry
+
 T = TypeVar("T")
 CGROUPS = Path("/sys/fs/cgroup")
 # In results, the key of the bytes that would have been needed.
 MISSING = "does not fit"
+# Options of glibc's mallopt (malloc.h).
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, so that results go to memory in use.
+
+    Torch's allocator does so on a GPU. On the CPU a large result would otherwise go to fresh pages
+    at every call, and Linux would take longer to hand them out than a kernel to write them.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextmanager
+def stream_writes(target: torch.Tensor, threads: int) -> Iterator[Callable[[], object]]:
+    """A call that writes all of `target` with streaming stores, on the CPU.
+
+    It is the C library's memcpy, a part of the tensor for each thread. Large copies go past the
+    caches, and the source costs no bandwidth: pages that were never written are all one page of
+    zeros, which stays in a cache.
+    """
+    copy = ctypes.CDLL(None).memcpy
+    copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    size = target.nbytes // threads
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    zeros = torch.frombuffer(pages, dtype=torch.uint8)
+    parts = [(target.data_ptr() + i * size, zeros.data_ptr(), size) for i in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        yield lambda: list(pool.map(lambda part: copy(*part), parts))
 
 
 def seconds(call: Callable[[], object], device_type: str, repeats: int = 1) -> float:
@@ -39,7 +75,8 @@ def seconds(call: Callable[[], object], device_type: str, repeats: int = 1) -> f
 def peak_bytes(call: Callable[[], T], device_type: str) -> tuple[T, int]:
     """The result of a call, and its peak memory beyond what was in use before it.
 
-    On a GPU it is the allocator's; on the CPU the resident memory of the process, from Linux.
+    On a GPU it is the allocator's; on the CPU the resident memory of the process, from Linux, and
+    what the result takes of the memory that our kernels keep for large signals.
     """
     if device_type == "cuda":
         torch.cuda.synchronize()
@@ -48,11 +85,12 @@ def peak_bytes(call: Callable[[], T], device_type: str) -> tuple[T, int]:
         result = call()
         torch.cuda.synchronize()
         return result, torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # memory freed earlier would hide what the call takes
+    _return_freed_memory()  # it would hide what the call takes
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = proc_bytes("/proc/self/status", "VmRSS")
+    before, idle = proc_bytes("/proc/self/status", "VmRSS"), _idle_bytes()
     result = call()
-    return result, max(proc_bytes("/proc/self/status", "VmHWM") - before, 0)
+    peak = max(proc_bytes("/proc/self/status", "VmHWM") - before, 0)
+    return result, peak + max(idle - _idle_bytes(), 0)
 
 
 def available_bytes(device_type: str) -> int:
@@ -60,6 +98,7 @@ def available_bytes(device_type: str) -> int:
     if device_type == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    _return_freed_memory()
     return min([proc_bytes("/proc/meminfo", "MemAvailable"), *_allowed_bytes()])
 
 
@@ -72,6 +111,17 @@ def is_out_of_memory(error: Exception) -> bool:
 def proc_bytes(path: str, key: str) -> int:
     """A number of bytes from a file in /proc, which counts in kB."""
     return next(int(line.split()[1]) * 1024 for line in _lines(path) if line.startswith(key + ":"))
+
+
+def _idle_bytes() -> int:
+    """Memory that our kernels on the CPU keep for large signals and that no tensor has."""
+    if registry.unavailable("cpp", "cpu") is not None:
+        return 0
+    return torch.ops.dfa_kernels.pool_bytes()[1]
+
+
+def _return_freed_memory() -> None:
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _allowed_bytes() -> Iterator[int]:

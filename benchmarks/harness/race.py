@@ -48,7 +48,7 @@ class Limits:
         return enough or rounds >= self.most or (rounds > 0 and elapsed > self.patience)
 
 
-QUICK = Limits(budget=1.0, patience=40.0, few=5, most=15, slowest=4.0)
+QUICK = Limits(budget=1.0, patience=20.0, few=5, most=15, slowest=8.0)
 FULL = Limits(budget=2.0, patience=120.0, few=5, most=41, slowest=15.0)
 
 
@@ -171,8 +171,8 @@ class Race:
         return Result(case, entrant.name, work, entrant.stored_bytes, measured), once
 
 
-def _fastest(machine: roofs.Roofs, distribution: str) -> str:
-    """The backend that generates entries fastest."""
+def _fastest(machine: roofs.Roofs, distribution: str) -> str | None:
+    """The backend that generates entries fastest; None for the preferred one, if none was timed."""
     rates = {name: r[distribution] for name, r in machine.generation.items() if distribution in r}
     rates.pop("torch.randn", None)
-    return max(rates, key=rates.__getitem__)
+    return max(rates, key=rates.__getitem__, default=None)

@@ -1,6 +1,7 @@
 """The roofs of this machine, and the least time that a piece of work can take under them.
 
-    t >= max(calls x latency, bytes / bandwidth, multiplications / rate, entries / generation rate)
+    t >= max(calls x latency, bytes / bandwidth, multiplications / rate, entries / generation rate,
+             additions / rate)
 
 The parts compete for the same ports of a core or an SM, so the bound is reached only where one part
 dominates. Bandwidths are measured for several sizes, because small pieces stay in a cache. Each
@@ -10,6 +11,7 @@ call in the run reaches.
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,13 +19,16 @@ from functools import partial
 
 import torch
 
-from benchmarks.harness.measure import seconds
+from benchmarks.harness.measure import seconds, stream_writes
 from dfa_kernels import backends, project, stream
+from dfa_kernels.backends.registry import BACKENDS
+from dfa_kernels.hadamard import BLOCK
 
 # What matrix units compute in, for a stored fp32 matrix under each float32_matmul_precision.
 PRECISIONS = {"highest": "fp32", "high": "tf32", "medium": "tf32"}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
+STREAMED = 2**25  # bytes, from which on streaming stores are measured, too
 BEYOND_CACHES = 2**28  # bytes; anything larger moves at the same rate
 
 
@@ -32,8 +37,8 @@ class Work:
     """The least that one call must do.
 
     `written` and `read` are bytes. `multiplications` are multiply-adds, counted once for each pass
-    over the operands. `source` generates the entries: a backend, or "torch.randn". `launch` is
-    "call" or "replay".
+    over the operands; `additions` are those of Hadamard transforms. `source` is what generates the
+    entries or transforms: a backend, or "torch.randn". `launch` is "call" or "replay".
     """
 
     calls: int = 1
@@ -41,6 +46,7 @@ class Work:
     read: int = 0
     multiplications: int = 0
     arithmetic: str = "fp32"
+    additions: int = 0
     entries: int = 0
     source: str | None = None
     distribution: str = "normal"
@@ -49,10 +55,10 @@ class Work:
 
 @dataclass
 class Roofs:
-    """Seconds a call; bytes, multiply-adds and entries a second.
+    """Seconds a call; bytes, multiply-adds, additions and entries a second.
 
     `write` and `memory` go by the number of bytes moved, `multiply` by the operands' type,
-    `generation` by source and then by distribution.
+    `addition` by source, `generation` by source and then by distribution.
     """
 
     device_type: str
@@ -61,6 +67,7 @@ class Roofs:
     write: dict[int, float] = field(default_factory=dict)
     memory: dict[int, float] = field(default_factory=dict)
     multiply: dict[str, float] = field(default_factory=dict)
+    addition: dict[str, float] = field(default_factory=dict)
     generation: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def best_generation(self, work: Work) -> float:
@@ -72,6 +79,25 @@ class Roofs:
             for source, rates in self.generation.items()
             if source != "torch.randn"
         )
+
+
+def projection_additions(batch: int, rows: int, n: int) -> int:
+    """Additions of a structured projection of an error [batch, n] to `rows` rows.
+
+    A transform takes 10 of each number, padded to whole blocks: two of the error, and one of the
+    signals. Each input block but the first is added to each number of the signals.
+    """
+    stages, blocks = BLOCK.bit_length() - 1, -(-n // BLOCK)
+    padded = -(-rows // BLOCK) * BLOCK
+    return batch * (padded * (stages + blocks - 1) + 2 * stages * blocks * BLOCK)
+
+
+def addition_rate(multiply: dict[str, float], addition: dict[str, float]) -> float:
+    """Additions a second, fp32: a core adds as often as it multiplies and adds in one step.
+
+    Or more, if a transform has shown so.
+    """
+    return max(multiply["fp32"], *addition.values(), 0.0)
 
 
 def bandwidth(rates: dict[int, float], size: int) -> float:
@@ -88,6 +114,8 @@ def limits(work: Work, roofs: Roofs) -> dict[str, float]:
         "memory bandwidth": moved / bandwidth(roofs.memory, moved),
         "multiplication": work.multiplications / roofs.multiply[work.arithmetic],
     }
+    if work.additions:
+        parts["addition"] = work.additions / addition_rate(roofs.multiply, roofs.addition)
     if work.entries:
         parts["generation"] = work.entries / roofs.best_generation(work)
     return parts
@@ -101,9 +129,10 @@ def bound(work: Work, roofs: Roofs) -> tuple[float, str]:
 
 
 def expected_seconds(work: Work, roofs: Roofs) -> float:
-    """As `bound`, with entries at the rate of their own source instead of the best one."""
-    own = roofs.generation.get(work.source or "", {}).get(work.distribution)
-    return max(bound(work, roofs)[0], work.entries / own if own else 0.0)
+    """As `bound`, with entries and additions at the rate of their source, not at the best one."""
+    made = roofs.generation.get(work.source or "", {}).get(work.distribution, math.inf)
+    added = roofs.addition.get(work.source or "", math.inf)
+    return max(bound(work, roofs)[0], work.entries / made, work.additions / added)
 
 
 def raise_to(roofs: Roofs, work: Work, reached: float) -> None:
@@ -116,6 +145,8 @@ def raise_to(roofs: Roofs, work: Work, reached: float) -> None:
         if moved:
             lift(rates, min(moved, BEYOND_CACHES), moved)
     lift(roofs.multiply, work.arithmetic, work.multiplications)
+    if work.additions:
+        lift(roofs.addition, work.source, work.additions)
     if work.entries:
         lift(roofs.generation.setdefault(work.source, {}), work.distribution, work.entries)
     roofs.latency[work.launch] = min(roofs.latency[work.launch], reached / work.calls)
@@ -142,6 +173,7 @@ def measure(device_type: str, rounds: int = 5, patience: float = 0.5) -> Roofs:
     _measure_bandwidth(roofs, best)
     _measure_multiplication(roofs, best)
     _measure_generation(roofs, best)
+    _measure_addition(roofs, best)
     return roofs
 
 
@@ -161,7 +193,11 @@ def _measure_bandwidth(roofs: Roofs, best: Callable) -> None:
         size, repeats = 2**exponent, 2 ** max(0, 24 - exponent)
         source = torch.ones(size // 4, device=roofs.device_type)
         target = torch.empty_like(source)
-        roofs.write[size] = size / best(lambda out=target: out.fill_(1), repeats)
+        writes = [best(lambda out=target: out.fill_(1), repeats)]
+        if roofs.device_type == "cpu" and size >= STREAMED:
+            with stream_writes(target, roofs.threads) as write:
+                writes.append(best(write, repeats))
+        roofs.write[size] = size / min(writes)
         moves = {
             size: best(source.sum, repeats),  # reading alone
             2 * size: best(partial(target.copy_, source), repeats),
@@ -219,12 +255,29 @@ def _measure_generation(roofs: Roofs, best: Callable) -> None:
     roofs.generation["torch.randn"] = {"normal": out.numel() / best(out.normal_)}
 
 
-def sources(device_type: str) -> list[str]:
-    """The available backends of a device type, without Triton's interpreter on the CPU."""
-    return [
+def _measure_addition(roofs: Roofs, best: Callable) -> None:
+    """By structured projections, of which additions are the most work."""
+    for source in sources(roofs.device_type, "hadamard"):
+        batch, rows = (8, 2**13) if source == "torch" else (64, 2**17)
+        error = torch.randn(batch, 1000, device=roofs.device_type)
+        call = partial(project, error, [rows], distribution="hadamard", backend=source)
+        try:
+            roofs.addition[source] = projection_additions(batch, rows, 1000) / best(call)
+        except Exception:  # as above
+            traceback.print_exc()
+
+
+def sources(device_type: str, distribution: str = "normal") -> list[str]:
+    """The available backends of a device type that make a distribution, the preferred first.
+
+    Without Triton's interpreter on the CPU.
+    """
+    found = [
         status.name
         for status in backends()
         if status.device == device_type
         and status.available
+        and distribution in BACKENDS[status.name].DISTRIBUTIONS
         and not (status.name == "triton" and device_type == "cpu")
     ]
+    return sorted(found, key=lambda name: BACKENDS[name].RANK)

@@ -6,7 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-RATE = "entries/s"  # in the place of a rival
+from dfa_kernels.backends.registry import BACKENDS
+
+# In the place of a rival.
+RATE = "entries/s"
+WRITE_ROOF = "write roof"
+# Our projection with the distribution "hadamard". Our dense ones go by the names of the backends.
+STRUCTURED = "structured"
 
 
 @dataclass(frozen=True)
@@ -14,7 +20,7 @@ class Promise:
     """`ours` is at least `at_least` times as fast as `rival`; `aim` is what is hoped for.
 
     With `RATE` as the rival, `at_least` is the number of entries that `ours` generates and uses a
-    second.
+    second; with `WRITE_ROOF`, the fraction of the write bandwidth that its signals reach.
     """
 
     ours: str
@@ -27,9 +33,10 @@ class Promise:
 class Case:
     """The signals of all layers for one error [batch, n]: one row of a table.
 
-    All available backends take part, and the `rivals`, named as in contenders.py. All run under
-    the `precision`, which is torch's float32_matmul_precision. With `graph`, all are replayed from
-    a CUDA graph. `threads` is 0 for torch's default. `series` and `x` place the case in a figure.
+    All available backends take part, our structured projection beside those of normal entries, and
+    the `rivals`, named as in contenders.py. All run under the `precision`, which is torch's
+    float32_matmul_precision. With `graph`, all are replayed from a CUDA graph. `threads` is 0 for
+    torch's default. `series` and `x` place the case in a figure.
     """
 
     name: str
@@ -78,6 +85,11 @@ TITLES = {
     "torch.randn": "torch.randn",
     "fill": "fill",
 }
+
+
+def is_ours(name: str) -> bool:
+    """Whether a contender is a kernel of this project."""
+    return name in BACKENDS or name == STRUCTURED
 
 
 def title(name: str) -> str:

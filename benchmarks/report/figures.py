@@ -14,8 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.harness.roofs import BEYOND_CACHES, bandwidth
-from benchmarks.harness.shapes import title
-from dfa_kernels.backends.registry import BACKENDS
+from benchmarks.harness.shapes import STRUCTURED, is_ours, title
 
 AXES = {"batch": "batch M", "n": "length of the error n", "size": "layer size", "layers": "layers"}
 
@@ -56,7 +55,7 @@ def draw(results: dict, folder: Path) -> list[Path]:
 
 def _style(name: str, names: list[str]) -> dict:
     """A contender's style, the same in every panel. Our lines are thicker and on top."""
-    ours = name in BACKENDS
+    ours = is_ours(name)
     color = f"C{names.index(name) % 10}"
     return {"color": color, "linewidth": 2.5 if ours else 1.2, "zorder": 3 if ours else 2}
 
@@ -80,7 +79,7 @@ def time(found: dict[str, list[dict]]):
             of = [case["contenders"][name] for case in timed]
             times = [1e3 * row["seconds"] for row in of]
             panel.plot(x, times, "o-", label=title(name), ms=3, **style)
-            if name in BACKENDS or name == "views":
+            if is_ours(name) or name == "views":
                 bounds = [1e3 * row["bound_seconds"] for row in of]
                 # Where two bounds coincide, the dashes of each fill the other's gaps.
                 dashes = (4 * (name == "views"), (4, 4))
@@ -105,7 +104,8 @@ def _fixed(cases: list[dict]) -> str:
 def memory(cases: list[dict]):
     """Memory of matrices, signals and workspace against depth; hollow, what was not run."""
     figure, panel = plt.subplots(figsize=(6, 4.2), layout="constrained")
-    names = [name for name in _names(cases) if name in (*BACKENDS, "naive", "stored", "views")]
+    rivals = ("naive", "stored", "views")
+    names = [name for name in _names(cases) if is_ours(name) or name in rivals]
     for name in names:
         style = _style(name, names)
         for timed, options in ((True, {"label": title(name)}), (False, {"mfc": "none", "ls": ":"})):
@@ -129,13 +129,16 @@ def memory(cases: list[dict]):
 
 
 def roofline(found: dict[str, list[dict]], results: dict):
-    """FLOP/s against FLOP a byte; hollow, what each contender's bound would allow."""
+    """FLOP/s against FLOP a byte; hollow, what each contender's bound would allow.
+
+    The structured projection is not there: it does no products.
+    """
     figure, panel = plt.subplots(figsize=(6.5, 4.6), layout="constrained")
     machine = results["roofs"]["0"]
     memory = {int(size): rate for size, rate in machine["memory"].items()}
     stream = bandwidth(memory, BEYOND_CACHES)
     every = [case for cases in found.values() for case in cases]
-    names, x = _names(every), []
+    names, x = [name for name in _names(every) if name != STRUCTURED], []
     for name in names:
         points, timed = [], [case for case in every if name in case["contenders"]]
         for case in timed:
@@ -149,7 +152,7 @@ def roofline(found: dict[str, list[dict]], results: dict):
             panel.plot(intensity, done, "o", ms=5, color=color, label=title(name))
             panel.plot(intensity, allowed, "o", ms=5, mfc="none", color=color)
             x += intensity
-            if name in BACKENDS:  # at nearly the same intensity for every batch size
+            if is_ours(name):  # at nearly the same intensity for every batch size
                 batches = [case["batch"] for case in timed]
                 _name_batches(panel, sorted(zip(done, intensity, batches, strict=True)))
     ends = [min(x) / 2, max(x) * 3]

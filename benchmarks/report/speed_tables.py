@@ -7,37 +7,77 @@ such case.
 from __future__ import annotations
 
 from benchmarks.harness.race import NO_ROOM, OUT_OF_MEMORY, TOO_LONG
-from benchmarks.harness.roofs import BEYOND_CACHES, bandwidth
-from benchmarks.harness.shapes import RATE, TITLES, title
+from benchmarks.harness.roofs import BEYOND_CACHES, addition_rate, bandwidth
+from benchmarks.harness.shapes import STRUCTURED, TITLES, title
 from benchmarks.report.results import best_of_ours, fastest_stored, memory, ratio
-from benchmarks.report.texts import bytes_text, rate_text, time_text, times_text
+from benchmarks.report.texts import bytes_text, promise_text, rate_text, time_text, times_text
 
 GROWING = ("n", "size", "layers")  # the sweeps of bench_sweeps.py beside that over the batch
 
 
 def comparison(measured: dict, cases: list[dict]) -> list[str]:
-    """Our fastest backend in every case: its time, its limit, how many times faster it is."""
+    """Our fastest backend in every case: its time, its limit, how many times faster it is.
+
+    Then the same of the structured projection, and how many times faster than the other it is.
+    """
     cases = [case for case in cases if best_of_ours(case)]
     if not cases:
         return []
-    rivals = [
-        name
-        for name in TITLES
-        if any(name in (*case["contenders"], *case["left_out"]) for case in cases)
-    ]
+    rivals = rivals_in(cases)
     titles = ["case", "ours", "time", "of roofline, bound by"]
+    with_structured = any(STRUCTURED in case["contenders"] for case in cases)
+    titles += ["dense"] * with_structured
     with_stored = any(map(fastest_stored, cases))
     titles += ["fastest stored"] * with_stored + [TITLES[name] for name in rivals]
     lines = [f"| {' | '.join(titles)} |", "|---|---|---:|---|" + "---:|" * (len(titles) - 4)]
     for case in cases:
-        ours = best_of_ours(case)
-        row = case["contenders"][ours]
-        cells = [case["case"], f"`{ours}`", time_text(row["seconds"])]
-        cells.append(f"{row['fraction_of_bound']:.0%}, {row['limit']}")
-        cells += [than_fastest_stored(case, ours)] * with_stored
-        cells += [faster(case, ours, rival) for rival in rivals]
+        dense = best_of_ours(case)
+        for ours in (dense, STRUCTURED):
+            row = case["contenders"].get(ours)
+            if row is None:
+                continue
+            by = f"`{dense}`" if ours == dense else f"`{row['work']['source']}`, structured"
+            cells = [case["case"], by, time_text(row["seconds"])]
+            cells.append(f"{row['fraction_of_bound']:.0%}, {row['limit']}")
+            than_dense = "" if ours == dense else faster(case, ours, dense)
+            cells += [than_dense] * with_structured
+            cells += [than_fastest_stored(case, ours)] * with_stored
+            cells += [faster(case, ours, rival) for rival in rivals]
+            lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", rounds(measured, cases)]
+
+
+def headline(measured: dict) -> list[str]:
+    """Networks in short: time and limit of both kinds of matrices, and both against each rival."""
+    found = [case for case in measured["cases"] if _is_network(case)]
+    cases = [case for case in found if best_of_ours(case) and STRUCTURED in case["contenders"]]
+    if not cases:
+        return []
+    rivals = rivals_in(cases)
+    titles = ["case", "dense", "of roofline", "structured", "of roofline", "dense to structured"]
+    titles += [TITLES[name] for name in rivals]
+    lines = [f"| {' | '.join(titles)} |", "|---|---:|---|---:|---|" + "---:|" * (len(rivals) + 1)]
+    for case in cases:
+        dense, cells = best_of_ours(case), [case["case"]]
+        for ours in (dense, STRUCTURED):
+            row = case["contenders"][ours]
+            limit = row["limit"].removesuffix(" bandwidth")
+            cells += [time_text(row["seconds"]), f"{row['fraction_of_bound']:.0%}, {limit}"]
+        cells.append(faster(case, STRUCTURED, dense))
+        for rival in rivals:
+            both = [faster(case, ours, rival) for ours in (dense, STRUCTURED)]
+            cells.append(", ".join(dict.fromkeys(both)))  # once, if it was not timed
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", rounds(measured, cases)]
+
+
+def rivals_in(cases: list[dict]) -> list[str]:
+    """The rivals that take part in any of the cases, or were left out of it."""
+    return [
+        name
+        for name in TITLES
+        if any(name in (*case["contenders"], *case["left_out"]) for case in cases)
+    ]
 
 
 def rounds(measured: dict, cases: list[dict]) -> str:
@@ -100,11 +140,12 @@ def bench_memory(measured: dict) -> list[str]:
     In parentheses the matrices alone, where nothing was run.
     """
     lines = []
-    for case in measured["cases"]:
-        if not _is_network(case) or case["graph"]:
-            continue
+    networks = [case for case in measured["cases"] if _is_network(case) and not case["graph"]]
+    with_structured = any(STRUCTURED in case["contenders"] for case in networks)
+    beside = [STRUCTURED] * with_structured
+    for case in networks:
         cells = [case["case"]]
-        for name in (best_of_ours(case), "stored", "naive"):
+        for name in (best_of_ours(case), *beside, "stored", "naive"):
             row, why = case["contenders"].get(name), case["left_out"].get(name, {})
             if row is not None and row["peak_bytes"] is not None:
                 cells.append(bytes_text(memory(row)))
@@ -115,8 +156,9 @@ def bench_memory(measured: dict) -> list[str]:
         lines.append(f"| {' | '.join(cells)} |")
     if not lines:
         return []
-    titles = f"| network | from the seed | {TITLES['stored']} | {TITLES['naive']} |"
-    return [titles, "|---|---:|---:|---:|", *lines, *_largest_layer(measured)]
+    titles = ["network", "from the seed", *beside, TITLES["stored"], TITLES["naive"]]
+    rule = "|---|" + "---:|" * (len(titles) - 1)
+    return [f"| {' | '.join(titles)} |", rule, *lines, *_largest_layer(measured)]
 
 
 def _largest_layer(measured: dict) -> list[str]:
@@ -145,10 +187,10 @@ def bench_promises(measured: dict) -> list[str]:
     lines = []
     for case in measured["cases"]:
         for promise in case["promises"]:
-            show = rate_text if promise["rival"] == RATE else times_text
-            value, rival = promise["reached"], title(promise["rival"])
-            cells = [case["case"], f"`{promise['ours']}`", rival, show(promise["at_least"])]
-            cells.append("not measured" if value is None else show(value))
+            value, rival = promise["reached"], promise["rival"]
+            cells = [case["case"], f"`{promise['ours']}`", title(rival)]
+            cells.append(promise_text(rival, promise["at_least"]))
+            cells.append("not measured" if value is None else promise_text(rival, value))
             lines.append(f"| {' | '.join(cells)} |")
     titles = ["| case | ours | rival | promised at least | reached |", "|---|---|---|---:|---:|"]
     return [*titles, *lines] if lines else []
@@ -162,6 +204,8 @@ def bench_machine(measured: dict) -> list[str]:
     distributions = dict.fromkeys(name for rates in sources for name in rates)
     titles = ["threads", "a call", "written", "moved"]
     titles += [f"products in {kind}" for kind in kinds]
+    with_additions = any("addition" in roofs for roofs in every)
+    titles += ["additions"] * with_additions
     titles += [f"{distribution} entries" for distribution in distributions]
     lines = [f"| {' | '.join(titles)} |", "|" + "---:|" * len(titles)]
     for roofs in every:
@@ -170,6 +214,8 @@ def bench_machine(measured: dict) -> list[str]:
             rates = {int(size): rate for size, rate in roofs[moved].items()}
             cells.append(f"{bandwidth(rates, BEYOND_CACHES) / 1e9:.0f} GB/s")
         cells += [f"{2 * roofs['multiply'][kind] / 1e12:.3g} TFLOP/s" for kind in kinds]
+        if with_additions:
+            cells.append(rate_text(addition_rate(roofs["multiply"], roofs["addition"])))
         made = [rates for name, rates in roofs["generation"].items() if name != "torch.randn"]
         for distribution in distributions:
             cells.append(rate_text(max(rates.get(distribution, 0.0) for rates in made)))
@@ -187,6 +233,9 @@ WAYS = {  # of training, by their names in the JSON
     "DFA, matrix=": "DFA, stored matrix",
     "DFA": "DFA, from the seed",
     "DFA, lean": "DFA, from the seed, lean",
+    "DFA, uniform": "DFA, from the seed, uniform",
+    "DFA, rademacher": "DFA, from the seed, +-1",
+    "DFA, hadamard": "DFA, from the seed, structured",
 }
 
 

@@ -11,10 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.harness import roofs
-from benchmarks.harness.shapes import RATE, title
+from benchmarks.harness.shapes import is_ours, title
 from benchmarks.report.results import best_of_ours, memory, ratio
-from benchmarks.report.texts import bytes_text, rate_text, time_text, times_text
-from dfa_kernels.backends.registry import BACKENDS
+from benchmarks.report.texts import bytes_text, promise_text, rate_text, time_text, times_text
 
 
 def progress(case: dict) -> Table:
@@ -26,7 +25,7 @@ def progress(case: dict) -> Table:
     for name, row in sorted(case["contenders"].items(), key=lambda item: item[1]["seconds"]):
         faster = ratio(case, best, name) if best and name != best else None
         table.add_row(
-            f"[bold green]{name}[/]" if name in BACKENDS else title(name),
+            f"[bold green]{name}[/]" if is_ours(name) else title(name),
             time_text(row["seconds"]),
             str(row["rounds"]),
             bytes_text(memory(row)),
@@ -47,16 +46,15 @@ def promises(results: dict) -> Table:
     table = Table("case", "ours", "against", "faster", "asked", "aim", title="promises")
     for case in results["cases"]:
         for promise in case["promises"]:
-            show = rate_text if promise["rival"] == RATE else times_text
-            value, asked = promise["reached"], promise["at_least"]
+            value, asked, rival = promise["reached"], promise["at_least"], promise["rival"]
             color = "" if value is None else "[green]" if value >= asked else "[red]"
             table.add_row(
                 case["case"],
                 promise["ours"],
-                title(promise["rival"]),
-                "not measured" if value is None else color + show(value),
-                show(asked),
-                show(promise["aim"]) if promise["aim"] else "",
+                title(rival),
+                "not measured" if value is None else color + promise_text(rival, value),
+                promise_text(rival, asked),
+                promise_text(rival, promise["aim"]) if promise["aim"] else "",
             )
     return table
 
@@ -75,6 +73,8 @@ def machine(results: dict) -> Table:
                 table.add_row(threads, f"{kind}, {bytes_text(size)}", f"{rate:.0f} GB/s")
         for name, rate in one["multiply"].items():
             table.add_row(threads, f"products, {name}", f"{2 * rate / 1e12:.3g} TFLOP/s")
+        added = roofs.addition_rate(one["multiply"], one.get("addition", {}))
+        table.add_row(threads, "additions, fp32", rate_text(added))
         for source, rates in one["generation"].items():
             for distribution, rate in rates.items():
                 table.add_row(threads, f"{distribution} entries, {source}", rate_text(rate))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.harness.measure import MISSING
-from benchmarks.harness.shapes import TITLES
+from benchmarks.harness.shapes import RATE, TITLES, WRITE_ROOF
 
 # What the paper's tables of memory call the ways of storing.
 STORAGES = {"naive": TITLES["naive"], "shared": TITLES["stored"], "seeded": "from the seed"}
@@ -49,6 +49,13 @@ def way(row: dict) -> str:
     return {"backprop": "backpropagation", "shallow": "hidden layers frozen"}.get(
         row["mode"], row["practice"]
     )
+
+
+def promise_text(rival: str, value: float) -> str:
+    """What a promise against `rival` asks or has reached."""
+    if rival == WRITE_ROOF:
+        return f"{value:.0%}"
+    return rate_text(value) if rival == RATE else times_text(value)
 
 
 def peak(cell: dict) -> str:

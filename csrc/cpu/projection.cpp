@@ -6,6 +6,7 @@
 // thread.
 #include "../plan.h"
 #include "kernels.h"
+#include "memory.h"
 #include "pack.h"
 #include "parallel.h"
 
@@ -19,7 +20,7 @@ constexpr int64_t kPackedBytes = 16 << 20;
 constexpr int64_t kAccumulatorBytes = 16 << 20;
 constexpr int64_t kThreadAccumulatorBytes = 512 << 10;
 // Signals are written past the caches if together they exceed kCachedBytes. One beyond kMappedBytes
-// is not: its memory is newly mapped, and the system's zeros have just brought it into the caches.
+// is not if its memory is newly mapped: the system's zeros have just brought it into the caches.
 constexpr int64_t kCachedBytes = 64 << 20;
 constexpr int64_t kMappedBytes = 32 << 20;
 constexpr double kSerialWork = 4e5;  // multiplications below which a second thread does not pay
@@ -66,6 +67,8 @@ class Projection {
     tiles_ = divide_up(units, tile_units_);
     units_ = units;
     past_caches_ = plan_.written() * error.batch * out_bytes_ > kCachedBytes;
+    if (!past_caches_) return;
+    for (const Layer& layer : plan_.layers()) used_again_ |= is_used_again(layer.out);
   }
 
   void run() {
@@ -219,7 +222,8 @@ class Projection {
       spec.batch = batch;
       spec.rows = static_cast<int64_t>(end - begin);
       spec.scale = layer.scale;
-      spec.past_caches = past_caches_ && layer.size * error_.batch * out_bytes_ < kMappedBytes;
+      spec.past_caches =
+          past_caches_ && (used_again_ || layer.size * error_.batch * out_bytes_ < kMappedBytes);
       math_.scale(spec);
     });
   }
@@ -232,7 +236,7 @@ class Projection {
   RowPlan plan_;
   int64_t head_, first_unit_, units_, tiles_, tile_units_;
   int64_t pass_begin_ = 0, batch_ = 0, slices_ = 0, threads_ = 1;
-  bool past_caches_ = false;
+  bool past_caches_ = false, used_again_ = false;
   int64_t task_panels_ = 1, task_rows_ = 1, task_acc_ = 0, thread_tile_ = 0;
   Buffer tile_buffer_, acc_buffer_, packed_buffer_;
 };

@@ -27,7 +27,8 @@ namespace {
 constexpr int64_t kBlock = kHadamardBlock;
 constexpr int64_t kWords = kBlock / 32;  // of a diagonal
 constexpr int64_t kTransformedBytes = 4 << 20;
-constexpr int64_t kTaskDiagonals = 512;  // 64 KiB
+constexpr int64_t kAdjointBytes = 32 << 20;  // of sums, unless one row of the error is longer
+constexpr int64_t kTaskDiagonals = 512;      // 64 KiB
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kSerialTransforms = 24;  // below which a second thread does not pay
 // Signals are written past the caches if together they exceed this.
@@ -174,6 +175,7 @@ void project(const Stream& stream, const ErrorMatrix& error, std::vector<Layer> 
   const int64_t out_bytes = type_bytes(out_type);
   const Inputs inputs(stream, error.columns);
   const Outputs outputs(std::move(layers));
+  if (outputs.count() == 0) return;
   const bool same_type = out_type == (sizeof(Real) == 8 ? Type::kFloat64 : Type::kFloat32);
   const bool past_caches = outputs.written() * error.batch * out_bytes > kCachedBytes;
 
@@ -271,7 +273,8 @@ void adjoint(const Stream& stream, std::vector<Layer> layers, Type in_type, int6
   const Outputs outputs(std::move(layers));
 
   const int64_t row_bytes = inputs.count() * kBlock * int64_t{sizeof(Real)};
-  const int64_t threads = threads_for(batch * (2 * inputs.count() + outputs.count()));
+  const int64_t threads = std::clamp<int64_t>(
+      kAdjointBytes / row_bytes, 1, threads_for(batch * (2 * inputs.count() + outputs.count())));
   // A task makes some rows of the error.
   const int64_t task_batch =
       std::clamp<int64_t>(batch / (threads * kTasksPerThread), 1,

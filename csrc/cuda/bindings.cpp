@@ -42,6 +42,12 @@ Tensor allocate(int64_t rows, int64_t columns, ScalarType dtype, Device device, 
   return *std::move(out);
 }
 
+// Structured feedback has no kernel here yet.
+void check_dense(const dfa::Stream& stream, const char* op) {
+  check(stream.distribution != dfa::Distribution::kHadamard, op,
+        ": distribution must be normal, uniform or rademacher for backend cuda, got 'hadamard'");
+}
+
 void check_terms(ScalarType error, int64_t terms, const char* op) {
   dfa::check_integer(terms, 1, error == ScalarType::Float ? 3 : 1, op, "terms");
 }
@@ -60,6 +66,7 @@ std::vector<Tensor> project(const Tensor& error, const std::vector<int64_t>& row
                             int64_t processors) {
   dfa::ProjectArguments checked = dfa::check_project(error, row_offsets, sizes, scales, seed,
                                                      column_offset, distribution, dtype);
+  check_dense(checked.stream, "project");
   check(error.scalar_type() != ScalarType::Double,
         "project: error must be float16, bfloat16 or float32 for the fused kernel, got ",
         dfa::name(error.scalar_type()));
@@ -95,6 +102,7 @@ Tensor entries(int64_t rows, int64_t columns, int64_t seed, int64_t row_offset,
   device = with_index(device, op);
   const dfa::Stream stream =
       dfa::check_feedback_matrix(rows, columns, seed, row_offset, column_offset, distribution);
+  check_dense(stream, op);
   const dfa::Type type = dfa::type_of(dtype, op, "dtype");
   const torch::stable::accelerator::DeviceGuard guard(device.index());
   Tensor out = allocate(rows, columns, dtype, device, op);
@@ -111,6 +119,7 @@ std::tuple<std::vector<int64_t>, std::vector<std::string>> tiles(const std::stri
   const torch::stable::accelerator::DeviceGuard guard(with_index(device, op).index());
   check_terms(dtype, terms, op);
   const dfa::Stream stream = dfa::stream_of(0, 0, 0, distribution, op);
+  check_dense(stream, op);
   std::tuple<std::vector<int64_t>, std::vector<std::string>> found;
   for (const dfa::Tile& tile : dfa::cuda_tiles(
            stream.distribution, dfa::type_of(dtype, op, "dtype"), static_cast<int>(terms))) {

@@ -17,6 +17,7 @@ def machine():
         write={1000: 4e9, 10**6: 8e9, 10**9: 1e9},
         memory={1000: 9e9, 10**6: 9e9, 10**9: 2e9},
         multiply={"fp32": 1e11, "bf16": 2e11},
+        addition={"torch": 1e8, "cpp": 2e11},
         generation={
             "torch": dict.fromkeys(("normal", "uniform", "rademacher"), 1e8),
             "cpp": dict.fromkeys(("normal", "uniform", "rademacher"), 1e9),

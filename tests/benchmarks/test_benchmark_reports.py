@@ -15,12 +15,11 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from benchmarks.harness import contenders, gate, provenance, race
-from benchmarks.harness.shapes import ALL, Case, title
+from benchmarks.harness.shapes import ALL, STRUCTURED, Case, Promise, is_ours, title
 from benchmarks.report import __main__ as report
 from benchmarks.report import figures, pages, speed_tables, terminal
 from benchmarks.report import results as data
 from dfa_kernels import cli
-from dfa_kernels.backends.registry import BACKENDS
 from tests.benchmarks.races import SMALL, new_race
 from tests.conftest import needs
 
@@ -45,7 +44,8 @@ def test_a_save_that_is_killed_leaves_what_was_there(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def results():
     """A run of a few tiny cases, as read back from JSON."""
-    sweep = [Case(f"M={m}", (64,), m, 20, ("views", "stored"), series="batch", x=m) for m in (1, 4)]
+    rest = {"series": "batch", "promises": (Promise(STRUCTURED, "write roof", 0.6, 0.8),)}
+    sweep = [Case(f"M={m}", (64,), m, 20, ("views", "stored"), x=m, **rest) for m in (1, 4)]
     layers = [
         Case(f"{n} layers", tuple(range(30, 30 - n, -1)), 2, 20, ("naive", "stored"), x=n)
         for n in (1, 3)
@@ -81,6 +81,9 @@ def test_ratios_are_of_the_same_rounds():
     assert data.ratio(case, "cpp", "stored") is None
     case["contenders"]["cpp"] |= {"work": {"entries": 100}, "seconds": 4.0}
     assert data.reached(case, "cpp", "entries/s") == 25.0
+    case["contenders"]["cpp"] |= {"fraction_of_write_roof": 0.5}
+    assert data.reached(case, "cpp", "write roof") == 0.5
+    assert data.reached(case, "structured", "write roof") is None
 
 
 def test_tables_show_every_contender(results):
@@ -99,6 +102,9 @@ def test_tables_show_every_contender(results):
         "does not fit",
         "not measured",
         "2.00x",
+        "80%",
+        "write roof",
+        "additions, fp32",
     ):
         assert expected in text
 
@@ -119,7 +125,7 @@ def test_figures_have_every_contender(results):
     drawn = figures.drawings(results)
     assert set(drawn) == {"time.png", "memory.png", "roofline.png"}
     in_series = contenders.names(dataclasses.replace(SMALL, series="batch"))
-    ours = [name for name in in_series if name in BACKENDS]
+    ours = [name for name in in_series if is_ours(name)]
     rivals = {"batch": ("views", "stored"), "size": (), "layers": ("naive", "stored")}
     lengths = {"batch": 2, "size": 1, "layers": 2}
     panels = {panel.get_title().split()[0]: panel for panel in drawn["time.png"].axes}
@@ -132,7 +138,8 @@ def test_figures_have_every_contender(results):
     assert curves(panel) == {"": []} | dict.fromkeys(map(title, (*ours, "naive", "stored")), 2)
     (panel,) = drawn["roofline.png"].axes
     reached = curves(panel)
-    assert set(reached) == {"", *map(title, (*ours, "views", "stored"))}
+    dense = [name for name in ours if name != STRUCTURED]
+    assert set(reached) == {"", *map(title, (*dense, "views", "stored"))}
     assert {"M=1", "M=4"} <= {text.get_text() for text in panel.texts}
     for figure in drawn.values():
         plt.close(figure)
@@ -150,7 +157,11 @@ def test_figures_are_written_and_say_where_they_come_from(results, tmp_path, mon
     ("table", "expected"),
     [
         ("bench_networks", "| small |"),
-        ("bench_networks", "| fastest stored | mm alone | stored matrix | matrix per layer |"),
+        ("bench_networks", "`, structured |"),
+        (
+            "bench_networks",
+            "| dense | fastest stored | mm alone | stored matrix | matrix per layer |",
+        ),
         ("bench_networks", "Medians of 2 rounds of a quick run."),
         ("bench_networks", "| 54 GB do not fit |"),
         ("bench_networks", "| not run |"),  # it was wrong
@@ -159,9 +170,15 @@ def test_figures_are_written_and_say_where_they_come_from(results, tmp_path, mon
         ("bench_sweeps", "| 3 layers |"),
         ("bench_matrix", "| matrix |"),
         ("bench_memory", "(54 GB)"),
+        ("bench_memory", "| from the seed | structured | stored matrix |"),
+        ("headline", "| small |"),
+        ("headline", "| dense to structured | mm alone | stored matrix | matrix per layer |"),
+        ("headline", "| 54 GB do not fit |"),
         ("bench_memory", "A layer of 500 with n = 20 and M = 2 takes"),
         ("bench_promises", "| small | `cpp` | matrix per layer | 2.00x | not measured |"),
+        ("bench_promises", "| M=4 | `structured` | write roof | 60% |"),
         ("bench_machine", "| threads | a call | written | moved | products in fp32 |"),
+        ("bench_machine", "| products in bf16 | additions |"),
     ],
 )
 def test_tables(results, table, expected):
@@ -200,6 +217,22 @@ def test_why_a_rival_was_not_timed(reason, expected):
     assert speed_tables.faster(case, "cpp", "naive") == ""  # was no contender
 
 
+def test_a_run_without_structured_projections_has_tables_without_them(results):
+    rest = [
+        case | {"contenders": {k: v for k, v in case["contenders"].items() if k != STRUCTURED}}
+        for case in results["cases"]
+    ]
+    old = results | {"cases": rest}
+    assert speed_tables.headline(old) == []
+    for table in (
+        speed_tables.bench_networks,
+        speed_tables.bench_memory,
+        speed_tables.bench_sweeps,
+    ):
+        assert table(old)
+        assert not any("structured" in line or "dense" in line for line in table(old))
+
+
 def test_tables_of_no_case_are_empty():
     empty = {"cases": [], "full": False}
     tables = (part.table for part in pages.PARTS["bench.json"] if part.heading != "Roofs")
@@ -207,13 +240,14 @@ def test_tables_of_no_case_are_empty():
 
 
 def test_the_table_of_a_training_step():
-    seconds = {"backprop": 2.0, "DFA": 1.0}
+    seconds = {"backprop": 2.0, "DFA": 1.0, "DFA, hadamard": 0.9}
     case = {"case": "net", "batch": 8, "seconds": seconds, "limit": 0.4}
-    case["ratio"] = {"backprop": 1.0, "DFA": 0.5}
+    case["ratio"] = {"backprop": 1.0, "DFA": 0.5, "DFA, hadamard": 0.45}
     lines = speed_tables.training_step({"cases": [case | {"peak_bytes": {"DFA": 3e6}}]})
     assert lines[2:] == [
         "| net, batch 8 | backpropagation | 2 s | 1.00 |  |",
         "| net, batch 8 | DFA, from the seed | 1 s | 0.50 | 3 MB |",
+        "| net, batch 8 | DFA, from the seed, structured | 900 ms | 0.45 |  |",
         "| net, batch 8 | DFA, if projecting were free |  | 0.40 |  |",
     ]
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench_matrix, bench_networks, bench_precisions, bench_sweeps
+from benchmarks import bench_matrix, bench_networks, bench_precisions, bench_sweeps, training_step
 from benchmarks.harness import contenders, gate, measure, race, roofs
 from benchmarks.harness.roofs import Roofs, Work
-from benchmarks.harness.shapes import ALL, Case
+from benchmarks.harness.shapes import ALL, STRUCTURED, WRITE_ROOF, Case
 from benchmarks.report import results
+from benchmarks.report.speed_tables import WAYS
 from dfa_kernels import feedback_matrix, project
 from tests.benchmarks.races import ONCE, SMALL, machine, new_race
 from tests.conftest import COMPILER, needs
@@ -39,6 +40,8 @@ def single_calls(monkeypatch):
         (Work(read=10**9, written=10), (10**9 + 10) / 2e9, "memory bandwidth"),
         (Work(multiplications=10**11), 1.0, "multiplication"),
         (Work(multiplications=10**11, arithmetic="bf16"), 0.5, "multiplication"),
+        (Work(additions=10**11, source="torch"), 0.5, "addition"),  # the best transform's rate
+        (Work(additions=10**10, written=10**9), 1.0, "write bandwidth"),
         (Work(entries=10**9, source="torch"), 1.0, "generation"),  # the best backend's rate
         (Work(entries=3 * 10**8, source="torch.randn"), 1.0, "generation"),
     ],
@@ -51,6 +54,10 @@ def test_expected_seconds_go_by_the_source_of_the_entries():
     work = Work(entries=10**9, source="torch")
     assert roofs.expected_seconds(work, machine()) == pytest.approx(10.0)
     assert roofs.expected_seconds(Work(written=10**9), machine()) == pytest.approx(1.0)
+    work = Work(additions=10**9, source="torch")
+    assert roofs.expected_seconds(work, machine()) == pytest.approx(10.0)
+    work = Work(additions=10**9, source="cuda")  # of which no rate is known
+    assert roofs.expected_seconds(work, machine()) == pytest.approx(0.005)
 
 
 def test_a_roof_that_was_passed_is_raised():
@@ -61,6 +68,30 @@ def test_a_roof_that_was_passed_is_raised():
     assert lifted.generation["cpp"]["normal"] == pytest.approx(1e11)
     assert lifted.write[10**6] == 8e9  # was higher than this
     assert roofs.bound(work, lifted)[0] == pytest.approx(1e-3)
+    work = Work(additions=10**9, source="cpp", distribution="hadamard")
+    roofs.raise_to(lifted, work, 1e-3)
+    assert lifted.addition["cpp"] == pytest.approx(1e12)
+    assert roofs.bound(work, lifted) == (pytest.approx(1e-3), "addition")
+
+
+def test_additions_go_at_least_as_fast_as_multiply_adds():
+    assert roofs.addition_rate({"fp32": 3.0, "bf16": 9.0}, {}) == 3.0
+    assert roofs.addition_rate({"fp32": 3.0}, {"torch": 1.0, "cpp": 5.0}) == 5.0
+
+
+def test_a_transform_that_fails_leaves_the_others_their_roofs(monkeypatch, capsys):
+    def fails(error, sizes, *, backend, distribution):
+        assert distribution == "hadamard"
+        if backend == "torch":
+            raise RuntimeError("out of order")
+
+    monkeypatch.setattr(roofs, "project", fails)
+    monkeypatch.setattr(roofs, "sources", lambda device_type, distribution: ["torch", "cpp"])
+    measured = Roofs("cpu", 1)
+    roofs._measure_addition(measured, lambda call: (call(), 0.5)[1])
+    additions = 64 * (2**17 * 10 + 20 * 1024)
+    assert measured.addition == {"cpp": additions / 0.5}
+    assert "out of order" in capsys.readouterr().err
 
 
 def test_a_backend_that_fails_leaves_the_others_their_roofs(monkeypatch, capsys):
@@ -104,6 +135,28 @@ def test_what_ours_has_to_do():
     on_cuda = dataclasses.replace(case, device_type="cuda", precision="high")
     work = contenders.contender("triton", on_cuda).work()
     assert (work.multiplications, work.arithmetic) == (2 * 4 * 1000, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("n", "additions"),
+    [
+        (1, 4 * (1024 * 10 + 20 * 1024)),
+        (1024, 4 * (1024 * 10 + 20 * 1024)),
+        (1025, 4 * (1024 * 11 + 20 * 2048)),
+    ],
+)
+def test_what_a_structured_projection_has_to_do(n, additions):
+    case = Case("", (100, 50, 100), 4, n, ())
+    work = contenders.contender(STRUCTURED, case).work()
+    assert (work.written, work.read) == (4 * 4 * 150, 4 * 4 * n)
+    assert (work.additions, work.multiplications, work.entries) == (additions, 0, 0)
+    assert work.source == roofs.sources("cpu", "hadamard")[0]
+
+
+def test_a_structured_matrix_is_transformed_not_generated():
+    case = Case("", (100,), 1, 30, (), matrix=True, distribution="hadamard")
+    work = contenders.contender("torch", case).work()
+    assert (work.additions, work.entries, work.written) == (30_000, 0, 12_000)
 
 
 # --- the correctness check ---
@@ -173,6 +226,21 @@ def test_wrong_signals_do_not_pass(spoil):
         check()
 
 
+@pytest.mark.parametrize(("index", "n"), [(0, 30), (1023, 1030), (2050, 5)])
+def test_an_exact_structured_row_is_a_row_of_the_matrix(index, n):
+    options = {"row_offset": index, "distribution": "hadamard", "backend": "torch"}
+    expected = feedback_matrix(1, n, dtype=torch.float64, **options)[0]
+    assert torch.equal(gate.exact_row(index, n, "hadamard"), expected)
+
+
+def test_dense_signals_are_not_structured_ones():
+    error, sizes = torch.randn(5, 30), [70, 40, 70]
+    contender = contenders.contender(STRUCTURED, SMALL)
+    contender.check(error, project(error, sizes, distribution="hadamard", backend="torch"))
+    with pytest.raises(gate.Wrong):
+        contender.check(error, project(error, sizes))
+
+
 def test_wrong_entries_do_not_pass():
     matrix = feedback_matrix(20, 30)
 
@@ -224,6 +292,26 @@ def test_peak_counts_what_a_call_takes_and_returns():
     assert 1.9 * size < peak < 2.3 * size
 
 
+def test_peak_counts_signals_in_memory_that_is_used_again():
+    here = contenders.names(SMALL)
+    needs("Linux and cpp", sys.platform == "linux" and "cpp" in here)
+    error, size = torch.ones(64, 10), 2**18
+
+    def call():
+        return project(error, [size], backend="cpp")
+
+    for _ in range(3):
+        _, peak = measure.peak_bytes(call, "cpu")
+        assert 0.9 * 256 * size < peak < 1.5 * 256 * size
+
+
+def test_streaming_writes_reach_every_part():
+    target = torch.ones(2**12)
+    with measure.stream_writes(target, 2) as write:
+        write()
+    assert not target.any()
+
+
 def test_seconds_are_of_one_call():
     calls = []
     began = time.perf_counter()
@@ -256,7 +344,7 @@ def test_every_contender_is_right_and_timed(dtype):
         assert all(time > 0 for time in outcome[name].times)
     assert outcome["naive"].stored_bytes == 180 * 30 * dtype.itemsize
     assert outcome["stored"].stored_bytes == 70 * 30 * dtype.itemsize
-    assert outcome["torch"].stored_bytes == 0
+    assert outcome["torch"].stored_bytes == outcome[STRUCTURED].stored_bytes == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own compiler's
@@ -346,7 +434,9 @@ def test_the_gpu_cases_run_at_reduced_size():
     assert len({case.name for case in cases}) == len(cases)
     runner, promised = new_race(), 0
     for case in map(reduced, cases):
-        names = ["torch", "cpp", *case.rivals]
+        ours = roofs.sources("cpu", case.distribution)
+        beside = [name for name in contenders.names(case) if name == STRUCTURED]
+        names = [*ours, *beside, *case.rivals]
         outcome = runner.run(case, names)
         row = results.case_results(case, outcome, runner.machine[0])
         assert not row["left_out"], row["left_out"]
@@ -372,9 +462,60 @@ def test_the_definition_sits_out_what_it_is_slow_on():
         assert "torch" not in contenders.names(dataclasses.replace(SMALL, **changed))
 
 
+def test_the_structured_projection_is_beside_every_projection_of_normal_entries():
+    assert STRUCTURED in contenders.names(SMALL)
+    assert STRUCTURED in contenders.names(dataclasses.replace(SMALL, series="n"))
+    for changed in ({"distribution": "rademacher"}, {"matrix": True}):
+        assert STRUCTURED not in contenders.names(dataclasses.replace(SMALL, **changed))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_what_structured_projections_are_held_to(full):
+    cases = [*bench_networks.cases("cpu", full), *bench_sweeps.cases("cpu", full)]
+    asked = {
+        (case.sizes[0], case.batch, case.n, promise.rival): (promise.at_least, promise.aim)
+        for case in cases
+        for promise in case.promises
+        if promise.ours == STRUCTURED
+    }
+    assert asked == {
+        (3_211_264, 4, 1000, "cpp"): (60, 120),
+        (100_000, 128, 1000, "views"): (12, 30),
+        (100_000, 1, 1000, "views"): (20, 100),
+        (100_000, 128, 1000, WRITE_ROOF): (0.6, 0.8),
+        (2049, 512, 1000, "views"): (1, None),
+        (768, 1024, 50_257, "stored"): (12, 20),
+    }
+
+
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_names_of_cases_differ(device_type, full):
     modules = (bench_networks, bench_sweeps, bench_precisions, bench_matrix)
     names = [case.name for module in modules for case in module.cases(device_type, full)]
     assert len(set(names)) == len(names)
+
+
+# --- training steps ---
+
+
+def test_a_training_step_is_measured_with_both_kinds_of_matrices():
+    case = (6, [8, 5], 4, 3)
+    times, peaks = training_step.measure(case, torch.device("cpu"), torch.float32, 0, ["hadamard"])
+    assert set(times) == set(peaks) <= set(WAYS)
+    assert {"DFA", "DFA, hadamard"} <= set(times)
+    assert all(time > 0 for time in times.values())
+
+
+def test_a_training_step_takes_its_distribution(monkeypatch):
+    seen = []
+
+    class Seen(training_step.Step):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            seen.append(self.dfa.distribution)
+
+    monkeypatch.setattr(training_step, "Step", Seen)
+    case = (6, [8, 5], 4, 3)
+    training_step.measure(case, torch.device("cpu"), torch.float32, 0, ["uniform", "hadamard"])
+    assert seen[-3:] == ["normal", "uniform", "hadamard"]

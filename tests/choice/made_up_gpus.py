@@ -10,6 +10,7 @@ from dfa_kernels.backends import registry, trial, verdicts
 
 GPUS = [torch.device("cuda", i) for i in range(2)]
 H100 = verdicts.Facts("H100", (9, 0), "580.65")
+UNAVAILABLE = registry.unavailable
 PASSED = """json.dump({"passed": True, "failures": []}, open(report, "w"))"""
 WRONG = """json.dump({"passed": False, "failures": ["bits", "sums"]}, open(report, "w")); exit(1)"""
 
@@ -48,6 +49,15 @@ class Machine:
             registry, "unavailable", lambda name, *_: None if name in backends else "not today"
         )
 
+    def by_distribution(self, *backends):
+        """As `works`, but each serves the distributions that it makes."""
+        self.works(*backends)
+        for name in backends:
+            self.monkeypatch.setattr(
+                registry.BACKENDS[name], "unavailable", lambda device_type: None
+            )
+        self.monkeypatch.setattr(registry, "unavailable", UNAVAILABLE)
+
     def command(self, backend, device, report):
         head = f"""
 import json, os, sys
@@ -75,11 +85,11 @@ with open({str(self.log)!r}, "a") as file:
         return sorted(path.name for path in self.cache.glob("*.json"))
 
 
-def choose(device=GPUS[0]):
+def choose(device=GPUS[0], distribution="normal"):
     """What an automatic choice takes, and its warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        name = registry.choose("project", device, None)
+        name = registry.choose("project", device, None, distribution)
     assert {warning.category for warning in caught} <= {RuntimeWarning}
     return name, [str(warning.message) for warning in caught]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dfa_kernels
-from dfa_kernels import cli, feedback_matrix, ops, project
+from dfa_kernels import cli, feedback_matrix, ops, project, stream
 from dfa_kernels.backends import cpp, registry, verdicts
 from dfa_kernels.layers import Layers
 from dfa_kernels.stream import Stream
@@ -53,6 +53,77 @@ def test_the_next_in_the_order_serves(machine):
     name, (message,) = choose()
     assert name == "triton"
     assert "'triton' serves in its place" in message
+
+
+# --- what a backend makes ---
+
+
+def without(monkeypatch, backend, distribution="hadamard"):
+    """The backend makes every distribution but this one; its device type is served as before."""
+    others = [name for name in stream.DISTRIBUTIONS if name != distribution]
+    monkeypatch.setattr(registry.BACKENDS[backend], "DISTRIBUTIONS", others)
+
+
+def no_hadamard(backend, *, device="cuda"):
+    reason = "it does not make the distribution 'hadamard'"
+    return f"dfa_kernels: backend {backend!r} cannot serve {device}: {reason}"
+
+
+def test_a_backend_without_the_distribution_is_passed_over_with_one_warning(machine, monkeypatch):
+    """No check is started for it, and it serves the other distributions."""
+    machine.by_distribution("cuda", "triton")
+    without(monkeypatch, "cuda"), without(monkeypatch, "triton")
+    found = choose(distribution="hadamard")
+    assert found == ("torch", [no_hadamard("cuda"), no_hadamard("triton")])
+    assert machine.checks() == []
+    assert choose(distribution="hadamard") == choose(GPUS[1], "hadamard") == ("torch", [])
+    assert choose() == ("cuda", [])
+
+
+def test_the_next_backend_with_the_distribution_serves(machine, monkeypatch):
+    machine.by_distribution("cuda", "triton")
+    without(monkeypatch, "cuda")
+    monkeypatch.setattr(registry.BACKENDS["triton"], "DISTRIBUTIONS", stream.DISTRIBUTIONS)
+    assert choose(distribution="hadamard") == ("triton", [no_hadamard("cuda")])
+    assert machine.checked() == [("triton", "cuda:0")]
+    assert choose() == ("cuda", [])
+
+
+@pytest.mark.parametrize("function", ["project", "feedback_matrix", "project_adjoint"])
+def test_a_backend_without_the_distribution_is_refused(machine, monkeypatch, function):
+    machine.by_distribution("cuda", "triton")
+    for name in ("cuda", "triton"):
+        without(monkeypatch, name)
+        message = f"{function}: backend {name!r} cannot serve cuda: it does not make the distr"
+        with pytest.raises(RuntimeError, match=message):
+            registry.choose(function, GPUS[0], name, "hadamard")
+        monkeypatch.setenv("DFA_KERNELS_BACKEND", name)
+        with pytest.raises(RuntimeError, match=f"DFA_KERNELS_BACKEND {name!r} cannot serve cuda"):
+            registry.choose(function, GPUS[0], None, "hadamard")
+        assert registry.choose(function, GPUS[0], None) == name
+        monkeypatch.delenv("DFA_KERNELS_BACKEND")
+
+
+def test_public_functions_refuse_and_pass_over_it(machine, monkeypatch):
+    """On the CPU, where they run; the warning is of the user's line."""
+    needs("backend cpp", cpp.unavailable("cpu") is None)
+    machine.by_distribution("cpp")
+    without(monkeypatch, "cpp")
+    error = torch.randn(2, 10)
+    calls = [
+        lambda **options: project(error, [30], **options)[0],
+        lambda **options: feedback_matrix(30, 10, **options),
+    ]
+    expected = [call(distribution="hadamard", backend="torch") for call in calls]
+    for call in calls:
+        with pytest.raises(RuntimeError, match="cpu: it does not make the distribution 'hadamard'"):
+            call(distribution="hadamard", backend="cpp")
+    with pytest.warns(RuntimeWarning) as caught:
+        found = [call(distribution="hadamard") for call in calls]
+    assert [(w.filename, str(w.message)) for w in caught] == [
+        (__file__, no_hadamard("cpp", device="cpu"))
+    ]
+    assert all(map(torch.equal, found, expected))
 
 
 # --- what is asked for ---

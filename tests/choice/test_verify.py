@@ -86,6 +86,21 @@ def test_a_case_expects_what_the_reference_gives(distribution, dtype):
             assert (bounds[integers] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_structured_case_expects_the_bits_of_the_reference(dtype):
+    case = cases.Case.of(dtype, "hadamard", columns=70, unit_rows=30)
+    seed, column_offset, _ = case.stream
+    row_offsets, sizes, scales = case.layers
+    seed %= 2**64
+    where = {"seed": seed, "row_offsets": row_offsets, "column_offset": column_offset}
+    exact = reference.structured_signals(case.error, sizes, scales, **where)
+    for output in DTYPES:
+        expected = case.expected(output, terms=3, lattice=False)
+        for (values, bounds), signal in zip(expected, exact, strict=True):
+            assert torch.equal(values, reference.rounded(signal, output).double())
+            assert not bounds.any()
+
+
 def test_a_case_is_what_it_says():
     case = cases.Case.of(torch.float32, "normal")
     assert sum(rows.stop - rows.start for rows in case.rows.values()) == len(case.error)
@@ -112,7 +127,7 @@ def test_what_is_compiled_for_the_cpu_passes(backend):
         modes = {check.what.split(", ")[-1] for check in found[1:]}
         assert modes == set(cpp.modes())
         assert "portable" in modes
-        assert sum(check.cases for check in found) == len(modes) * (1 + 3 * 4 * 4 + 3 * 2 * 7)
+        assert sum(check.cases for check in found) == len(modes) * (1 + 4 * 4 * 4 + 4 * 2 * 7)
         assert torch.ops.dfa_kernels.cpu_isa(None) == torch.ops.dfa_kernels.cpu_isa("")
 
 

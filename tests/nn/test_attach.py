@@ -47,7 +47,10 @@ def stack():
     return Stack()
 
 
-@pytest.mark.parametrize("arguments", [{}, {"seed": 3, "shared": False}, {"lean": True}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"seed": 3, "shared": False}, {"lean": True}, {"distribution": "hadamard"}],
+)
 def test_attached_sequential_is_the_wired_perceptron(arguments):
     x, y = batch()
     model = plain()

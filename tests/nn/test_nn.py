@@ -28,6 +28,8 @@ SOURCES = [
     {"seed": 2**64 - 1, "distribution": "rademacher"},
     {"seed": 2, "distribution": "uniform", "normalization": "shared"},
     {"seed": 3, "shared": False},
+    {"seed": 4, "distribution": "hadamard"},
+    {"seed": 2**64 - 1, "distribution": "hadamard", "shared": False, "normalization": "shared"},
 ]
 
 

@@ -69,23 +69,27 @@ def test_tinydfas_own_law():
 # --- a stored matrix ---
 
 
-def test_curves_with_a_stored_matrix_are_the_seeded_ones():
-    seeded = train(perceptron(seed=5), steps=20)
-    stored = train(perceptron(matrix=feedback_matrix(**U, seed=5)), steps=20)
+@pytest.mark.parametrize("distribution", ["normal", "hadamard"])
+def test_curves_with_a_stored_matrix_are_the_seeded_ones(distribution):
+    matrix = feedback_matrix(**U, seed=5, distribution=distribution)
+    seeded = train(perceptron(seed=5, distribution=distribution), steps=20)
+    stored = train(perceptron(matrix=matrix), steps=20)
     assert_equal(stored, seeded, rtol=1e-3, atol=1e-4)
     assert any(
         not torch.equal(a, b) for a, b in zip(train(perceptron(seed=6)), seeded, strict=True)
     )
 
 
-def test_curves_with_independent_stored_matrices_are_the_seeded_ones():
+@pytest.mark.parametrize("distribution", ["normal", "hadamard"])
+def test_curves_with_independent_stored_matrices_are_the_seeded_ones(distribution):
+    which = {"seed": 5, "distribution": distribution}
     matrices = [
-        feedback_matrix(width, CLASSES, seed=5, row_offset=index * INDEPENDENT_ROWS)
+        feedback_matrix(width, CLASSES, row_offset=index * INDEPENDENT_ROWS, **which)
         for index, width in enumerate(WIDTHS)
     ]
     x, y = batch()
     stored = backward(perceptron(matrix=matrices), x, y)
-    assert_equal(stored, backward(perceptron(seed=5, shared=False), x, y), rtol=1e-5, atol=1e-7)
+    assert_equal(stored, backward(perceptron(shared=False, **which), x, y), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("normalization", [True, False, 0.0, lambda sizes, n: [0.0, 0.5, -2.0]])
@@ -177,7 +181,13 @@ def test_masks_broadcast_to_an_activations_own_dimensions(lean):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"normalization": False}, {"matrix": feedback_matrix(**U)}]
+    "arguments",
+    [
+        {},
+        {"normalization": False},
+        {"matrix": feedback_matrix(**U)},
+        {"distribution": "hadamard", "mask": {1: torch.arange(12.0)}},
+    ],
 )
 def test_lean_mode_makes_the_same_gradients(arguments):
     x, y = batch()

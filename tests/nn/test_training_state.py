@@ -81,6 +81,12 @@ def test_state_is_what_makes_the_signals_and_no_matrix():
             '"layers": [["h0", 16], ["h1", 12], ["h2", 16]], "stored": false}',
         ),
         (
+            {"seed": 3, "distribution": "hadamard"},
+            '{"stream": 1, "seed": 3, "distribution": "hadamard", "row_offsets": [0, 0, 0], '
+            '"normalization": "layer", '
+            '"layers": [["h0", 16], ["h1", 12], ["h2", 16]], "stored": false}',
+        ),
+        (
             {"seed": 5, "matrix": feedback_matrix(16, 5), "normalization": tinydfa_scales},
             '{"stream": 1, "seed": 5, "distribution": "normal", "row_offsets": [0, 0, 0], '
             '"normalization": {"function": "dfa_kernels.nn.tinydfa_scales"}, '
@@ -100,9 +106,10 @@ def test_states_are_these_bytes_and_load(arguments, text):
     assert_equal(backward(other, *batch()), backward(model, *batch()))
 
 
-def test_loading_restores_the_signals():
+@pytest.mark.parametrize("distribution", ["rademacher", "hadamard"])
+def test_loading_restores_the_signals(distribution):
     x, y = batch()
-    model = perceptron(seed=BIG, distribution="rademacher", normalization="shared", shared=False)
+    model = perceptron(seed=BIG, distribution=distribution, normalization="shared", shared=False)
     expected = backward(model, x, y)
     other = Perceptron()
     other.load_state_dict(save_and_load(model.state_dict()))

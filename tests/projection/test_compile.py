@@ -51,6 +51,10 @@ def masked():
     return perceptron(seed=3, mask={"h1": torch.eye(12)[0]}, error_transform=torch.sign)
 
 
+def structured():
+    return perceptron(seed=3, distribution="hadamard", shared=False)
+
+
 def own_source():
     return perceptron(matrix=Multiplied(feedback_matrix(16, CLASSES)))
 
@@ -63,7 +67,7 @@ def attached():
     return model
 
 
-@pytest.mark.parametrize("build", [wired, watched, lean, masked, own_source, attached])
+@pytest.mark.parametrize("build", [wired, watched, lean, masked, structured, own_source, attached])
 def test_compiled_forward_is_one_graph_and_its_first_step_is_eagers(compiler, build):
     x, y = batch()
     expected = backward(build(), x, y)

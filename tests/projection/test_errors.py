@@ -135,16 +135,18 @@ MATRIX = [
 ]
 
 
+@pytest.mark.parametrize("distribution", ["normal", "hadamard"])
 @pytest.mark.parametrize(("bad", "kind", "message"), PROJECT)
-def test_project(bad, kind, message):
+def test_project(bad, kind, message, distribution):
     with pytest.raises(kind, match=f"^project: {message}"):
-        project(**{"error": ERROR, "sizes": [4], **bad})
+        project(**{"error": ERROR, "sizes": [4], "distribution": distribution, **bad})
 
 
+@pytest.mark.parametrize("distribution", ["normal", "hadamard"])
 @pytest.mark.parametrize(("bad", "kind", "message"), MATRIX)
-def test_feedback_matrix(bad, kind, message):
+def test_feedback_matrix(bad, kind, message, distribution):
     with pytest.raises(kind, match=f"^feedback_matrix: {message}"):
-        feedback_matrix(**{"rows": 2, "columns": 3, **bad})
+        feedback_matrix(**{"rows": 2, "columns": 3, "distribution": distribution, **bad})
 
 
 def test_integers_of_other_libraries_are_welcome():

@@ -18,18 +18,23 @@ ERROR = torch.randn(4, 10, dtype=torch.float64, generator=torch.Generator().manu
 TANGENT = torch.randn(4, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def by_projection(backend):
-    return lambda error: summary(project(error, SIZES, backend=backend))
+def by_projection(backend, distribution="normal"):
+    options = {"distribution": distribution, "backend": backend}
+    return lambda error: summary(project(error, SIZES, **options))
 
 
-def by_product(error):
-    matrix = feedback_matrix(max(SIZES), 10, dtype=torch.float64)
+def by_product(error, distribution="normal"):
+    matrix = feedback_matrix(max(SIZES), 10, dtype=torch.float64, distribution=distribution)
     return summary([error @ matrix[:size].T / math.sqrt(10 * size) for size in SIZES])
 
 
 def summary(signals):
     """A scalar with derivatives of every order."""
     return signals[0].pow(3).sum() + signals[1].sin().sum()
+
+
+def by_product_with(distribution):
+    return functools.partial(by_product, distribution=distribution)
 
 
 def close(ours, theirs):
@@ -69,9 +74,14 @@ TRANSFORMS = {
 }
 
 
+BOTH = pytest.mark.parametrize("distribution", ["normal", "hadamard"])
+
+
+@BOTH
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-def test_transforms_of_the_projection(backend, transform):
-    close(transform(by_projection(backend)), transform(by_product))
+def test_transforms_of_the_projection(backend, transform, distribution):
+    expected = transform(by_product_with(distribution))
+    close(transform(by_projection(backend, distribution)), expected)
 
 
 @pytest.fixture
@@ -104,14 +114,14 @@ def test_compiled_transforms(transform):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch._dynamo")
+@BOTH
 @pytest.mark.parametrize("name", ["grad", "vjp", "jacrev"])
-def test_reverse_mode_is_compiled_whole(name):
+def test_reverse_mode_is_compiled_whole(name, distribution):
     torch.compiler.reset()
     transform = TRANSFORMS[name]
-    whole = torch.compile(
-        lambda: transform(by_projection("torch")), backend="aot_eager", fullgraph=True
-    )
-    close(whole(), transform(by_product))
+    projection = by_projection("torch", distribution)
+    whole = torch.compile(lambda: transform(projection), backend="aot_eager", fullgraph=True)
+    close(whole(), transform(by_product_with(distribution)))
 
 
 def test_forward_mode_after_the_same_without(compiler):

@@ -1,0 +1,91 @@
+// Runs the transforms of structured feedback with lanes as wide as AVX-512's, made of the
+// compiler's vectors, and compares them with the portable ones. Prints "equal".
+#include <cstdio>
+
+#include "kernels.h"
+#include "simd_portable.h"
+// Builds on both.
+#include "hadamard.h"
+
+namespace dfa {
+namespace {
+
+struct Sixteen {
+  static constexpr int kLanes = 16;
+  static constexpr int kRadix = 32;
+
+  typedef uint64_t W __attribute__((vector_size(64)));
+  typedef uint32_t I __attribute__((vector_size(64)));
+  typedef float F __attribute__((vector_size(64)));
+  typedef double D __attribute__((vector_size(64)));
+
+  template <class V>
+  static V load_as(const void* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static F load(const float* p) { return load_as<F>(p); }
+  static D load(const double* p) { return load_as<D>(p); }
+  static I load_bits(const uint32_t* p) { return load_as<I>(p); }
+  static W widen_bits(const uint32_t* p) {
+    W w;
+    for (int i = 0; i < 8; ++i) w[i] = p[i];
+    return w;
+  }
+  static void store(float* p, F a) { __builtin_memcpy(p, &a, sizeof a); }
+  static void store(double* p, D a) { __builtin_memcpy(p, &a, sizeof a); }
+  static F flip(F a, I words, int n) {
+    return reinterpret_cast<F>(reinterpret_cast<I>(a) ^ (words << n & 0x80000000u));
+  }
+  static D flip(D a, W words, int n) {
+    return reinterpret_cast<D>(reinterpret_cast<W>(a) ^ (words << n & uint64_t{1} << 63));
+  }
+  template <class V, class Real>
+  static V pieces_of(const Real* p, int64_t stride) {
+    constexpr int kPiece = 16 / sizeof(Real);
+    V v;
+    for (int i = 0; i < 4 * kPiece; ++i) v[i] = p[i / kPiece * stride + i % kPiece];
+    return v;
+  }
+  static F pieces(const float* p, int64_t stride) { return pieces_of<F>(p, stride); }
+  static D pieces(const double* p, int64_t stride) { return pieces_of<D>(p, stride); }
+  template <class V, int N>
+  static void turn_pieces(V (&v)[N]) {
+    V out[N];
+    for (int i = 0; i < N; ++i) {
+      for (int lane = 0; lane < 4 * N; ++lane) out[i][lane] = v[lane % N][lane / N * N + i];
+    }
+    for (int i = 0; i < N; ++i) v[i] = out[i];
+  }
+  static void turn(F (&v)[4]) { turn_pieces(v); }
+  static void turn(D (&v)[2]) { turn_pieces(v); }
+};
+
+template <class Real>
+bool equal() {
+  alignas(64) static Real in[3 * kSquare], ours[kSquare], theirs[kSquare];
+  uint32_t signs[3 * kSide];
+  uint64_t state = 1;
+  const auto next = [&] { return state = state * 6364136223846793005u + 1442695040888963407u; };
+  for (Real& x : in) x = static_cast<Real>(static_cast<int64_t>(next()) >> 20) / Real(1 << 30);
+  for (uint32_t& word : signs) word = static_cast<uint32_t>(next() >> 32);
+  const auto same = [&] { return __builtin_memcmp(ours, theirs, sizeof ours) == 0; };
+  transform<Sixteen, Real, true>(in, signs, 3, ours);
+  transform<Portable, Real, true>(in, signs, 3, theirs);
+  bool all = same();
+  transform<Sixteen, Real, false>(in, signs, 1, ours);
+  transform<Portable, Real, false>(in, signs, 1, theirs);
+  all = all && same();
+  turn<Sixteen, Real>(in, ours);
+  turn<Portable, Real>(in, theirs);
+  all = all && same();
+  accumulate<Sixteen, Real>(in, signs, 1, ours);
+  accumulate<Portable, Real>(in, signs, 1, theirs);
+  return all && same();
+}
+
+}  // namespace
+}  // namespace dfa
+
+int main() { std::puts(dfa::equal<float>() && dfa::equal<double>() ? "equal" : "different"); }

@@ -384,10 +384,12 @@ def test_who_runs_out_of_memory_is_left_out(prepare, monkeypatch):
 def test_what_takes_too_long_is_not_run(monkeypatch):
     least = roofs.expected_seconds(contenders.contender("naive", SMALL).work(), machine())
     limits = dataclasses.replace(ONCE, slowest=1.1 * least)
-    assert isinstance(new_race(limits).run(SMALL, ["naive"])["naive"], race.Result)
+    case = dataclasses.replace(SMALL, promises=())
+    assert isinstance(new_race(limits).run(case, ["naive"])["naive"], race.Result)
     limits = dataclasses.replace(ONCE, slowest=0.9 * least)
+    assert isinstance(new_race(limits).run(SMALL, ["naive"])["naive"], race.Result)  # is promised
     monkeypatch.delattr(contenders.Naive, "prepare")
-    (outcome,) = new_race(limits).run(SMALL, ["naive"]).values()
+    (outcome,) = new_race(limits).run(case, ["naive"]).values()
     assert isinstance(outcome, race.LeftOut)
     assert "too long" in outcome.reason
     assert roofs.expected_seconds(outcome.work, machine()) == least

@@ -62,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     demo.add_argument("--epochs", type=_positive, default=30, help="passes over the training set")
     demo.add_argument("--seed", type=_seed, default=0, help="of the weights, the batches and B")
+    demo.add_argument(
+        "--distribution", choices=stream.DISTRIBUTIONS, default="normal", help="of B's entries"
+    )
     demo.add_argument("--backend", choices=_BACKENDS, help="of the projection; by default the best")
     demo.add_argument("--device", type=_device, default="cpu", help="where to train")
     demo.add_argument("--figure", type=_file, default="demo-digits.png", help="learning curves")
@@ -213,11 +216,18 @@ def run_demo(options: argparse.Namespace) -> int:
         print(f"dfa-kernels demo: {missing}; it comes with `pip install dfa-kernels[demo]`")
         return 1
     try:
-        registry.choose("demo", options.device, options.backend)
+        registry.choose("demo", options.device, options.backend, options.distribution)
     except (RuntimeError, ValueError) as reason:
         print(f"dfa-kernels {reason}")
         return 1
-    demo.run(options.epochs, options.seed, options.backend, options.device, options.figure)
+    demo.run(
+        options.epochs,
+        options.seed,
+        options.backend,
+        options.device,
+        options.figure,
+        options.distribution,
+    )
     return 0
 
 

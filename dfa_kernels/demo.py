@@ -38,14 +38,16 @@ LABELS = {"backprop": "backpropagation", "dfa": "DFA", "shallow": "hidden layers
 class Perceptron(nn.Module):
     """Fully connected, tanh; a `DFALayer` after every hidden layer, a `DFA` after the last."""
 
-    def __init__(self, inputs: int, mode: str, seed: int, backend: str | None):
+    def __init__(
+        self, inputs: int, mode: str, seed: int, backend: str | None, distribution: str = "normal"
+    ):
         super().__init__()
         widths = (inputs, *HIDDEN)
         self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in zip(widths, HIDDEN, strict=False))
         points = [DFALayer(name=f"hidden {i + 1}") for i in range(len(HIDDEN))]
         self.points = nn.ModuleList(points)
         self.output = nn.Linear(widths[-1], CLASSES)
-        self.dfa = DFA(points, seed=seed, backend=backend)
+        self.dfa = DFA(points, seed=seed, backend=backend, distribution=distribution)
         self.dfa.mode = mode
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,11 +92,18 @@ class Run:
 
 
 def train(
-    mode: str, data: Data, epochs: int, seed: int, backend: str | None, run: Run
+    mode: str,
+    data: Data,
+    epochs: int,
+    seed: int,
+    backend: str | None,
+    run: Run,
+    distribution: str = "normal",
 ) -> Iterator[None]:
     """Train one network in one mode, yielding after every epoch; results go into `run`."""
     torch.manual_seed(seed)
-    model = Perceptron(data.train_x.shape[1], mode, seed, backend).to(data.train_x.device)
+    model = Perceptron(data.train_x.shape[1], mode, seed, backend, distribution)
+    model.to(data.train_x.device)
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
     order = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
@@ -150,7 +159,12 @@ def draw(runs: dict[str, Run], figure: Path) -> None:
 
 
 def run(
-    epochs: int, seed: int, backend: str | None, device: torch.device, figure: Path
+    epochs: int,
+    seed: int,
+    backend: str | None,
+    device: torch.device,
+    figure: Path,
+    distribution: str = "normal",
 ) -> dict[str, Run]:
     """Train in the three ways, print the tables, write the figure; returns their results.
 
@@ -162,7 +176,10 @@ def run(
     runs = {mode: Run() for mode in LABELS}
     with Progress(*columns, console=console) as progress:
         tasks = [progress.add_task(label, total=epochs) for label in LABELS.values()]
-        ways = [train(mode, data, epochs, seed, backend, run) for mode, run in runs.items()]
+        ways = [
+            train(mode, data, epochs, seed, backend, run, distribution)
+            for mode, run in runs.items()
+        ]
         for _ in zip(*ways, strict=True):  # strict: each runs to its end and measures alignment
             for task in tasks:
                 progress.advance(task)

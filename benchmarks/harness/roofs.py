@@ -84,11 +84,12 @@ class Roofs:
 def projection_additions(batch: int, rows: int, n: int) -> int:
     """Additions of a structured projection of an error [batch, n] to `rows` rows.
 
-    A transform takes 10 of each number: two of the error, padded to whole blocks, and one of the
-    signals. Each input block is added to each number of the signals; its sign counts as part.
+    A transform takes 10 of each number, padded to whole blocks: two of the error, and one of the
+    signals. Each input block but the first is added to each number of the signals.
     """
     stages, blocks = BLOCK.bit_length() - 1, -(-n // BLOCK)
-    return batch * (rows * (stages + blocks) + 2 * stages * blocks * BLOCK)
+    padded = -(-rows // BLOCK) * BLOCK
+    return batch * (padded * (stages + blocks - 1) + 2 * stages * blocks * BLOCK)
 
 
 def addition_rate(multiply: dict[str, float], addition: dict[str, float]) -> float:

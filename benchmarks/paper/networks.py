@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.paper.architectures import he_initialization
 
 HIDDEN = (800, 800, 800)
-EMBEDDING = 32  # of a token
+EMBEDDING = 64  # of a token
 TEXT_HIDDEN = (512, 512, 512)
 
 
@@ -90,11 +90,16 @@ def _multiplied(factor: Tensor, gradient: Tensor) -> Tensor:
 
 
 def next_token(shape: tuple[int, ...], classes: int, practice: Practice) -> nn.Sequential:
-    """Embedded tokens [tokens], side by side, through three hidden layers of 512."""
+    """Embedded tokens [tokens], side by side, through three hidden layers of 512.
+
+    Small embeddings keep tanh near its linear part, where frozen layers tell most about tokens.
+    """
     inputs = shape[0] * EMBEDDING
+    embedding = nn.Embedding(classes, EMBEDDING)
+    nn.init.normal_(embedding.weight, std=0.1)
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     for index, width in enumerate(TEXT_HIDDEN, 1):
-        first = [nn.Embedding(classes, EMBEDDING), nn.Flatten()] if index == 1 else []
+        first = [embedding, nn.Flatten()] if index == 1 else []
         layer = [nn.Linear(inputs, width), ACTIVATIONS[practice.activation]()]
         modules[f"layer {index}"] = nn.Sequential(*first, *layer)
         inputs = width

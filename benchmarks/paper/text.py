@@ -19,8 +19,8 @@ from benchmarks.paper.data import Data
 BYTES = 256
 WORDS = re.compile(r" ?\w+|\n *| ?[^\w\s]+|\s")
 COMMON = 5_000  # words to learn byte pairs from
-CONTEXT = 16  # tokens to predict the next one from
-TEST_WINDOWS = 2**14
+CONTEXT = 4  # tokens to predict the next one from
+TEST_WINDOWS = 10_000
 
 
 def name(vocabulary: int) -> str:

@@ -22,9 +22,9 @@ from benchmarks.paper.data import Data
 from benchmarks.paper.networks import Practice
 from dfa_kernels import alignment, attach
 
-# Measured on at most this many images, the first: alignment of those for testing, and the rest.
+# Measured on at most this many images, the first ones.
 ALIGNMENT_IMAGES = 1024
-EVALUATION_IMAGES = 50_000
+EVALUATION_IMAGES = 10_000
 
 Network = Callable[[tuple[int, ...], int, Practice], nn.Sequential]
 

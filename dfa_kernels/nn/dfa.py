@@ -80,7 +80,9 @@ class DFA(nn.Module):
             have k consecutive rows for each of the error, as [batch, k, features] beside
             [batch, n]: each row of the error then serves k, scaled by 1/sqrt(k).
         seed, distribution, backend: as for `dfa_kernels.project`. Beside `matrix` they make
-            nothing.
+            nothing. "normal" is the paper's law. "hadamard" is by far the cheapest for errors of
+            about 64 numbers and more, and its signals are the same bits everywhere. "rademacher" is
+            the cheapest with independent entries. They learn alike.
         shared: True: one matrix, sliced for every layer (eq. 8). False: rows of its own for every
             layer. Stored matrices decide it by their number.
         matrix: what makes the signals instead of a seed. Stored matrices of unit variance: one

@@ -6,6 +6,7 @@ import pickle
 import signal
 import sys
 import types
+from collections import Counter
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -22,20 +23,23 @@ from benchmarks.paper import __main__ as command
 from benchmarks.paper import (
     architectures,
     data,
+    distributions,
     drawings,
     memory,
     networks,
     published,
     table1,
     tables,
+    text,
     vgg16,
 )
 from benchmarks.paper.architectures import ARCHITECTURES, Architecture
 from benchmarks.paper.experiments import EXPERIMENTS, FIGURE4, TABLE2, TABLE4, Claim
 from benchmarks.paper.networks import Practice
-from benchmarks.paper.training import Job, Settings, Store
+from benchmarks.paper.training import Job, Settings, Store, Trainee
 from benchmarks.report import pages, paper_tables, texts
-from dfa_kernels.backends import slabs
+from dfa_kernels import stream
+from dfa_kernels.backends import registry, slabs
 
 CPU = torch.device("cpu")
 SHORT = Settings(epochs=1, batch=24, hidden_rate=0.1, output_rate=0.01, side=8)
@@ -363,6 +367,92 @@ def test_vgg16_with_a_matrix_per_layer_does_not_fit_everywhere(monkeypatch):
     monkeypatch.setattr(vgg16, "WAYS", {"naive": "DFA, a matrix per layer"})
     (row,) = vgg16.run(CPU, 224, 4, 1, lambda: None)
     assert row[memory.MISSING] > 54e9
+
+
+def test_byte_pairs_are_the_most_frequent():
+    written = "ab ab abc\n    ab"
+    words = Counter(text.WORDS.findall(written))
+    assert words == {"ab": 2, " ab": 1, " abc": 1, "\n    ": 1}
+    first, second = text.byte_pairs(words, text.BYTES + 2)
+    assert first == "ab"  # four times, "  " three times
+    assert second == "  "
+    tokens = text.encode(written, [first, second])
+    assert tokens.tolist() == [256, 32, 256, 32, 256, ord("c"), 10, 257, 257, 256]
+
+
+def test_overlapping_pairs_are_counted_again_after_a_merge():
+    pairs = text.byte_pairs(Counter({"aaaa": 3, "ab": 1}), text.BYTES + 2)
+    assert pairs == ["aa", "\u0100\u0100"]
+    assert text.encode("aaaaa", pairs).tolist() == [257, ord("a")]
+
+
+def test_the_text_is_the_standard_library(monkeypatch):
+    modules = text.sources()
+    assert any("def dedent(" in module for module in modules)
+    monkeypatch.setattr(text, "sources", lambda: modules[:20])
+    images = text.load(300, CPU)
+    assert images.name == "next token of 300"
+    assert images.classes == 300
+    assert images.shape == (text.CONTEXT,)
+    assert images.train_y.max() < 300
+    assert images.train_y.unique().numel() > 100
+    assert torch.equal(images.train_x[text.CONTEXT], images.train_y[: text.CONTEXT])
+    assert len(images.test_x) == len(images.test_y) <= text.TEST_WINDOWS
+
+
+def few_tokens():
+    """Random tokens of 100 kinds."""
+    torch.manual_seed(0)
+    x, y = text.windows(torch.randint(100, (80,)), CPU)
+    return data.Data(text.name(1024), x, y, x, y, 100)
+
+
+@pytest.mark.parametrize("experiment", [distributions.IMAGES, distributions.TEXT])
+def test_every_distribution_trains(experiment, tmp_path):
+    part = few_images() if experiment is distributions.IMAGES else few_tokens()
+    kind = "digits" if experiment is distributions.IMAGES else part.name
+    settings = replace(experiment.settings[kind], batch=16, steps=2)
+    jobs = [
+        replace(job, settings=settings, data=part.name)
+        for job in experiment.jobs(kind, quick=True, seeds=2, epochs=None)
+    ]
+    summary = distributions.run(experiment, jobs, part, Store(tmp_path), lambda n: None, rounds=1)
+    rows = {texts.way(row): row for row in summary["rows"]}
+    ways = ["backpropagation", "hidden layers frozen", *stream.DISTRIBUTIONS]
+    assert [*rows] == ways
+    assert len({row["test_loss"]["mean"] for row in rows.values()}) == len(ways)
+    for name in stream.DISTRIBUTIONS:
+        assert rows[name]["seeds"] == 2
+        assert len(rows[name]["alignment"]) == 3
+        assert all(angle["over_seeds"] > 0 for angle in rows[name]["alignment"].values())
+        assert rows[name]["backend"] == registry.choose("project", CPU, None, name)
+    assert all(row["step_seconds"] > 0 for row in rows.values())
+    lines = paper_tables.paper_distributions({"parts": [summary]})
+    assert [line.split(" | ")[0] for line in lines if line.startswith("| ")][1:] == [
+        f"| {way}" for way in ways
+    ]
+    assert tables.distributions_table(summary).row_count == len(ways)
+
+
+def test_the_command_runs_distributions(tmp_path, monkeypatch, capsys):
+    part = few_tokens()
+    settings = {part.name: replace(distributions.NEXT_TOKEN, steps=1, batch=8)}
+    short = replace(distributions.TEXT, settings=settings)
+    monkeypatch.setattr(distributions, "parts", lambda folder, device: [(short, part)])
+    options = ["--quick", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path)]
+    command.main(["distributions", *options])
+    (written,) = json.loads((tmp_path / "paper_distributions.json").read_text())["parts"]
+    assert written["n"] == part.classes
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in stream.DISTRIBUTIONS)
+    assert all(texts.time_text(row["step_seconds"]) in printed for row in written["rows"])
+
+
+def test_adam_is_used_where_it_is_set(tmp_path):
+    job = Job("x", Practice("normal"), "dfa", 0, replace(SHORT, adam=True), "noise")
+    assert isinstance(Trainee(networks.perceptron, job, few_images()).optimizer, torch.optim.Adam)
+    job = replace(job, settings=SHORT)
+    assert isinstance(Trainee(networks.perceptron, job, few_images()).optimizer, torch.optim.SGD)
 
 
 def test_digits():

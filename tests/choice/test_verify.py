@@ -86,6 +86,21 @@ def test_a_case_expects_what_the_reference_gives(distribution, dtype):
             assert (bounds[integers] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_structured_case_expects_the_bits_of_the_reference(dtype):
+    case = cases.Case.of(dtype, "hadamard", columns=70, unit_rows=30)
+    seed, column_offset, _ = case.stream
+    row_offsets, sizes, scales = case.layers
+    seed %= 2**64
+    where = {"seed": seed, "row_offsets": row_offsets, "column_offset": column_offset}
+    exact = reference.structured_signals(case.error, sizes, scales, **where)
+    for output in DTYPES:
+        expected = case.expected(output, terms=3, lattice=False)
+        for (values, bounds), signal in zip(expected, exact, strict=True):
+            assert torch.equal(values, reference.rounded(signal, output).double())
+            assert not bounds.any()
+
+
 def test_a_case_is_what_it_says():
     case = cases.Case.of(torch.float32, "normal")
     assert sum(rows.stop - rows.start for rows in case.rows.values()) == len(case.error)

@@ -9,6 +9,7 @@ import torch
 
 from dfa_kernels import cli, demo
 from dfa_kernels.backends import cpp
+from dfa_kernels.nn import DFA
 from dfa_kernels.version import __version__
 
 
@@ -38,6 +39,7 @@ def test_info_says_why_not_and_who_asked(capsys, monkeypatch):
     [
         (["--epochs", "0"], "must be at least 1, got 0"),
         (["--backend", "abacus"], "invalid choice: 'abacus'"),
+        (["--distribution", "cauchy"], "invalid choice: 'cauchy'"),
         (["--seed", "-1"], "must be in [0, 2**64), got -1"),
         (["--device", "abacus"], "abacus"),
         (["--figure", "no/such/folder.png"], "got no/such/folder.png"),
@@ -83,6 +85,16 @@ def test_demo_shows_and_draws_what_it_did(tmp_path, capsys):
     for expected in ("backpropagation", "DFA", "hidden 3", "96,000", "32,000", "from the seed"):
         assert expected in text
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_trains_with_the_distribution_asked_for(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        demo, "DFA", lambda *args, **options: made.append(DFA(*args, **options)) or made[-1]
+    )
+    options = ["--epochs", "1", "--distribution", "hadamard", "--figure", str(tmp_path / "a.png")]
+    assert cli.main(["demo", *options]) == 0
+    assert [dfa.distribution for dfa in made] == ["hadamard"] * len(demo.LABELS)
 
 
 @pytest.mark.slow

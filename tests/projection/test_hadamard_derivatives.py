@@ -115,12 +115,12 @@ def test_gradients_have_the_bits_of_the_transpose(structured, dtype):
 
 
 def test_gradcheck_to_the_second_order(structured):
-    error = random_error(2, 3, dtype=torch.float64, device=structured.device).requires_grad_()
+    error = random_error(1, 3, dtype=torch.float64, device=structured.device).requires_grad_()
 
     def signals(error):
-        options = {"row_offsets": [1020, 0, 1020], "column_offset": 1022, "error_size": 2000}
+        options = {"row_offsets": [1022, 0, 1022], "column_offset": 1022, "error_size": 2000}
         options |= {"distribution": "hadamard", "seed": 3, "backend": structured.name}
-        return tuple(project(error, [5, 2, 5], **options))
+        return tuple(project(error, [3, 2, 3], **options))
 
     assert torch.autograd.gradcheck(signals, error, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(signals, error, check_fwd_over_rev=True)
@@ -173,13 +173,11 @@ def test_opcheck(structured):
             (kernel("project", structured), arguments),
             (kernel("structured_adjoint", structured), (ones, *transposed)),
         ]
-        for requires_grad in (False, True):
-            error = error.detach().requires_grad_(requires_grad)
-            first = ones[0].clone().requires_grad_(requires_grad)
-            calls += [
-                (project, (error, *arguments[1:], structured.name)),
-                (adjoint, ([first, *ones[1:]], *transposed, structured.name)),
-            ]
+        first = ones[0].clone().requires_grad_()
+        calls += [
+            (project, (error.clone().requires_grad_(), *arguments[1:], structured.name)),
+            (adjoint, ([first, *ones[1:]], *transposed, structured.name)),
+        ]
         for operator, call in calls:
             torch.library.opcheck(operator, call, test_utils=OPCHECKS)
     for arguments in samples.feedback_matrix_samples(structured.device, "hadamard"):

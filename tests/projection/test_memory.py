@@ -52,6 +52,12 @@ def test_extra_memory_is_bounded_for_short_errors_and_long_blocks(backend):
 
 
 @definition_is_slow
+@pytest.mark.parametrize(("layer", "n"), [(3_211_264, 10), (20_000, 1000), (300, 200_000)])
+def test_extra_memory_of_structured_feedback_is_bounded(backend, layer, n):
+    assert extra_bytes(backend, layer, n, "hadamard") <= slabs.WORKSPACE_BYTES
+
+
+@definition_is_slow
 def test_more_than_two_to_the_31_elements(backend):
     count, size = 4097, 2**19
     error = torch.linspace(-2, 2, count, dtype=torch.bfloat16)[:, None]

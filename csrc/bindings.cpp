@@ -52,17 +52,20 @@ bool fills_memory() {
 Tensor allocate_signal(int64_t rows, int64_t columns, ScalarType dtype, const char* op) {
   dfa::check_fits(rows, columns, op);
   const int64_t bytes = rows * columns * dfa::type_bytes(dfa::type_of(dtype, op, "dtype"));
-  void* const block = torch_from_blob == nullptr ? nullptr : dfa::take_block(bytes);
+  if (torch_from_blob == nullptr || bytes < dfa::kPooledBytes) {
+    return allocate(rows, columns, dtype, op);
+  }
+  const bool fill = fills_memory();
+  dfa::Block* const block = dfa::take_block(bytes);
   if (block == nullptr) return allocate(rows, columns, dtype, op);
-  if (fills_memory()) std::memset(block, 0xff, static_cast<size_t>(bytes));  // NaN in every dtype
+  void* const data = dfa::data_of(block);
+  if (fill) std::memset(data, 0xff, static_cast<size_t>(bytes));  // NaN in every dtype
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made;
-  if (torch_from_blob(block, 2, sizes, strides, 0, code, aoti_torch_device_type_cpu(), -1, &made,
-                      aoti_torch_layout_strided(), nullptr, 0, dfa::give_block, nullptr) != 0) {
-    dfa::give_block(block, nullptr);
-    return allocate(rows, columns, dtype, op);
-  }
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_from_blob(data, 2, sizes, strides, 0, code, aoti_torch_device_type_cpu(), -1, &made,
+                      aoti_torch_layout_strided(), nullptr, 0, dfa::give_block, block));
   return Tensor(made);
 }
 
@@ -145,6 +148,8 @@ std::vector<int64_t> pool_bytes() {
   return bytes;
 }
 
+int64_t empty_pool() { return dfa::empty_pool(); }
+
 // The instruction set in use. A name forces that one, "" returns to the automatic choice.
 std::string cpu_isa(std::optional<std::string> force) {
   if (force.has_value()) {
@@ -167,6 +172,7 @@ STABLE_TORCH_LIBRARY_IMPL(dfa_kernels, CompositeExplicitAutograd, m) {
   m.impl("feedback_matrix.cpp", TORCH_BOX(&feedback_matrix));
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("pool_bytes", TORCH_BOX(&pool_bytes));
+  m.impl("empty_pool", TORCH_BOX(&empty_pool));
 }
 
 // `import dfa_kernels._C` loads the library and so makes the registrations above. The module itself

@@ -26,7 +26,7 @@ class RowPlan {
   };
 
   explicit RowPlan(std::vector<Layer> layers) : layers_(std::move(layers)) {
-    std::sort(layers_.begin(), layers_.end(), [](const Layer& a, const Layer& b) {
+    std::stable_sort(layers_.begin(), layers_.end(), [](const Layer& a, const Layer& b) {
       return std::make_tuple(a.row_offset, a.size, a.scale) <
              std::make_tuple(b.row_offset, b.size, b.scale);
     });

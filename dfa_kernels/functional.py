@@ -42,8 +42,8 @@ def project(
         seed: selects the matrix, 0 <= seed < 2**64.
         distribution: of U's entries: "normal", "uniform" or "rademacher", independent, of mean 0
             and variance 1; or "hadamard", structured: entries look normal but depend on one
-            another, the projection costs 10 additions a number whatever n is, and signals are
-            the same bits on every backend (see `dfa_kernels.hadamard`).
+            another, a number of a signal costs 10 additions and one for each further 1024
+            columns, and signals are the same bits on every backend (see `dfa_kernels.hadamard`).
         normalization: "layer" for 1/sqrt(l_i n) (eq. 8), "shared" for 1/sqrt(max(sizes) n) (eq. 7
             alone, the paper's "no norm"), a finite number for all layers, or one for each.
         row_offsets: each layer's first row of U, which has 2**63 rows. None: 0 for all, so layers

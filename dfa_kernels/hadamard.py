@@ -26,7 +26,8 @@ and rounded to the dtype of the signals. fwht replaces (a, b), at a distance of 
 for h = 1, 2, 4, .., 512. "Equal" is equality of numbers: zeros of either sign are equal, and NaN
 is NaN. The adjoint is
 
-    w_B = sum over layers of f_i * signal_i, each product rounded, layers in the order of their rows
+    w_B = sum over layers of f_i * signal_i, each product rounded, layers in the order of their
+          rows, sizes and scales
     a_b = D3(B_0, b) * fwht(w_{B_0}) + D3(B_1, b) * fwht(w_{B_1}) + ..       summed in rising B
     error = D1(b) * fwht(D2(b) * fwht(a_b))
 """
@@ -137,11 +138,13 @@ def feedback_matrix(
     matrix = torch.empty(rows, columns, dtype=dtype, device=device)
     if matrix.numel() == 0:
         return matrix
-    layer = Layers((row_offset,), (rows,), (1.0,))
-    for some in _cut(columns, 256):
+    units = 256
+    for some in _cut(columns, units):
         unit = torch.eye(some.stop - some.start, dtype=torch.float32, device=device)
-        (signal,) = project(unit, layer, stream.after(some.start), torch.float32)
-        matrix[:, some] = signal.T
+        for part in _cut(rows, _WORK // units):
+            layer = Layers((row_offset + part.start,), (part.stop - part.start,), (1.0,))
+            (signal,) = project(unit, layer, stream.after(some.start), torch.float32)
+            matrix[part, some] = signal.T
     return matrix
 
 

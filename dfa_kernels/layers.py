@@ -55,7 +55,8 @@ class Layers(NamedTuple):
         """Cut the union of the layers' rows into slabs of at most `rows` rows.
 
         Every row of the union is in exactly one slab. Slabs have no other rows. A slab's layers
-        are in an order that does not depend on the given one, so sums over them do not either.
+        are in an order that does not depend on the given one, unless they are equal, so sums over
+        them do not either.
         """
         ends = [first + size for first, size in zip(self.row_offsets, self.sizes, strict=True)]
         ordered = sorted(zip(self.row_offsets, ends, self.scales, range(len(ends)), strict=True))
@@ -80,8 +81,8 @@ class Layers(NamedTuple):
     def blocks(self, rows: int) -> Iterator[Slab]:
         """The blocks of `rows` rows that layers read, ascending: block i begins at i * rows.
 
-        They are whole, also where layers read a part of their rows. A block's layers are in an
-        order that does not depend on the given one.
+        They are whole, also where layers read a part of their rows. A block's layers are in the
+        order of their rows, sizes and scales; equal ones as they are given.
         """
         ends = [first + size for first, size in zip(self.row_offsets, self.sizes, strict=True)]
         ordered = sorted(zip(self.row_offsets, ends, self.scales, range(len(ends)), strict=True))

@@ -6,7 +6,8 @@
     structured_adjoint.<backend>    the same of structured distributions
     feedback_matrix.<backend>   a piece of U
     cpu_isa                     the instruction set of backend "cpp"
-    pool_bytes                  of its memory for large signals: in tensors, and idle
+    pool_bytes, empty_pool      of its memory for large signals: the bytes in tensors and those
+        idle; gives the idle ones back to the system and returns how many they were
     cuda_fused, cuda_entries    the kernels of backend "cuda": the fused projection, and a piece of
         U, on request without the sqrt(3) of uniform entries
     cuda_tiles                  indices and names of the tiles that tests may force on `cuda_fused`.
@@ -54,6 +55,7 @@ for _name in _STRUCTURED:
     _library.define(f"structured_adjoint.{_name}{_SCHEMAS['project_adjoint']}) -> Tensor")
 _library.define("cpu_isa(str? force) -> str")
 _library.define("pool_bytes() -> int[]")
+_library.define("empty_pool() -> int")
 _library.define(
     f"cuda_fused{_SCHEMAS['project']}, int terms, int tile, int processors) -> Tensor[]"
 )

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dfa_kernels import checks, ops, stream
+from dfa_kernels import checks, hadamard, ops, stream
 from dfa_kernels.backends import tensor_cores, trial
 from dfa_kernels.backends.registry import BACKENDS, unavailable
 from dfa_kernels.cases import LAYERS, LONE_LAYER, Case, Signal
@@ -42,6 +42,11 @@ _BLOCKS = (
     (-(2**63), 5, 140, 2**31 - 2, 127),
     (2**32, 9, 131, 2**63 - 9, 2**34 - 131),
 )
+
+
+# 1024 times entries of structured feedback, of seed 42 from row 1023 and column 1022 on: where four
+# blocks meet.
+_STRUCTURED = [[1440, 704, 660], [-544, 360, -988]]
 
 
 # A case is its name and a function that returns its mistake, or None.
@@ -162,6 +167,9 @@ def _definition() -> str | None:
     patterns = levels.view(torch.int16).numpy().astype("<i2").tobytes()
     if hashlib.sha256(patterns).hexdigest() != _CODEBOOK:
         return "the codebook of normal entries has other values"
+    place = (2, 3, 1023, Stream(42, 1022, "hadamard"), torch.float32, torch.device("cpu"))
+    if (hadamard.feedback_matrix(*place) * 1024).tolist() != _STRUCTURED:
+        return "structured feedback has other entries"
     return None
 
 

@@ -18,9 +18,6 @@ constexpr int kSide = 32;
 constexpr int kSquare = kSide * kSide;
 static_assert(kSquare == kHadamardBlock);
 
-// The bit of a word of a diagonal that is the sign of column c.
-constexpr int sign_bit(int c) { return c / 2 + 16 * (c % 2); }
-
 template <class S, class Real>
 struct VectorOf {
   using V = typename S::F;

@@ -64,6 +64,13 @@ struct SignSpec {
   int64_t blocks;
 };
 
+// A diagonal is a word of sign bits for every 32 numbers; this is the bit of number c of them.
+constexpr int sign_bit(int c) { return c / 2 + 16 * (c % 2); }
+
+constexpr bool is_negative(const uint32_t* diagonal, int64_t place) {
+  return diagonal[place / 32] >> sign_bit(static_cast<int>(place % 32)) & 1;
+}
+
 // What structured feedback is made of, on aligned blocks of kHadamardBlock numbers; see hadamard.h.
 struct TransformKernels {
   void (*transform)(const void* in, const uint32_t* signs, int64_t blocks, void* natural);

@@ -24,6 +24,7 @@ constexpr int64_t kThreadAccumulatorBytes = 512 << 10;
 constexpr int64_t kCachedBytes = 64 << 20;
 constexpr int64_t kMappedBytes = 32 << 20;
 constexpr double kSerialWork = 4e5;  // multiplications below which a second thread does not pay
+
 // What follows from the types of error and output.
 struct Arithmetic {
   int columns;    // columns in one packed element: 2 for bf16 pairs

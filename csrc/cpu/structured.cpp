@@ -1,8 +1,9 @@
 // Structured feedback: the projection, its transpose and the matrix, by Walsh-Hadamard transforms.
 //
 // Each row of the error is transformed once, into turned squares; see hadamard.h. From these each
-// output block takes one more transform. The workspace is bounded: kTransformedBytes or one row of
-// the error, and for each thread the diagonals of the output blocks of a task.
+// output block takes one more transform. The workspace is bounded: kTransformedBytes (of the
+// transpose kAdjointBytes) or one row of the error, and for each thread the diagonals of the output
+// blocks of a task.
 #include <algorithm>
 
 #include "../plan.h"
@@ -38,17 +39,35 @@ alignas(64) constexpr uint32_t kPositive[kWords] = {};  // a diagonal of ones
 
 // Additions round to nearest and subnormal numbers count, whatever the thread's mode: it is part of
 // the definition, and threads may differ.
-class Arithmetic {
+class DefinedRounding {
  public:
-#if defined(__SSE2__)
-  Arithmetic() : before_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-  ~Arithmetic() { _mm_setcsr(before_); }
-  Arithmetic(const Arithmetic&) = delete;
-  Arithmetic& operator=(const Arithmetic&) = delete;
+  DefinedRounding() : before_(mode()) { set_mode(kDefault); }
+  ~DefinedRounding() { set_mode(before_); }
+  DefinedRounding(const DefinedRounding&) = delete;
+  DefinedRounding& operator=(const DefinedRounding&) = delete;
 
  private:
-  unsigned before_;
+#if defined(__SSE2__)
+  using Mode = unsigned;
+  static constexpr Mode kDefault = 0x1f80;  // no exception is raised
+  static Mode mode() { return _mm_getcsr(); }
+  static void set_mode(Mode mode) { _mm_setcsr(mode); }
+#elif defined(__aarch64__)
+  using Mode = uint64_t;
+  static constexpr Mode kDefault = 0;
+  static Mode mode() {
+    Mode mode;
+    asm volatile("mrs %0, fpcr" : "=r"(mode));
+    return mode;
+  }
+  static void set_mode(Mode mode) { asm volatile("msr fpcr, %0" : : "r"(mode)); }
+#else
+  using Mode = int;
+  static constexpr Mode kDefault = 0;
+  static Mode mode() { return kDefault; }
+  static void set_mode(Mode) {}
 #endif
+  Mode before_;
 };
 
 // The blocks of columns in which an error lies, and their inner diagonals.
@@ -202,7 +221,7 @@ void project(const Stream& stream, const ErrorMatrix& error, std::vector<Layer> 
 
     const int64_t squares = batch * inputs.count();
     run_parallel(squares, std::min(threads, divide_up(squares, 8)), [&](int64_t i, int64_t) {
-      const Arithmetic arithmetic;
+      const DefinedRounding rounding;
       const int64_t m = i / inputs.count(), block = i % inputs.count();
       alignas(64) Real natural[kBlock] = {}, transformed_once[kBlock];
       inputs.columns_of(block, [&](int64_t column, int64_t place, int64_t size) {
@@ -219,7 +238,7 @@ void project(const Stream& stream, const ErrorMatrix& error, std::vector<Layer> 
 
     const int64_t tasks = across * divide_up(batch, task_batch);
     run_parallel(tasks, std::min(threads, tasks), [&](int64_t task, int64_t worker) {
-      const Arithmetic arithmetic;
+      const DefinedRounding rounding;
       const int64_t begin = task % across * task_blocks;
       const int64_t end = std::min(begin + task_blocks, outputs.count());
       const int64_t row = task / across * task_batch, last = std::min(row + task_batch, batch);
@@ -287,7 +306,7 @@ void adjoint(const Stream& stream, std::vector<Layer> layers, Type in_type, int6
   const Buffer diagonals_of = allocate(workers * diagonal_bytes);
 
   run_parallel(tasks, workers, [&](int64_t task, int64_t worker) {
-    const Arithmetic arithmetic;
+    const DefinedRounding rounding;
     const int64_t first = task * task_batch, last = std::min(first + task_batch, batch);
     auto* const sums = reinterpret_cast<Real*>(sums_of.get() + worker * sum_bytes);
     auto* const signs = reinterpret_cast<uint32_t*>(diagonals_of.get() + worker * diagonal_bytes);
@@ -325,9 +344,8 @@ void adjoint(const Stream& stream, std::vector<Layer> layers, Type in_type, int6
             using Out = std::remove_pointer_t<decltype(type)>;
             Out* to = static_cast<Out*>(out) + m * columns + column;
             for (int64_t c = 0; c < size; ++c) {
-              const int64_t at = place + c, bit = at % 32 / 2 + 16 * (at % 2);
-              const bool negative = words[at / 32] >> bit & 1;
-              to[c] = round_to<Out>(negative ? -natural[at] : natural[at]);
+              const Real value = natural[place + c];
+              to[c] = round_to<Out>(is_negative(words, place + c) ? -value : value);
             }
           });
         });
@@ -368,11 +386,11 @@ void feedback_matrix_structured_cpu(const Stream& stream, uint64_t row_offset, i
   for (uint32_t r = 0; r < 32; ++r) {
     parities[r] = 0;
     for (uint32_t c = 0; c < 32; ++c) {
-      parities[r] |= uint32_t(__builtin_parity(r & c)) << (c / 2 + 16 * (c % 2));
+      parities[r] |= uint32_t(__builtin_parity(r & c)) << sign_bit(int(c));
     }
   }
   run_parallel(tasks, threads_for(rows * inputs.count()), [&](int64_t task, int64_t) {
-    const Arithmetic arithmetic;
+    const DefinedRounding rounding;
     const int64_t input = task % inputs.count();
     const uint64_t output = first + uint64_t(task / inputs.count() / strips);
     const uint64_t strip = output * kBlock + uint64_t(task / inputs.count() % strips * kTaskRows);
@@ -385,8 +403,7 @@ void feedback_matrix_structured_cpu(const Stream& stream, uint64_t row_offset, i
     std::fill_n(ones, kBlock, 1.0f);
     const uint32_t* words = inputs.diagonal(1, input);
     for (int64_t c = 0; c < kBlock; ++c) {
-      const bool negative = words[c / 32] >> (c % 32 / 2 + 16 * (c % 2)) & 1;
-      last[c] = negative ? -0x1p-10f : 0x1p-10f;
+      last[c] = is_negative(words, c) ? -0x1p-10f : 0x1p-10f;
     }
     for (uint64_t row = begin; row < end; ++row) {
       const auto high = uint32_t(row % kBlock / 32), low = uint32_t(row % 32);

@@ -35,6 +35,11 @@ struct Sixteen {
   }
   static void store(float* p, F a) { __builtin_memcpy(p, &a, sizeof a); }
   static void store(double* p, D a) { __builtin_memcpy(p, &a, sizeof a); }
+  static F set1(float x) { return F{} + x; }
+  static D set1(double x) { return D{} + x; }
+  static void stream(float* p, F a) { store(p, a); }
+  static void stream(double* p, D a) { store(p, a); }
+  static void fence() {}
   static F flip(F a, I words, int n) {
     return reinterpret_cast<F>(reinterpret_cast<I>(a) ^ (words << n & 0x80000000u));
   }
@@ -76,6 +81,9 @@ bool equal() {
   bool all = same();
   transform<Sixteen, Real, false>(in, signs, 1, ours);
   transform<Portable, Real, false>(in, signs, 1, theirs);
+  all = all && same();
+  transform_signal<Sixteen, Real>(in, signs, 2, 0.3, true, ours);
+  transform_signal<Portable, Real>(in, signs, 2, 0.3, false, theirs);
   all = all && same();
   turn<Sixteen, Real>(in, ours);
   turn<Portable, Real>(in, theirs);

@@ -144,9 +144,21 @@ def test_subnormal_numbers_count_whatever_the_threads_mode(place):
         pytest.skip("this CPU cannot flush subnormal numbers")
     try:
         (found,) = project(error, layers, stream, None)
+        back = adjoint([error], Layers((9,), (50,), (1.0,)), stream, 2000, torch.float32)
     finally:
         torch.set_flush_denormal(False)
     assert_equal(found, expected)
+    layers = Layers((9,), (50,), (1.0,))
+    expected = hadamard.project_adjoint([error], layers, stream, 2000, torch.float32)
+    assert (expected != 0).any()
+    assert_equal(back, expected)
+
+
+def test_equal_layers_are_summed_in_the_given_order(place):
+    layers, stream = Layers((5,) * 40, (300,) * 40, (0.3,) * 40), Stream(2, 0, "hadamard")
+    signals = [torch.randn(3, 300) for _ in range(40)]
+    where = (layers, stream, 100, torch.float32)
+    assert_equal(adjoint(signals, *where), hadamard.project_adjoint(signals, *where))
 
 
 MEMORY = """

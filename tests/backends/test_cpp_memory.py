@@ -86,12 +86,17 @@ def test_small_signals_are_left_to_the_allocator():
     del kept, more
 
 
-def test_a_block_that_fits_badly_is_not_taken():
+def test_only_a_block_that_fits_well_is_taken():
     large = signal(4 * MIB)
     place = large.data_ptr()
     del large
-    assert signal(3 * MIB).data_ptr() != place
-    assert signal(4 * MIB - MIB // 4).data_ptr() == place
+    fits = signal(4 * MIB - MIB // 4)
+    assert fits.data_ptr() == place
+    assert pool() == (16 * MIB, 0)
+    del fits
+    wastes = signal(3 * MIB)
+    assert pool() == (12 * MIB, 0)  # with the other block it would be more than ever at once
+    del wastes
 
 
 def test_memory_that_calls_no_longer_take_goes_back():

@@ -58,9 +58,7 @@ class Layers(NamedTuple):
         are in an order that does not depend on the given one, unless they are equal, so sums over
         them do not either.
         """
-        ends = [first + size for first, size in zip(self.row_offsets, self.sizes, strict=True)]
-        ordered = sorted(zip(self.row_offsets, ends, self.scales, range(len(ends)), strict=True))
-        waiting = [layer for *_, layer in reversed(ordered)]  # the next layer to begin is last
+        ends, waiting = self._ends_and_order()
         active: list[int] = []
         position = 0
         while waiting or active:
@@ -84,9 +82,7 @@ class Layers(NamedTuple):
         They are whole, also where layers read a part of their rows. A block's layers are in the
         order of their rows, sizes and scales; equal ones as they are given.
         """
-        ends = [first + size for first, size in zip(self.row_offsets, self.sizes, strict=True)]
-        ordered = sorted(zip(self.row_offsets, ends, self.scales, range(len(ends)), strict=True))
-        waiting = [layer for *_, layer in reversed(ordered)]  # the next layer to begin is last
+        ends, waiting = self._ends_and_order()
         active: list[int] = []
         last = 0
         while waiting or active:
@@ -96,6 +92,12 @@ class Layers(NamedTuple):
                 active.append(waiting.pop())
             yield Slab(first, last, active)
             active = [layer for layer in active if ends[layer] > last]
+
+    def _ends_and_order(self) -> tuple[list[int], list[int]]:
+        """The end of every layer's rows, and the layers in order: the first to begin is last."""
+        ends = [first + size for first, size in zip(self.row_offsets, self.sizes, strict=True)]
+        ordered = sorted(zip(self.row_offsets, ends, self.scales, range(len(ends)), strict=True))
+        return ends, [layer for *_, layer in reversed(ordered)]
 
     def overlap(self, layer: int, slab: Slab) -> tuple[slice, slice]:
         """The rows that a layer and a slab share, counted from the first row of each."""

@@ -60,3 +60,37 @@ def test_a_slabs_layers_come_in_one_order_however_given():
     for given in (layers, layers[::-1]):
         (slab,) = Layers(*zip(*given, strict=True)).slabs(10)
         assert [given[layer] for layer in slab.layers] == [layers[i] for i in (3, 1, 4, 0, 2)]
+
+
+def test_blocks_are_those_that_layers_read():
+    """Whole and aligned, each once and rising, with the layers that read some of their rows."""
+    layers = Layers((2**63 - 3, 5, 0, 39, 20), (3, 4, 11, 2, 1), (1.0,) * 5)
+    blocks = [(block.first, block.last, list(block.layers)) for block in layers.blocks(10)]
+    last = (2**63 - 3) // 10 * 10
+    assert blocks == [
+        (0, 10, [2, 1]),
+        (10, 20, [2]),
+        (20, 30, [4]),
+        (30, 40, [3]),
+        (40, 50, [3]),
+        (last, last + 10, [0]),
+    ]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        count, rows = 6, int(torch.randint(1, 9, (), generator=generator))
+        offsets = torch.randint(0, 60, (count,), generator=generator).tolist()
+        sizes = torch.randint(1, 20, (count,), generator=generator).tolist()
+        layers = Layers.of(offsets, sizes, [1.0] * count)
+        read = {
+            row // rows: {
+                i
+                for i in range(count)
+                if set(range(offsets[i], offsets[i] + sizes[i]))
+                & set(range(row // rows * rows, row // rows * rows + rows))
+            }
+            for first, end in layers.unions()
+            for row in range(first, end)
+        }
+        found = {block.first // rows: {*block.layers} for block in layers.blocks(rows)}
+        assert found == read
+        assert [*found] == sorted(found)

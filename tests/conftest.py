@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import dfa_kernels
+from dfa_kernels.backends.registry import BACKENDS
 
 # Unit roundoff: the largest relative error of one rounding.
 EPSILON = {dtype: torch.finfo(dtype).eps / 2 for dtype in dfa_kernels.checks.DTYPES}
@@ -66,11 +67,7 @@ def backend(request):
     return request.param
 
 
-STRUCTURED = [
-    status
-    for status in AVAILABLE
-    if "hadamard" in dfa_kernels.backends.registry.BACKENDS[status.name].DISTRIBUTIONS
-]
+STRUCTURED = [status for status in AVAILABLE if "hadamard" in BACKENDS[status.name].DISTRIBUTIONS]
 
 
 @pytest.fixture(

@@ -93,6 +93,11 @@ class Case(NamedTuple):
         `terms`: how many numbers of 8 bits the kernel splits each fp32 number into; 3 if it takes
         fp32 as it is. `lattice`: the kernel applies the factor of uniform entries after the sum.
         """
+        if self.stream.distribution in STRUCTURED:  # the definition fixes every bit
+            exact = hadamard.project(self.error, self.layers, self.stream, dtype)
+            return [
+                Signal(one.double(), torch.zeros_like(one, dtype=torch.float64)) for one in exact
+            ]
         return [
             self._signal(layer, dtype, terms, lattice) for layer in range(len(self.layers.sizes))
         ]
@@ -120,11 +125,6 @@ class Case(NamedTuple):
         return None
 
     def _signal(self, layer: int, dtype: torch.dtype, terms: int, lattice: bool) -> Signal:
-        if self.stream.distribution in STRUCTURED:  # the definition fixes every bit
-            row_offsets, sizes, scales = self.layers
-            one = Layers.of([row_offsets[layer]], [sizes[layer]], [scales[layer]])
-            (values,) = hadamard.project(self.error, one, self.stream, dtype)
-            return Signal(values.double(), torch.zeros(values.shape, dtype=torch.float64))
         scale, row_offset = self.layers.scales[layer], self.layers.row_offsets[layer]
         piece = (self.layers.sizes[layer], self.error.shape[1], row_offset, self.stream)
         facts = DENSE[self.stream.distribution]

@@ -121,9 +121,9 @@ Tensor structured_adjoint(const std::vector<Tensor>& signals,
   }
   dfa::begin_call();
   Tensor out = allocate_signal(batch, columns, dtype, op);
-  dfa::adjoint_structured_cpu(stream, std::move(layers),
-                              dfa::type_of(signals[0].scalar_type(), op, "signals"), batch, columns,
-                              dfa::type_of(dtype, op, "dtype"), out.mutable_data_ptr());
+  dfa::adjoint_structured_cpu(stream, layers, dfa::type_of(signals[0].scalar_type(), op, "signals"),
+                              batch, columns, dfa::type_of(dtype, op, "dtype"),
+                              out.mutable_data_ptr());
   return out;
 }
 

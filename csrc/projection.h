@@ -53,8 +53,8 @@ void project_cpu(const Stream& stream, const ErrorMatrix& error, std::vector<Lay
 // scale * signal[m, i] * U[row_offset + i, column_offset + c]. There `out` of a layer is its
 // signal, of type `in_type`. Their arithmetic is the definition's (dfa_kernels/hadamard.py).
 void project_structured_cpu(const Stream& stream, const ErrorMatrix& error,
-                            std::vector<Layer> layers, Type out_type);
-void adjoint_structured_cpu(const Stream& stream, std::vector<Layer> layers, Type in_type,
+                            const std::vector<Layer>& layers, Type out_type);
+void adjoint_structured_cpu(const Stream& stream, const std::vector<Layer>& layers, Type in_type,
                             int64_t batch, int64_t columns, Type out_type, void* out);
 
 // U itself, [rows, columns] row-major, unit variance.

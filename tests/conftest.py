@@ -118,6 +118,15 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For small tensors: on shared cores, waiting for a second thread would cost the most."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def precision():
     """Sets the precision of fp32 products and restores it after the test."""

@@ -247,7 +247,7 @@ class Projection {
 void project_cpu(const Stream& stream, const ErrorMatrix& error, std::vector<Layer> layers,
                  Type out_type) {
   if (stream.distribution == Distribution::kHadamard) {
-    return project_structured_cpu(stream, error, std::move(layers), out_type);
+    return project_structured_cpu(stream, error, layers, out_type);
   }
   Projection(stream, error, std::move(layers), out_type).run();
 }

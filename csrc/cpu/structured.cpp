@@ -106,30 +106,13 @@ class Inputs {
 // The output blocks that layers read, in rising order.
 class Outputs {
  public:
-  explicit Outputs(std::vector<Layer> layers) : plan_(std::move(layers)) {
-    for (const RowPlan::Interval& interval : plan_.intervals()) {
-      const uint64_t first = interval.row / kBlock;
-      const uint64_t last = (interval.row + static_cast<uint64_t>(interval.rows) - 1) / kBlock;
-      if (!ranges_.empty() && first <= ranges_.back().last) {
-        count_ += static_cast<int64_t>(last - ranges_.back().last);
-        ranges_.back().last = last;
-      } else {
-        ranges_.push_back({first, last, count_});
-        count_ += static_cast<int64_t>(last - first) + 1;
-      }
-    }
+  explicit Outputs(const std::vector<Layer>& layers) : blocks_(whole(layers)), plan_(layers) {
+    blocks_.cut(kBlock);
   }
 
-  int64_t count() const { return count_; }
+  int64_t count() const { return blocks_.tasks(); }
   int64_t written() const { return plan_.written(); }
-
-  uint64_t block(int64_t index) const {
-    const auto after =
-        std::upper_bound(ranges_.begin(), ranges_.end(), index,
-                         [](int64_t one, const Range& range) { return one < range.first_index; });
-    const Range& range = *(after - 1);
-    return range.first + static_cast<uint64_t>(index - range.first_index);
-  }
+  uint64_t block(int64_t index) const { return blocks_.task(index).row / kBlock; }
 
   // A layer's rows in a block: `size` of them, from `place` of the block and `skipped` of the
   // layer.
@@ -151,13 +134,17 @@ class Outputs {
   }
 
  private:
-  struct Range {
-    uint64_t first, last;
-    int64_t first_index;
-  };
-  RowPlan plan_;
-  std::vector<Range> ranges_;
-  int64_t count_ = 0;
+  // The layers with all rows of the blocks that they read some of.
+  static std::vector<Layer> whole(std::vector<Layer> layers) {
+    for (Layer& layer : layers) {
+      const uint64_t end = (layer.end() + kBlock - 1) / kBlock * kBlock;
+      layer.row_offset = layer.row_offset / kBlock * kBlock;
+      layer.size = static_cast<int64_t>(end - layer.row_offset);
+    }
+    return layers;
+  }
+
+  RowPlan blocks_, plan_;
 };
 
 template <class Real>
@@ -186,14 +173,14 @@ int64_t threads_for(int64_t transforms) {
 }
 
 template <class Real>
-void project(const Stream& stream, const ErrorMatrix& error, std::vector<Layer> layers,
+void project(const Stream& stream, const ErrorMatrix& error, const std::vector<Layer>& layers,
              Type out_type) {
   const Kernels& k = kernels();
   const TransformKernels& t = transforms<Real>();
   const ScaleKernel scale = (sizeof(Real) == 8 ? k.scale_f64 : k.scale_f32)[int(out_type)];
   const int64_t out_bytes = type_bytes(out_type);
   const Inputs inputs(stream, error.columns);
-  const Outputs outputs(std::move(layers));
+  const Outputs outputs(layers);
   if (outputs.count() == 0) return;
   const bool same_type = out_type == (sizeof(Real) == 8 ? Type::kFloat64 : Type::kFloat32);
   const bool past_caches = outputs.written() * error.batch * out_bytes > kCachedBytes;
@@ -284,12 +271,12 @@ void project(const Stream& stream, const ErrorMatrix& error, std::vector<Layer> 
 }
 
 template <class Real>
-void adjoint(const Stream& stream, std::vector<Layer> layers, Type in_type, int64_t batch,
+void adjoint(const Stream& stream, const std::vector<Layer>& layers, Type in_type, int64_t batch,
              int64_t columns, Type out_type, void* out) {
   const Kernels& k = kernels();
   const TransformKernels& t = transforms<Real>();
   const Inputs inputs(stream, columns);
-  const Outputs outputs(std::move(layers));
+  const Outputs outputs(layers);
 
   const int64_t row_bytes = inputs.count() * kBlock * int64_t{sizeof(Real)};
   const int64_t threads = std::clamp<int64_t>(
@@ -357,17 +344,16 @@ void adjoint(const Stream& stream, std::vector<Layer> layers, Type in_type, int6
 }  // namespace
 
 void project_structured_cpu(const Stream& stream, const ErrorMatrix& error,
-                            std::vector<Layer> layers, Type out_type) {
+                            const std::vector<Layer>& layers, Type out_type) {
   const bool wide = error.type == Type::kFloat64;
-  (wide ? project<double> : project<float>)(stream, error, std::move(layers), out_type);
+  (wide ? project<double> : project<float>)(stream, error, layers, out_type);
 }
 
-void adjoint_structured_cpu(const Stream& stream, std::vector<Layer> layers, Type in_type,
+void adjoint_structured_cpu(const Stream& stream, const std::vector<Layer>& layers, Type in_type,
                             int64_t batch, int64_t columns, Type out_type, void* out) {
   if (batch == 0 || columns == 0) return;
   const bool wide = out_type == Type::kFloat64;
-  (wide ? adjoint<double> : adjoint<float>)(stream, std::move(layers), in_type, batch, columns,
-                                            out_type, out);
+  (wide ? adjoint<double> : adjoint<float>)(stream, layers, in_type, batch, columns, out_type, out);
 }
 
 // Row r of a block is that of H with the signs of D3, transformed, signed by D2, transformed, and

@@ -4,7 +4,6 @@ import itertools
 import random
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from dfa_kernels.stream import Stream
 from tests import ROOT
 from tests.backends.test_cpp_kernels import available, cpu_isa
 from tests.conftest import COMPILER, needs
+from tests.projection.test_memory import extra_bytes
 from tests.samples import DTYPES
 
 needs("the compiled extension", cpp.unavailable("cpu") is None)
@@ -161,24 +161,9 @@ def test_equal_layers_are_summed_in_the_given_order(place):
     assert_equal(adjoint(signals, *where), hadamard.project_adjoint(signals, *where))
 
 
-MEMORY = """
-import sys, torch, dfa_kernels
-batch, n, layer = map(int, sys.argv[1:])
-error = torch.randn(batch, n)
-dfa_kernels.project(error[:1, :1], [8], distribution="hadamard", backend="cpp")
-def status(key):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-before = status("VmRSS")
-(signal,) = dfa_kernels.project(error, [layer], distribution="hadamard", backend="cpp")
-print(status("VmHWM") - before - signal.nbytes)
-"""
-
-
 @pytest.mark.parametrize(("batch", "n", "layer"), [(600, 50_257, 10), (4, 1000, 3_211_264)])
 def test_the_workspace_is_bounded(batch, n, layer):
-    command = [sys.executable, "-c", MEMORY, str(batch), str(n), str(layer)]
-    extra = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    extra = extra_bytes("cpp", layer, n, "hadamard", batch)
     assert extra <= slabs.WORKSPACE_BYTES / 2  # transformed at once, the first would take 123 MB
 
 

@@ -14,9 +14,10 @@ from tests.conftest import definition_is_slow
 # Runs in its own process, because resident memory is measured per process.
 PROGRAM = """
 import sys, torch, dfa_kernels
-layer, n, distribution, backend = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
-error = torch.randn(4, n)
-dfa_kernels.project(error[:, :1], [8], backend=backend)
+batch, layer, n = map(int, sys.argv[1:4])
+distribution, backend = sys.argv[4:]
+error = torch.randn(batch, n)
+dfa_kernels.project(error[:1, :1], [8], distribution=distribution, backend=backend)
 def status(key):
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
@@ -26,8 +27,9 @@ print(status("VmHWM") - before - signal.nbytes)
 """
 
 
-def extra_bytes(backend, layer, n, distribution="normal"):
-    command = [sys.executable, "-c", PROGRAM, str(layer), str(n), distribution, backend]
+def extra_bytes(backend, layer, n, distribution="normal", batch=4):
+    numbers = map(str, (batch, layer, n))
+    command = [sys.executable, "-c", PROGRAM, *numbers, distribution, backend]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 

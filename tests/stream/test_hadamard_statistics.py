@@ -19,13 +19,7 @@ KURTOSIS = 3 - 6 / 1024 + 4 / 1024**2
 EYE = torch.eye(1024, dtype=torch.float64)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Most tensors are small: on shared cores, waiting for a second thread would cost the most."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def matrix(rows, columns, **where):

@@ -128,7 +128,7 @@ class Case(NamedTuple):
         scale, row_offset = self.layers.scales[layer], self.layers.row_offsets[layer]
         piece = (self.layers.sizes[layer], self.error.shape[1], row_offset, self.stream)
         facts = DENSE[self.stream.distribution]
-        arithmetic = torch.float64 if self.error.dtype == torch.float64 else torch.float32
+        arithmetic = definition.arithmetic(self.error.dtype)
         error, entries = self.error.double(), _entries(*piece, arithmetic).double()
         values = error @ entries.T * scale
         unit = torch.finfo(arithmetic).eps / 2

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from dfa_kernels import stream as definition
 from dfa_kernels.layers import Layers, Slab
-from dfa_kernels.stream import Stream
+from dfa_kernels.stream import Stream, arithmetic
 
 BLOCK = 1024
 FACTOR = 2.0**-10
@@ -84,7 +84,7 @@ def project(error: Tensor, layers: Layers, stream: Stream, dtype: torch.dtype) -
     Temporaries take a few times `_WORK` numbers, or the size of one row of the error.
     """
     signals = [error.new_empty(error.shape[0], size, dtype=dtype) for size in layers.sizes]
-    inputs = _Inputs(stream, error.shape[1], _arithmetic(error.dtype), error.device)
+    inputs = _Inputs(stream, error.shape[1], arithmetic(error.dtype), error.device)
     for rows in _cut(error.shape[0], _WORK // inputs.width):
         z = inputs.transformed(error[rows])
         for blocks in _batches(layers.blocks(BLOCK), _WORK // (len(z) * BLOCK)):
@@ -107,7 +107,7 @@ def project_adjoint(
     """The transpose of `project`: one signal [batch, size] per layer -> [batch, columns]."""
     batch, device = signals[0].shape[0], signals[0].device
     error = signals[0].new_empty(batch, columns, dtype=dtype)
-    inputs = _Inputs(stream, columns, _arithmetic(dtype), device)
+    inputs = _Inputs(stream, columns, arithmetic(dtype), device)
     for rows in _cut(batch, _WORK // inputs.width):
         total = error.new_zeros(rows.stop - rows.start, inputs.count, BLOCK, dtype=inputs.dtype)
         for block in layers.blocks(BLOCK):
@@ -188,10 +188,6 @@ class _Inputs:
         none = blocks.new_zeros(1)
         first, second = (signs(domain, none, blocks, self.seed)[0] for domain in (1, 2))
         return first.to(self.dtype), second.to(self.dtype)
-
-
-def _arithmetic(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -159,6 +159,11 @@ STRUCTURED = ("hadamard",)
 DISTRIBUTIONS = (*DENSE, *STRUCTURED)
 
 
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of products and sums for an error of `dtype`: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def levels(distribution: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The values that an entry can take, by its index k: [4096] normal, [256] uniform, [2] signs.
 
@@ -182,10 +187,9 @@ def _levels_on_cpu(distribution: str, dtype: torch.dtype) -> Tensor:
 def _make_levels(distribution: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     facts = DENSE[distribution]
     k = torch.arange(2**facts.bits, dtype=torch.float32, device=device)
-    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
-    values = facts.lattice(k).to(arithmetic)
+    values = facts.lattice(k).to(arithmetic(dtype))
     if facts.factor != 1.0:
-        values = values * facts.factor  # the factor is rounded to `arithmetic` first
+        values = values * facts.factor  # the factor is rounded to that dtype first
     return values.to(dtype)
 
 

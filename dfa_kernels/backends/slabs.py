@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dfa_kernels.layers import Layers
-from dfa_kernels.stream import Stream
+from dfa_kernels.stream import Stream, arithmetic
 
 WORKSPACE_BYTES = 64 * 2**20
 
@@ -30,11 +30,6 @@ _TILE_ELEMENTS = 2**21
 
 # generate(rows, columns, row_offset, stream, dtype) -> those entries of U, [rows, columns]
 Generate = Callable[[int, int, int, Stream, torch.dtype], Tensor]
-
-
-def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of products and sums for an error of `dtype`: fp64 for fp64, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def cut(total: int, step: int) -> Iterator[tuple[int, int]]:

@@ -63,9 +63,10 @@ Tensor allocate_signal(int64_t rows, int64_t columns, ScalarType dtype, const ch
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  const AOTITorchError status =
       torch_from_blob(data, 2, sizes, strides, 0, code, aoti_torch_device_type_cpu(), -1, &made,
-                      aoti_torch_layout_strided(), nullptr, 0, dfa::give_block, block));
+                      aoti_torch_layout_strided(), nullptr, 0, dfa::give_block, block);
+  check(status == AOTI_TORCH_SUCCESS, op, ": cannot make a tensor of ", bytes, " bytes");
   return Tensor(made);
 }
 

@@ -223,7 +223,7 @@ STAGES: dict[str, tuple[Step, ...]] = {
         ),
         Step(
             "training-step",
-            "{python} -m benchmarks.training_step --device cuda --dtype bfloat16 --seconds 2 "
+            "{python} -m benchmarks.training_step --device cuda --dtype bfloat16 --seconds 1 "
             "--json {output}/training_step.json",
             45,
             70,

@@ -58,11 +58,11 @@ def cpu_promises(m: int) -> tuple[Promise, ...]:
 def cuda_promises(m: int) -> tuple[Promise, ...]:
     if m > 128:
         return ()
-    return (
-        Promise("triton", "views", 1.1, 1.4),
-        Promise("triton", "randn blocks", 3.0, 5.0),
-        Promise("cuda", "views", 1.4, 1.8),
-    )
+    promises = [Promise("cuda", "views", 1.5 if m <= 64 else 1.0)]
+    if m <= 64:
+        promises.append(Promise("triton", "views", 1.1, 1.4))
+    promises.append(Promise("triton", "randn blocks", 3.0, 5.0))
+    return tuple(promises)
 
 
 def error_size(device_type: str, full: bool) -> list[Case]:

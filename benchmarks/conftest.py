@@ -72,7 +72,18 @@ def selectable(name: str) -> str:
     return re.sub(r"[^\w.+]+", "-", re.sub(r"(?<=\d),(?=\d)", "", name))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# On a GPU, which may be rented by the minute, the most important come first.
+CUDA_ORDER = ("bench_precisions", "bench_networks", "bench_sweeps", "bench_matrix")
+
+
+def cuda_place(item: pytest.Item) -> int:
+    """The place of a benchmark's file in that order; others come after."""
+    return [*CUDA_ORDER, item.path.stem].index(item.path.stem)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if device_type(config) == "cuda":
+        items.sort(key=cuda_place)
     for item in items:
         item.add_marker(pytest.mark.benchmark(group=item.callspec.params["case"].name, timer=CLOCK))
 

@@ -1,6 +1,7 @@
 """Time of a training step (forward, backward, optimizer) by DFA against backpropagation.
 
-    python -m benchmarks.training_step [--device cpu] [--distribution hadamard] [--json FILE]
+    python -m benchmarks.training_step [--device cpu] [--case TEXT] [--distribution hadamard]
+                                       [--json FILE]
 
 The ways of training one network take turns, step by step, so background load affects all alike;
 medians and ratios are of the same run. The peak memory of a step is what it takes beyond the
@@ -8,12 +9,18 @@ weights: activations, signals and gradients. "matrix=" has a stored matrix: the 
 "DFA" and it is the cost of generating entries. Each other distribution of `--distribution` is
 measured beside "DFA", which has normal entries. "limit" is the fraction of backpropagation's matrix
 products that remain when no gradient is carried back between layers: the ratio that a step would
-reach if the projection and all elementwise work were free.
+reach if the projection and all elementwise work were free. A way of training that fails, as one
+does that runs out of memory, is left out, and the others go on.
 """
 
 import argparse
+import gc
 import statistics
 import time
+import traceback
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -21,42 +28,144 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.harness import provenance
-from benchmarks.harness.measure import peak_bytes
+from benchmarks.harness.measure import MISSING, is_out_of_memory, peak_bytes
 from dfa_kernels import DFA, DFALayer, feedback_matrix
 from dfa_kernels.backends import registry
 from dfa_kernels.stream import DISTRIBUTIONS
 
-CASES = {  # inputs, hidden layers, batch, n
-    "8 x 1024, n = 10": (784, [1024] * 8, 512, 10),
-    "1 x 4096, n = 1000": (784, [4096], 512, 1000),
+
+@dataclass(frozen=True)
+class Perceptron:
+    """Tanh layers of these widths, and an output layer."""
+
+    inputs: int
+    widths: tuple[int, ...]
+    batch: int
+    n: int
+
+    batch_dims = (0,)
+
+    @property
+    def widest(self):
+        """The size of the largest layer that gets a signal."""
+        return max(self.widths)
+
+    def parts(self):
+        """Modules in a row. A signal trains each but the last, which the error trains."""
+        sizes = [self.inputs, *self.widths]
+        hidden = [nn.Sequential(nn.Linear(*pair), nn.Tanh()) for pair in pairwise(sizes)]
+        return [*hidden, nn.Linear(sizes[-1], self.n)]
+
+    def data(self, device, dtype):
+        """Inputs and targets."""
+        x = torch.randn(self.batch, self.inputs, device=device, dtype=dtype)
+        return x, torch.randint(self.n, (self.batch,), device=device)
+
+    def products(self):
+        """Multiplications for each row of the error: by backpropagation, by DFA."""
+        sizes = [self.inputs, *self.widths, self.n]
+        forward = [a * b for a, b in pairwise(sizes)]
+        return 3 * sum(forward) - forward[0], 2 * sum(forward)
+
+
+class Block(nn.Module):
+    """A block of a transformer: causal attention, then two linear layers, around each a sum."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.mixed = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        split = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = split.permute(2, 0, 3, 1, 4)  # each [batch, heads, tokens, width / heads]
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.mixed(attended.transpose(1, 2).flatten(2))
+        return x + self.narrow(F.gelu(self.wide(self.norm2(x))))
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """Embedded tokens through blocks, and an output layer that predicts a token at each.
+
+    Backpropagation trains a block within from its signal. The last norm comes before the last
+    signal, so the output layer needs no gradient of its input. Positions are not embedded.
+    """
+
+    blocks: int
+    width: int
+    heads: int
+    tokens: int
+    batch: int
+    n: int
+
+    batch_dims = (0, 1)  # each token has a row of the error
+
+    @property
+    def widest(self):
+        """The size of a block's output."""
+        return self.width
+
+    def parts(self):
+        """Modules in a row. A signal trains each but the last, which the error trains."""
+        parts = [Block(self.width, self.heads) for _ in range(self.blocks)]
+        parts[0] = nn.Sequential(nn.Embedding(self.n, self.width), parts[0])
+        parts[-1] = nn.Sequential(parts[-1], nn.LayerNorm(self.width))
+        return [*parts, nn.Linear(self.width, self.n)]
+
+    def data(self, device, dtype):
+        """Tokens, and the next of each."""
+        x = torch.randint(self.n, (self.batch, self.tokens + 1), device=device)
+        return x[:, :-1], x[:, 1:]
+
+    def products(self):
+        """Multiplications for each row of the error: by backpropagation, by DFA.
+
+        DFA saves one product, the gradient of the output layer's input: the norm that a block
+        begins with learns too, from a gradient of its output. Tokens attend to half of all.
+        """
+        output = self.width * self.n
+        block = 12 * self.width**2 + self.width * self.tokens
+        all_products = 3 * (self.blocks * block + output)
+        return all_products, all_products - output
+
+
+CASES = {
+    "8 x 1024, n = 10": Perceptron(784, (1024,) * 8, batch=512, n=10),
+    "1 x 4096, n = 1000": Perceptron(784, (4096,), batch=512, n=1000),
 }
-ACCELERATOR_CASES = {"24 x 4096, n = 1000": (4096, [4096] * 24, 4096, 1000)}
+ACCELERATOR_CASES = {
+    "24 x 4096, n = 1000": Perceptron(4096, (4096,) * 24, batch=4096, n=1000),
+    "GPT-2 small, 1024 tokens, n = 50257": Transformer(
+        blocks=12, width=768, heads=12, tokens=1024, batch=8, n=50_257
+    ),
+}
 
 
 class Step:
     """One way of training one network; `run()` takes and times a step."""
 
-    def __init__(self, case, mode, device, dtype, **arguments):
-        inputs, widths, batch, classes = case
+    def __init__(self, case, device, dtype, mode, **arguments):
         torch.manual_seed(0)
-        points = [DFALayer() for _ in widths]
-        self.dfa = DFA(points, **arguments)
+        *hidden, output = case.parts()
+        points = [DFALayer() for _ in hidden]
+        self.dfa = DFA(points, batch_dims=case.batch_dims, **arguments)
         self.dfa.mode = mode
-        layers: list[nn.Module] = []
-        for before, width, point in zip([inputs, *widths], widths, points, strict=False):
-            layers += [nn.Linear(before, width), nn.Tanh(), point]
-        self.model = nn.Sequential(*layers, nn.Linear(widths[-1], classes), self.dfa)
+        layers = [module for pair in zip(hidden, points, strict=True) for module in pair]
+        self.model = nn.Sequential(*layers, output, self.dfa)
         self.model.to(device, dtype)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.01)
-        self.x = torch.randn(batch, inputs, device=device, dtype=dtype)
-        self.y = torch.randint(0, classes, (batch,), device=device)
+        self.x, self.y = case.data(device, dtype)
         self.seconds: list[float] = []
 
     def run(self):
         """Take a step and keep its seconds."""
         start = time.perf_counter()
         self.optimizer.zero_grad()
-        F.cross_entropy(self.model(self.x), self.y).backward()
+        output = self.model(self.x)
+        F.cross_entropy(output.flatten(0, -2), self.y.flatten()).backward()
         self.optimizer.step()
         if self.x.is_cuda:
             torch.cuda.synchronize()
@@ -70,45 +179,75 @@ class Step:
 
 def limit(case):
     """Multiplications of a DFA step without its projection, over those of backpropagation."""
-    inputs, widths, _, classes = case
-    sizes = [a * b for a, b in zip([inputs, *widths], [*widths, classes], strict=True)]
-    return 2 * sum(sizes) / (3 * sum(sizes) - sizes[0])
+    by_backpropagation, by_dfa = case.products()
+    return by_dfa / by_backpropagation
 
 
 def measure(case, device, dtype, seconds, distributions=()):
-    """Median seconds and peak bytes of a step, by way of training.
+    """Median seconds and peak bytes of a step, by way of training; why others were left out.
 
     `distributions` are those beside normal entries.
     """
-    _, widths, _, classes = case
-    stored = feedback_matrix(max(widths), classes, dtype=dtype, device=device)
+    new = partial(Step, case, device, dtype)
+
+    def with_stored_matrix():
+        matrix = feedback_matrix(case.widest, case.n, dtype=dtype, device=device)
+        return new("dfa", matrix=matrix)
+
     ways = {
-        "backprop": Step(case, "backprop", device, dtype),
-        "shallow": Step(case, "shallow", device, dtype),
-        "DFA, matrix=": Step(case, "dfa", device, dtype, matrix=stored),
-        "DFA, lean": Step(case, "dfa", device, dtype, lean=True),
-        "DFA": Step(case, "dfa", device, dtype),
+        "backprop": partial(new, "backprop"),
+        "shallow": partial(new, "shallow"),
+        "DFA, matrix=": with_stored_matrix,
+        "DFA, lean": partial(new, "dfa", lean=True),
+        "DFA": partial(new, "dfa"),
     }
     for distribution in distributions:
-        way = Step(case, "dfa", device, dtype, distribution=distribution)
-        ways[f"DFA, {distribution}"] = way
-    for way in ways.values():
+        ways[f"DFA, {distribution}"] = partial(new, "dfa", distribution=distribution)
+    steps, left_out = {}, {}
+
+    def each(names, act):
+        for name in list(names):
+            try:
+                act(name)
+            except Exception as failure:
+                if not is_out_of_memory(failure):
+                    traceback.print_exc()
+                left_out[name] = MISSING if is_out_of_memory(failure) else repr(failure)
+                steps.pop(name, None)
+
+    def begin(name):
+        steps[name] = ways[name]()
         for _ in range(2):
-            way.run()
-    peaks = {name: way.peak() for name, way in ways.items()}
-    for way in ways.values():
-        way.seconds.clear()
-    end = time.perf_counter() + seconds * len(ways)
-    while time.perf_counter() < end or len(ways["DFA"].seconds) < 5:
-        for way in ways.values():
-            way.run()
-    return {name: statistics.median(way.seconds) for name, way in ways.items()}, peaks
+            steps[name].run()
+
+    peaks = {}
+    each(ways, begin)
+    each(steps, lambda name: peaks.update({name: steps[name].peak()}))
+    for step in steps.values():
+        step.seconds.clear()
+    end, rounds = time.perf_counter() + seconds * len(steps), 0
+    while steps and (time.perf_counter() < end or rounds < 5):
+        each(steps, lambda name: steps[name].run())
+        rounds += 1
+    medians = {name: statistics.median(step.seconds) for name, step in steps.items()}
+    return medians, {name: peaks[name] for name in steps}, left_out
 
 
-def main():
+def show(name, result):
+    """Print what was measured of a case."""
+    print(f"\n{name}, batch {result['batch']}; limit {result['limit']:.3f}")
+    for way, median in result["seconds"].items():
+        ratio, peak = result["ratio"].get(way, float("nan")), result["peak_bytes"][way] / 1e6
+        print(f"  {way:14s} {1e3 * median:8.2f} ms  {ratio:6.3f} {peak:8.1f} MB")
+    for way, reason in result["left_out"].items():
+        print(f"  {way:14s} left out: {reason}", flush=True)
+
+
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--case", default="", help="only cases with this text in their name")
     parser.add_argument(
         "--seconds", type=float, default=6.0, help="of measuring, for each way of training"
     )
@@ -120,34 +259,44 @@ def main():
         help="to measure beside normal entries (default: hadamard)",
     )
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
-    arguments = parser.parse_args()
-    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    options = parser.parse_args(arguments)
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    # The large ones first, for a run that is cut short.
+    known = CASES if device.type == "cpu" else ACCELERATOR_CASES | CASES
+    cases = {name: case for name, case in known.items() if options.case in name}
+    if not cases:
+        parser.error(f"no case has {options.case!r} in its name; there are: {'; '.join(known)}")
     origin = provenance.origin(device.type)  # before measuring: files may be edited meanwhile
     backend = registry.choose("training_step", device, None)  # the one DFA_KERNELS_BACKEND names
     print(f"{device}, {dtype}, {torch.get_num_threads()} threads, backend {backend}")
+    settings = {"backend": backend, "dtype": options.dtype}
+    settings |= {"threads": torch.get_num_threads(), "device_type": device.type}
     measured = []
-    for name, case in (CASES if device.type == "cpu" else CASES | ACCELERATOR_CASES).items():
-        times, peaks = measure(case, device, dtype, arguments.seconds, arguments.distribution)
-        print(f"\n{name}, batch {case[2]}; limit {limit(case):.3f}")
-        for way, median in times.items():
-            ratio, peak = median / times["backprop"], peaks[way] / 1e6
-            print(f"  {way:14s} {1e3 * median:8.2f} ms  {ratio:6.3f} {peak:8.1f} MB")
-        ratios = {way: median / times["backprop"] for way, median in times.items()}
-        measured.append(
-            {
-                "case": name,
-                "batch": case[2],
-                "limit": limit(case),
-                "seconds": times,
-                "ratio": ratios,
-                "peak_bytes": peaks,
-            }
-        )
-    if arguments.json:
-        settings = {"backend": backend, "dtype": arguments.dtype}
-        settings |= {"threads": torch.get_num_threads(), "device_type": device.type}
-        provenance.save(arguments.json, origin | settings | {"cases": measured})
+    for name, case in cases.items():
+        times, peaks, left_out = measure(case, device, dtype, options.seconds, options.distribution)
+        result = {
+            "case": name,
+            "batch": case.batch,
+            "limit": limit(case),
+            "seconds": times,
+            "ratio": {way: median / times["backprop"] for way, median in times.items()}
+            if "backprop" in times
+            else {},
+            "peak_bytes": peaks,
+            "left_out": left_out,
+        }
+        show(name, result)
+        measured.append(result)
+        if options.json:  # after every case, so that a run that is killed keeps its results
+            finished = len(measured) == len(cases)
+            everything = {"finished": finished, "cases": measured}
+            provenance.save(options.json, origin | settings | everything)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    failed = any(why != MISSING for case in measured for why in case["left_out"].values())
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

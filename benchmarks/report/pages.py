@@ -79,7 +79,7 @@ PARTS: dict[str, tuple[Part, ...]] = {
     "training_step.json": (
         Part(
             "Training step",
-            "Forward, backward and optimizer of a tanh network (`benchmarks/training_step.py`). "
+            "Forward, backward and optimizer of a network (`benchmarks/training_step.py`). "
             "Memory is the peak of a step beyond the weights.",
             speed_tables.training_step,
         ),

@@ -6,6 +6,7 @@ such case.
 
 from __future__ import annotations
 
+from benchmarks.harness.measure import MISSING
 from benchmarks.harness.race import NO_ROOM, OUT_OF_MEMORY, TOO_LONG
 from benchmarks.harness.roofs import BEYOND_CACHES, addition_rate, bandwidth
 from benchmarks.harness.shapes import STRUCTURED, TITLES, title
@@ -249,7 +250,11 @@ def training_step(measured: dict) -> list[str]:
         network = f"{case['case']}, batch {case['batch']}"
         peaks = case.get("peak_bytes", {})
         for way, seconds in case["seconds"].items():
-            cells = [network, WAYS[way], time_text(seconds), f"{case['ratio'][way]:.2f}"]
+            ratio = f"{case['ratio'][way]:.2f}" if case["ratio"] else ""
+            cells = [network, WAYS[way], time_text(seconds), ratio]
             lines.append(f"| {' | '.join((*cells, bytes_text(peaks.get(way))))} |")
+        for way, reason in case.get("left_out", {}).items():
+            why = reason if reason == MISSING else "not run"
+            lines.append(f"| {network} | {WAYS[way]} | {why} |  |  |")
         lines.append(f"| {network} | DFA, if projecting were free |  | {case['limit']:.2f} |  |")
     return lines

@@ -15,6 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from benchmarks.harness import contenders, gate, provenance, race
+from benchmarks.harness.measure import MISSING
 from benchmarks.harness.shapes import ALL, STRUCTURED, Case, Promise, is_ours, title
 from benchmarks.report import __main__ as report
 from benchmarks.report import figures, pages, speed_tables, terminal
@@ -249,6 +250,17 @@ def test_the_table_of_a_training_step():
         "| net, batch 8 | DFA, from the seed | 1 s | 0.50 | 3 MB |",
         "| net, batch 8 | DFA, from the seed, structured | 900 ms | 0.45 |  |",
         "| net, batch 8 | DFA, if projecting were free |  | 0.40 |  |",
+    ]
+
+
+def test_the_table_of_a_training_step_says_what_was_left_out():
+    left_out = {"backprop": MISSING, "DFA, lean": "ValueError()"}
+    case = {"case": "net", "batch": 8, "seconds": {"DFA": 1.0}, "ratio": {}, "limit": 0.4}
+    lines = speed_tables.training_step({"cases": [case | {"left_out": left_out}]})
+    assert lines[2:5] == [
+        "| net, batch 8 | DFA, from the seed | 1 s |  |  |",
+        f"| net, batch 8 | backpropagation | {MISSING} |  |  |",
+        "| net, batch 8 | DFA, from the seed, lean | not run |  |  |",
     ]
 
 

@@ -1,15 +1,27 @@
 """The harness: roofs and bounds, the correctness check, measuring, and races."""
 
 import dataclasses
+import json
 import math
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_matrix, bench_networks, bench_precisions, bench_sweeps, training_step
+from benchmarks import (
+    bench_matrix,
+    bench_networks,
+    bench_precisions,
+    bench_sweeps,
+    conftest,
+    training_step,
+)
 from benchmarks.harness import contenders, gate, measure, race, roofs
 from benchmarks.harness.roofs import Roofs, Work
 from benchmarks.harness.shapes import ALL, STRUCTURED, WRITE_ROOF, Case
@@ -498,18 +510,46 @@ def test_names_of_cases_differ(device_type, full):
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_the_most_important_come_first_on_a_gpu(device_type, monkeypatch):
+    class Item:
+        def __init__(self, stem):
+            self.path = Path(f"{stem}.py")
+            self.callspec = SimpleNamespace(params={"case": SMALL})
+
+        def add_marker(self, marker):
+            pass
+
+    monkeypatch.setattr(conftest, "device_type", lambda config: device_type)
+    here = ["bench_matrix", "bench_networks", "bench_new", "bench_precisions", "bench_sweeps"]
+    items = [Item(stem) for stem in here]
+    conftest.pytest_collection_modifyitems(None, items)
+    first = ["bench_precisions", "bench_networks", "bench_sweeps", "bench_matrix", "bench_new"]
+    assert [item.path.stem for item in items] == (first if device_type == "cuda" else here)
+
+
 # --- training steps ---
 
+CPU = torch.device("cpu")
+NETWORKS = {
+    "perceptron": training_step.Perceptron(6, (8, 5), batch=4, n=3),
+    "transformer": training_step.Transformer(2, width=8, heads=2, tokens=5, batch=3, n=11),
+}
+every_network = pytest.mark.parametrize("case", NETWORKS.values(), ids=NETWORKS)
 
-def test_a_training_step_is_measured_with_both_kinds_of_matrices():
-    case = (6, [8, 5], 4, 3)
-    times, peaks = training_step.measure(case, torch.device("cpu"), torch.float32, 0, ["hadamard"])
+
+@every_network
+def test_a_training_step_is_measured_with_both_kinds_of_matrices(case):
+    times, peaks, left_out = training_step.measure(case, CPU, torch.float32, 0, ["hadamard"])
     assert set(times) == set(peaks) <= set(WAYS)
-    assert {"DFA", "DFA, hadamard"} <= set(times)
+    assert {"backprop", "shallow", "DFA", "DFA, matrix=", "DFA, lean"} <= set(times)
+    assert "DFA, hadamard" in times
+    assert not left_out
     assert all(time > 0 for time in times.values())
 
 
-def test_a_training_step_takes_its_distribution(monkeypatch):
+@every_network
+def test_a_training_step_takes_its_distribution(monkeypatch, case):
     seen = []
 
     class Seen(training_step.Step):
@@ -518,6 +558,113 @@ def test_a_training_step_takes_its_distribution(monkeypatch):
             seen.append(self.dfa.distribution)
 
     monkeypatch.setattr(training_step, "Step", Seen)
-    case = (6, [8, 5], 4, 3)
-    training_step.measure(case, torch.device("cpu"), torch.float32, 0, ["uniform", "hadamard"])
+    training_step.measure(case, CPU, torch.float32, 0, ["uniform", "hadamard"])
     assert seen[-3:] == ["normal", "uniform", "hadamard"]
+
+
+@every_network
+def test_a_training_step_learns_the_same_however_its_signals_are_made(case):
+    matrix = feedback_matrix(case.widest, case.n)
+    learned = []
+    for options in ({}, {"lean": True}, {"matrix": matrix}):
+        step = training_step.Step(case, CPU, torch.float32, "dfa", **options)
+        step.run()
+        assert all(weight.grad.any() for weight in step.model.parameters() if weight.dim() > 1)
+        learned.append([weight.grad for weight in step.model.parameters()])
+    for other in learned[1:]:
+        torch.testing.assert_close(learned[0], other, rtol=1e-4, atol=1e-7)
+
+
+@every_network
+def test_the_limit_counts_the_products_that_are_saved(case):
+    counted = []
+    for mode, options in (("backprop", {}), ("dfa", {"matrix": NoProducts()})):
+        step = training_step.Step(case, CPU, torch.float32, mode, **options)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            step.run()
+        counted.append(counter.get_total_flops() / 2)
+    by_backpropagation, by_dfa = case.products()
+    rows = step.y.numel()
+    assert counted[0] - counted[1] == rows * (by_backpropagation - by_dfa)
+    masked = 0  # products that causal attention does without, and the counter counts
+    if isinstance(case, training_step.Transformer):
+        masked = 3 * case.blocks * case.width * case.tokens
+    assert counted[0] == rows * (by_backpropagation + masked)
+    assert training_step.limit(case) == by_dfa / by_backpropagation < 1
+
+
+class NoProducts:
+    """A source of signals without products."""
+
+    def project(self, error, layers, dtype):
+        return [error.new_ones(len(error), size, dtype=dtype) for size in layers.sizes]
+
+    def describe(self):
+        return {}
+
+
+def test_the_large_transformer_is_gpt_2_small():
+    case = training_step.ACCELERATOR_CASES["GPT-2 small, 1024 tokens, n = 50257"]
+    with torch.device("meta"):
+        parts = case.parts()
+        x, y = case.data("meta", torch.bfloat16)
+    assert len(parts) == 13
+    weights = sum(weight.numel() for part in parts for weight in part.parameters())
+    assert weights == pytest.approx(124e6 + 768 * 50_257, rel=0.01)  # whose output layer is tied
+    assert x.shape == y.shape == (8, 1024)
+    assert (case.widest, case.n) == (768, 50_257)
+
+
+@pytest.mark.parametrize("when", ["made", "run"])
+def test_a_way_of_training_that_does_not_fit_leaves_the_others_their_results(when, monkeypatch):
+    class Failing(training_step.Step):
+        def __init__(self, case, device, dtype, mode, lean=False, **arguments):
+            super().__init__(case, device, dtype, mode, lean=lean, **arguments)
+            self.lean = lean
+            if when == "made":
+                self.fail()
+
+        def fail(self):
+            if self.dfa.mode == "backprop":
+                raise torch.OutOfMemoryError
+            if self.lean:
+                raise ValueError("out of order")
+
+        def run(self):
+            super().run()
+            if len(self.seconds) > 1:
+                self.fail()
+
+    monkeypatch.setattr(training_step, "Step", Failing)
+    case = NETWORKS["perceptron"]
+    times, peaks, left_out = training_step.measure(case, CPU, torch.float32, 0)
+    assert set(times) == set(peaks) == {"shallow", "DFA", "DFA, matrix="}
+    assert left_out == {
+        "backprop": measure.MISSING,
+        "DFA, lean": "ValueError('out of order')",
+    }
+
+
+def test_the_command_writes_every_case(tmp_path, monkeypatch, capsys):
+    path, saved = tmp_path / "training_step.json", []
+    monkeypatch.setattr(training_step, "CASES", NETWORKS)
+    save = training_step.provenance.save
+    monkeypatch.setattr(
+        training_step.provenance,
+        "save",
+        lambda path, results: (save(path, results), saved.append(len(results["cases"]))),
+    )
+    options = ["--seconds", "0", "--json", str(path)]
+    assert training_step.main(options) == 0
+    written = json.loads(path.read_text())
+    assert [case["case"] for case in written["cases"]] == [*NETWORKS]
+    assert saved == [1, 2]
+    assert written["finished"]
+    assert written["cases"][1]["ratio"]["backprop"] == 1
+    assert training_step.main([*options, "--case", "former"]) == 0
+    (case,) = json.loads(path.read_text())["cases"]
+    assert case["case"] == "transformer"
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        training_step.main(["--case", "no such"])
+    assert "perceptron; transformer" in capsys.readouterr().err

@@ -139,10 +139,13 @@ BUILD = (
 # their own.
 # The launch timeout is raised: Python takes more than the default of 10 seconds to its first call
 # of CUDA.
+# The calls are shared out to as many processes as there are cores: racecheck is slow.
 SANITIZER = (
+    "seq {cores} | xargs -P {cores} -I@ "
     "{sanitizer} --tool=TOOL --error-exitcode=1 --report-api-errors=no "
     "--destroy-on-device-error=kernel --target-processes=application-only --launch-timeout=120 "
-    "--kernel-name-exclude='regex=FOREIGN' {python} tests/backends/small_shapes.py"
+    "--kernel-name-exclude='regex=FOREIGN' "
+    "{python} tests/backends/small_shapes.py BACKENDS --part @/{cores}"
 )
 # Parts of the mangled names of torch's kernels and of the vendor's matrix products.
 FOREIGN = "at6native|at_cuda|cublas|cutlass|nvjet|gemm|gemv"
@@ -185,9 +188,10 @@ def tests(name: str, marks: str, estimate: float, limit: float, *modules: str) -
 def sanitize(tool: str, estimate: float, limit: float, *backends: str) -> Step:
     """Every tile of the backends (of all if none is named) under compute-sanitizer."""
     command = SANITIZER.replace("TOOL", tool).replace("FOREIGN", FOREIGN)
+    command = command.replace("BACKENDS", " ".join(backends))
     return Step(
         "-".join((tool, *backends)),
-        " ".join((command, *backends)),
+        command,
         estimate,
         limit,
         programs=("compute-sanitizer",),
@@ -210,8 +214,8 @@ STAGES: dict[str, tuple[Step, ...]] = {
         verify("triton", 30, 80),
         tests("tests-triton", "triton", 100, 150, "triton"),
         sanitize("memcheck", 35, 60, "triton"),
-        sanitize("racecheck", 40, 60),
-        sanitize("synccheck", 35, 60),
+        sanitize("racecheck", 60, 120),
+        sanitize("synccheck", 40, 90),
     ),
     "C": (
         Step(

@@ -134,6 +134,8 @@ import torch
 from dfa_kernels import feedback_matrix, project
 backend, dtype = sys.argv[1], getattr(torch, sys.argv[2])
 error = torch.ones(5, 61, dtype=dtype, device="cuda")
+if sys.argv[3] == "warm":
+    torch.mm(error, error.T)
 graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph):
     signals = project(error, [61, 7], backend=backend)
@@ -150,8 +152,14 @@ assert torch.equal(matrix.cpu(), exact)
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_the_first_call_of_a_process_may_be_captured(gpu_backend, dtype):
-    """In a new process: what earlier calls loaded, compiled or kept would hide a failure."""
-    command = [sys.executable, "-c", FIRST_CALL, gpu_backend, dtype]
+    """In a new process: what earlier calls loaded, compiled or kept would hide a failure.
+
+    cuBLAS, which multiplies for all but the fused kernels, begins with the first product that a
+    process computes, and that product cannot be captured, whoever asks for it.
+    """
+    by_cublas = gpu_backend == "torch" or dtype == "float64"
+    before = "warm" if by_cublas else "cold"
+    command = [sys.executable, "-c", FIRST_CALL, gpu_backend, dtype, before]
     ended = subprocess.run(command, capture_output=True, text=True)
     if gpu_backend == "triton":
         assert "before capturing a CUDA" in ended.stderr
@@ -161,6 +169,7 @@ def test_the_first_call_of_a_process_may_be_captured(gpu_backend, dtype):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unpoisoned")
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch captures one first
 @pytest.mark.parametrize("number", [3, 6])
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_graphs_that_torch_compile_captures(gpu_backend, number, requires_grad):
@@ -315,10 +324,11 @@ def test_values_by_slabs(gpu_backend, dtype, distribution, precision, n, sizes):
     some = [signal[rows].contiguous() for signal in signals]
     if precision == "highest":
         assert_projected(some, error[rows], sizes, scales, distribution=distribution)
-    else:  # two terms leave out 2^-16
+    else:  # two terms leave out 2^-16; TF32, which "torch" is left to, 2^-12 of each factor
+        relative = 2**-15 if gpu_backend in FUSED else 2**-11
         expected = reference.project(error[rows].cpu(), sizes, scales)
         for signal, exact in zip(some, expected, strict=True):
-            assert (signal.cpu().double() - exact).norm() <= 2**-15 * exact.norm()
+            assert (signal.cpu().double() - exact).norm() <= relative * exact.norm()
 
 
 @pytest.mark.usefixtures("unpoisoned")

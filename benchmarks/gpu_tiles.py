@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks.harness import provenance
 from benchmarks.harness.measure import seconds
 from dfa_kernels import feedback_matrix
-from dfa_kernels.backends import cuda, tensor_cores, triton
+from dfa_kernels.backends import cuda, registry, tensor_cores, triton
 from dfa_kernels.layers import Layers
 from dfa_kernels.stream import DENSE, Stream
 
@@ -169,6 +169,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many")
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     options = parser.parse_args()
+    for name in options.backends:
+        if reason := registry.unavailable(name, "cuda"):  # to ask also loads its kernels
+            parser.error(f"backend {name!r} cannot serve cuda: {reason}")
     origin, end, measured = provenance.origin("cuda"), time.monotonic() + options.seconds, []
     for setting in settings(options.quick):
         if time.monotonic() > end:

@@ -14,7 +14,7 @@ from dfa_kernels import cli, feedback_matrix, ops, project, stream
 from dfa_kernels.backends import cpp, registry, verdicts
 from dfa_kernels.layers import Layers
 from dfa_kernels.stream import Stream
-from tests.choice.made_up_gpus import GPUS, PASSED, WRONG, Machine, choose
+from tests.choice.made_up_gpus import GPUS, H100, PASSED, WRONG, Machine, choose
 from tests.conftest import needs
 
 
@@ -29,7 +29,7 @@ def test_what_passes_serves_and_is_checked_once(machine, caplog):
     assert choose() == ("cuda", [])
     assert machine.checked() == [("cuda", "cuda:0")]
     (said,) = caplog.messages
-    assert "checking backend 'cuda' on H100 (cuda:0)" in said
+    assert "checking backend 'cuda' on Z100 (cuda:0)" in said
     assert "at most 600 s" in said
     assert caplog.records[0].levelno == logging.WARNING
 
@@ -39,7 +39,7 @@ def test_what_fails_is_passed_over_with_one_warning(machine):
     name, (cuda, triton) = choose()
     assert name == "torch"
     assert "backend 'cuda' failed its check on" in cuda
-    assert "bits, and 1 more. On H100, 'torch' serves in its place" in cuda
+    assert "bits, and 1 more. On Z100, 'torch' serves in its place" in cuda
     assert "python -m dfa_kernels verify --backend cuda --device cuda:0" in cuda
     assert "backend 'triton' failed its check" in triton
     assert choose() == choose(GPUS[1]) == ("torch", [])  # the second GPU is of the same kind
@@ -169,6 +169,13 @@ def test_while_a_cuda_graph_is_captured_nothing_is_checked(machine, monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert choose() == ("cuda", [])
     assert len(machine.checks()) == 1
+
+
+def test_a_capture_on_a_proven_gpu_takes_its_kernels(machine, monkeypatch):
+    machine.kinds[GPUS[0]] = H100
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert choose() == ("cuda", [])
+    assert machine.checks() == []
 
 
 @pytest.fixture
@@ -331,6 +338,16 @@ def test_info_shows_what_is_known(machine, monkeypatch, capsys):
     assert "DFA_KERNELS_CHECK=skip: kernels for GPUs serve unchecked" in text
     assert re.search("^cuda +cuda +available, chosen automatically$", text, re.MULTILINE)
     assert machine.checks() == []
+
+
+def test_info_on_a_proven_gpu_knows_of_no_check(machine, monkeypatch, capsys):
+    gpu_here(monkeypatch)
+    machine.kinds[GPUS[0]] = H100
+    found = shown(capsys)
+    assert found["cuda"] == "available, chosen automatically"
+    assert found["triton"] == "available when asked for"
+    monkeypatch.setenv("DFA_KERNELS_CHECK", "force")
+    assert shown(capsys)["cuda"] == "not checked yet; will be at its first use"
 
 
 # --- the registry ---

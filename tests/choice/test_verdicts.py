@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import dfa_kernels
-from dfa_kernels.backends import cuda, registry, trial, verdicts
-from tests.choice.made_up_gpus import GPUS, H100, PASSED, WRONG, Machine, choose, fault
+from dfa_kernels.backends import registry, trial, verdicts
+from tests.choice.made_up_gpus import GPUS, H100, NEW, PASSED, WRONG, Machine, choose, fault
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def change(machine, part):
     elif part == "kernels":
         machine.monkeypatch.setattr(verdicts, "kernels", lambda backend: "others")
     else:
-        machine.kinds[GPUS[0]] = H100._replace(**{part: "another"})
+        machine.kinds[GPUS[0]] = NEW._replace(**{part: "another"})
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
@@ -51,7 +51,7 @@ def test_a_result_is_of_what_was_checked(machine, backend, part):
 
 
 def test_gpus_of_two_kinds_have_results_of_their_own(machine):
-    machine.kinds[GPUS[1]] = verdicts.Facts("A100", (8, 0), "580.65")
+    machine.kinds[GPUS[1]] = NEW._replace(name="Z200", capability=(99, 1))
     machine.works("torch", "cuda")
     assert choose(GPUS[0]) == ("cuda", [])
     machine.check = WRONG
@@ -61,7 +61,7 @@ def test_gpus_of_two_kinds_have_results_of_their_own(machine):
 
 
 def test_a_gpu_without_an_index_is_the_current_one(machine, monkeypatch):
-    machine.kinds[GPUS[1]] = verdicts.Facts("A100", (8, 0), "580.65")
+    machine.kinds[GPUS[1]] = NEW._replace(name="Z200", capability=(99, 1))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for device in (1, 0, 1):
         monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
@@ -149,8 +149,8 @@ def test_another_result_under_this_name_does_not_count(machine):
     choose()
     (name,) = machine.files()
     stored = json.loads((machine.cache / name).read_text())
-    assert stored["key"]["device"] == "H100"
-    stored["key"]["device"] = "A100"
+    assert stored["key"]["device"] == "Z100"
+    stored["key"]["device"] = "Z200"
     (machine.cache / name).write_text(json.dumps(stored))
     machine.restart()
     choose()
@@ -303,7 +303,7 @@ while not os.path.exists({str(go)!r}):
 {PASSED}
 """
     path = [str(Path(dfa_kernels.__file__).parent.parent)]
-    code = OTHER.format(path=path, facts=tuple(H100), check=check)
+    code = OTHER.format(path=path, facts=tuple(NEW), check=check)
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     while not begun.exists():
         assert process.poll() is None
@@ -345,13 +345,15 @@ def test_waiting_ends(machine, other, monkeypatch):
 # --- what is asked for ---
 
 
-def test_proven_kernels_serve_unchecked(machine, monkeypatch):
-    monkeypatch.setattr(cuda, "PROVEN", frozenset({(9, 0)}))
-    machine.kinds[GPUS[1]] = verdicts.Facts("A100", (8, 0), "580.65")
-    assert choose(GPUS[0]) == ("cuda", [])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_proven_kernels_serve_unchecked(machine, backend):
+    machine.kinds[GPUS[0]] = H100
+    machine.works("torch", backend)
+    machine.check = WRONG
+    assert choose(GPUS[0]) == (backend, [])
     assert machine.checks() == []
-    assert choose(GPUS[1]) == ("cuda", [])
-    assert machine.checked() == [("cuda", "cuda:1")]
+    assert choose(GPUS[1])[0] == "torch"
+    assert machine.checked() == [(backend, "cuda:1")]
 
 
 def test_skip(machine, monkeypatch):
@@ -364,12 +366,14 @@ def test_skip(machine, monkeypatch):
     assert len(machine.checks()) == count
 
 
-def test_force(machine, monkeypatch):
-    monkeypatch.setattr(cuda, "PROVEN", frozenset({(9, 0)}))
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_force(machine, monkeypatch, backend):
+    machine.kinds[GPUS[0]] = H100
+    machine.works("torch", backend)
     monkeypatch.setenv("DFA_KERNELS_CHECK", "force")
     for _ in range(2):
-        assert choose() == ("cuda", [])
-        assert len(machine.checks()) == 1
+        assert choose() == (backend, [])
+        assert machine.checked() == [(backend, "cuda:0")]
         machine.restart()
 
 

@@ -53,8 +53,9 @@ def project(
             begins at column_offset. The shards' signals add up to the whole error's. None:
             error.shape[-1], not a shard.
         dtype: of the signals. None: the error's (under autocast, the autocast dtype).
-        backend: a name from `backends()`, or None for the best one available. On a GPU the best one
-            is checked at its first use, once per machine, which may take minutes.
+        backend: a name from `backends()`, or None for the best one available. On a kind of GPU
+            where it is not proven, that one is checked at its first use, once per machine, which
+            may take minutes.
 
     Returns:
         One tensor (..., l_i) per size. Layers with equal size, offset and scale share one tensor

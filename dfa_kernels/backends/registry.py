@@ -195,8 +195,8 @@ def choose(
 ) -> str:
     """The backend that serves: the one asked for, else DFA_KERNELS_BACKEND, else the preferred.
 
-    The first automatic choice on a GPU may take minutes, because it checks backends. With `tracing`
-    it starts no check, and returns "" if a check must decide.
+    The first automatic choice on a kind of GPU where the kernels are not proven may take minutes,
+    because it checks them. With `tracing` it starts no check, and returns "" if one must decide.
 
     Raises ValueError for an unknown name, and RuntimeError with the reason if the backend asked for
     cannot serve.

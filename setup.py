@@ -30,8 +30,16 @@ COMPILE_ARGUMENTS = [
     "-Wno-maybe-uninitialized",
 ]
 
-# Binaries for sm_80 (and so 8.6, 8.9) and sm_90. Newer GPUs compile the PTX of sm_90.
+# Binaries for sm_80 (and so 8.6, 8.9) and sm_90a. Newer GPUs compile the PTX of compute_90.
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
+SM90A = "-gencode=arch=compute_90a,code=sm_90a"
+# What is built instead of what torch would build. Only code for sm_90a has the products of
+# warpgroups, and the driver could take sm_90 if it were there too. PTX of compute_90a runs
+# on no newer GPU.
+INSTEAD = {
+    "-gencode=arch=compute_90,code=sm_90": SM90A,
+    "-gencode=arch=compute_90a,code=compute_90a": "-gencode=arch=compute_90,code=compute_90",
+}
 OLD_NAMES = ("Kepler", "Maxwell", "Pascal", "Volta", "Turing")  # torch's, before sm_80
 
 
@@ -75,6 +83,15 @@ def architectures(asked: str) -> str:
     if old:
         left_out(f"{' '.join(old)} part of the CUDA", "they need compute capability 8.0")
     return ";".join(one for one in wanted if one not in old) or CUDA_ARCHITECTURES
+
+
+def nvcc_flags(asked: str) -> list[str]:
+    """The flags of nvcc that build for a TORCH_CUDA_ARCH_LIST. With them torch adds none itself."""
+    from torch.utils.cpp_extension import _get_cuda_arch_flags  # resolves names and "native"
+
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(asked)
+    flags = sorted({INSTEAD.get(flag, flag) for flag in _get_cuda_arch_flags()})
+    return [*flags, "-DDFA_KERNELS_SM90A"] if SM90A in flags else flags
 
 
 def left_out(what: str, reason: object) -> None:
@@ -124,21 +141,25 @@ def extensions() -> dict:
             **common,
         )
     ]
-    if torch.version.cuda is not None:
-        if no_toolkit is not None:
-            left_out("CUDA", no_toolkit)
-        else:
-            asked = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
-            os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(asked)
+    if no_toolkit is not None:
+        left_out("CUDA", no_toolkit)
+    elif torch.version.cuda is not None:
+        try:
+            flags = nvcc_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES)
             modules.append(
                 CUDAExtension(
                     "dfa_kernels._CUDA",
                     sources("csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
                     define_macros=[*macros, ("USE_CUDA", None)],  # for torch's stream of the shim
-                    extra_compile_args={"cxx": COMPILE_ARGUMENTS, "nvcc": ["-std=c++17", "-O3"]},
+                    extra_compile_args={
+                        "cxx": COMPILE_ARGUMENTS,
+                        "nvcc": ["-std=c++17", "-O3", *flags],
+                    },
                     **common,
                 )
             )
+        except Exception as error:  # such as an architecture that torch does not know
+            left_out("CUDA", error)
     return {
         "ext_modules": modules,
         "cmdclass": {"build_ext": BuildIfPossible},

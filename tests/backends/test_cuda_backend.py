@@ -1,5 +1,6 @@
 """What the "cuda" backend decides in Python."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -147,3 +148,65 @@ def test_architectures_without_bf16_are_left_out(monkeypatch, capsys):
     assert setup.architectures("6.1;Volta;7.0+PTX") == setup.CUDA_ARCHITECTURES
     assert "6.1 7.0+PTX Volta part" in capsys.readouterr().err
     assert setup.architectures("10.0;12.0") == "10.0;12.0"
+
+
+@pytest.fixture
+def nvcc_flags(monkeypatch):
+    """The function of setup.py, which sets a variable of the environment."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
+    monkeypatch.syspath_prepend(str(ROOT))
+    import setup
+
+    return setup.nvcc_flags
+
+
+def built(flags):
+    """The code that nvcc is told to build, and whether the sources are told of sm_90a."""
+    codes = []
+    for flag in flags:
+        code = re.fullmatch(r"-gencode=arch=compute_(\w+),code=((?:sm|compute)_\1)", flag)
+        codes += [code[2]] if code else []
+    others = [flag for flag in flags if not flag.startswith("-gencode")]
+    assert len(codes) + len(others) == len(flags)
+    assert others in ([], ["-DDFA_KERNELS_SM90A"])
+    return " ".join(sorted(codes)), bool(others)
+
+
+@pytest.mark.parametrize(
+    ("asked", "codes", "sm90a"),
+    [
+        ("8.0;9.0+PTX", "compute_90 sm_80 sm_90a", True),
+        ("9.0", "sm_90a", True),
+        ("9.0a", "sm_90a", True),
+        ("9.0a+PTX", "compute_90 sm_90a", True),
+        ("9.0 9.0a", "sm_90a", True),
+        ("Hopper", "compute_90 sm_90a", True),
+        ("8.0", "sm_80", False),
+        ("8.0+PTX", "compute_80 sm_80", False),
+        ("7.5;8.6 8.9", "sm_86 sm_89", False),
+        ("Ampere;Ada", "compute_86 compute_89 sm_80 sm_86 sm_89", False),
+        ("10.0;12.0a", "sm_100 sm_120a", False),
+        ("12.0+PTX;9.0", "compute_120 sm_120 sm_90a", True),
+        ("Blackwell", "compute_121 sm_100 sm_103 sm_120 sm_121", False),
+        ("Volta", "compute_90 sm_80 sm_90a", True),
+    ],
+)
+def test_what_is_built_for_a_list_of_architectures(nvcc_flags, asked, codes, sm90a):
+    """Never sm_90, beside which the driver would choose, nor PTX of compute_90a."""
+    assert built(nvcc_flags(asked)) == (codes, sm90a)
+
+
+def test_the_native_architecture(nvcc_flags, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90", "sm_120"])
+    for capability, expected in (
+        ((9, 0), ("compute_90 sm_90a", True)),
+        ((8, 6), ("compute_86 sm_86", False)),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, of=capability: of)
+        assert built(nvcc_flags("native")) == expected
+
+
+def test_unknown_architectures_are_refused(nvcc_flags):
+    with pytest.raises(ValueError, match=r"9\.7"):
+        nvcc_flags("8.0;9.7")

@@ -144,22 +144,11 @@ torch.cuda._is_compiled, torch.cuda.is_available = lambda: True, lambda: False
 sys.argv = ["setup.py", "build_ext", "--inplace"]
 runpy.run_path("setup.py", run_name="__main__")
 """
+ONLY_VERSION = '[ "$1" = --version ] && echo "Cuda compilation tools, release 13.0, V13.0.1"'
 
 
-@pytest.mark.parametrize(
-    ("nvcc", "reason"),
-    [
-        (None, "there is no CUDA toolkit"),
-        ("exit 1", "--version"),
-        (
-            '[ "$1" = --version ] && echo "Cuda compilation tools, release 13.0, V13.0.1"',
-            "Error compiling objects",
-        ),
-    ],
-    ids=["no-toolkit", "no-version", "compiles-nothing"],
-)
-def test_a_failed_cuda_build_leaves_the_cpu_kernels(checkout, nvcc, reason):
-    """The sources are emptied for speed; the build still compiles all of them."""
+def cuda_build(checkout, nvcc, architectures):
+    """Build from emptied sources with this script as nvcc, if any, for these architectures."""
     needs("c++", COMPILER is not None)
     for source in checkout.glob("csrc/**/*.c*"):
         if source.suffix in (".cpp", ".cu"):
@@ -168,14 +157,31 @@ def test_a_failed_cuda_build_leaves_the_cpu_kernels(checkout, nvcc, reason):
         (checkout / "bin").mkdir()
         (checkout / "bin" / "nvcc").write_text(f"#!/bin/sh\n{nvcc}\n")
         (checkout / "bin" / "nvcc").chmod(0o755)
+    variables = {"CUDA_HOME": str(checkout), "TORCH_CUDA_ARCH_LIST": architectures}
     done = subprocess.run(
         [sys.executable, "-c", CUDA_BUILD],
         capture_output=True,
         text=True,
         cwd=checkout,
-        env={**os.environ, "CUDA_HOME": str(checkout)},
+        env={**os.environ, **variables},
     )
     assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "architectures", "reason"),
+    [
+        (None, "", "there is no CUDA toolkit"),
+        ("exit 1", "", "--version"),
+        (ONLY_VERSION, "", "Error compiling objects"),
+        (ONLY_VERSION, "8.0;9.7", "Unknown CUDA arch (9.7)"),
+    ],
+    ids=["no-toolkit", "no-version", "compiles-nothing", "no-such-architecture"],
+)
+def test_a_failed_cuda_build_leaves_the_cpu_kernels(checkout, nvcc, architectures, reason):
+    """The sources are emptied for speed; the build still compiles all of them."""
+    done = cuda_build(checkout, nvcc, architectures)
     lines = [line for line in done.stderr.splitlines() if "dfa_kernels: left out" in line]
     assert len(lines) == 1, done.stderr
     (line,) = lines
@@ -183,3 +189,24 @@ def test_a_failed_cuda_build_leaves_the_cpu_kernels(checkout, nvcc, reason):
     assert reason in line
     names = {binary.name for binary in (checkout / "dfa_kernels").glob("*.so")}
     assert names == {"_C.abi3.so"}
+
+
+@pytest.mark.parametrize(
+    ("architectures", "codes", "macros"),
+    [
+        ("", ["compute_80,code=sm_80", "compute_90,code=compute_90", "compute_90a,code=sm_90a"], 1),
+        ("8.6", ["compute_86,code=sm_86"], 0),
+    ],
+)
+def test_what_nvcc_is_told_to_build(checkout, architectures, codes, macros):
+    nvcc = f'{ONLY_VERSION} && exit; echo "$@" >> {checkout}/told; exit 1'
+    cuda_build(checkout, nvcc, architectures)
+    lines = (checkout / "told").read_text().splitlines()
+    assert lines
+    for line in lines:
+        told = line.split()
+        assert ".cu" in line
+        assert sorted(word for word in told if "arch=" in word) == [
+            f"-gencode=arch={code}" for code in codes
+        ]
+        assert told.count("-DDFA_KERNELS_SM90A") == macros

@@ -85,6 +85,7 @@ constexpr int kUnitColumns = 8;
 constexpr uint32_t kCodebookSize = 1u << facts(Distribution::kNormal).bits;
 
 struct Codebook {
+  static constexpr int kBits = 12;  // of k
   static constexpr float kC0 = 0x1.40ce28p+0f;
   static constexpr float kC1 = 0x1.d4d196p-3f;
   static constexpr float kC2 = 0x1.d99812p-8f;

@@ -16,6 +16,8 @@
 #include <string>
 #include <tuple>
 
+#include "warpgroup.h"
+
 #define DFA_DEVICE __device__ __forceinline__
 #define DFA_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define DFA_ARGUMENT const __grid_constant__
@@ -33,7 +35,7 @@ DFA_DEVICE int block() { return static_cast<int>(blockIdx.x); }
 DFA_DEVICE int blocks() { return static_cast<int>(gridDim.x); }
 
 DFA_DEVICE char* shared() {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(1024) char memory[];
   return memory;
 }
 
@@ -54,6 +56,13 @@ DFA_DEVICE void copy_async(void* to, const void* from, bool valid) {
 
 // Waits for this thread's own copies. The block sees them after a barrier.
 DFA_DEVICE void wait_copies() { asm volatile("cp.async.wait_all;\n" ::: "memory"); }
+
+// Lets products of warpgroups read what this thread has copied, after the next barrier.
+DFA_DEVICE void show_copies() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+#endif
+}
 
 // c[16 x 8] += a[16 x 16] * b[16 x 8] over the warp, summed in fp32.
 DFA_DEVICE void multiply_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -119,6 +128,7 @@ inline void check_cuda(cudaError_t status, const char* what) {
 struct DeviceLimits {
   int processors;
   int shared_bytes;  // that a block may have
+  bool warpgroups;   // can multiply together, and the kernels that do are in this binary
 };
 
 inline DeviceLimits device_limits() {
@@ -130,6 +140,12 @@ inline DeviceLimits device_limits() {
   check_cuda(
       cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
       "shared memory per block");
+#if defined(DFA_KERNELS_SM90A)
+  int major = 0;
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+             "compute capability");
+  limits.warpgroups = major == 9;
+#endif
   return limits;
 }
 

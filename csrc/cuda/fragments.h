@@ -40,6 +40,18 @@ DFA_HOST_DEVICE constexpr int staged_byte(int row, int piece) {
   return row * kChunkBytes + 16 * (piece ^ ((row & 1) << 2));
 }
 
+// The same for a warpgroup's product, whose hardware reads rows so: 8 of them use every bank once.
+DFA_HOST_DEVICE constexpr int group_byte(int row, int piece) {
+  return row * kChunkBytes + 16 * (piece ^ (row & 7));
+}
+
+// A warpgroup's product reads the second operand's columns in their order, so the error's are
+// permuted beforehand: the column in a strip of its element `position`.
+DFA_HOST_DEVICE constexpr int group_column(int position) {
+  const int quad = position % 8 / 2, word = position / 8;
+  return column_of(quad, word, position % 2);
+}
+
 // The error row and the row of U of accumulator i of `lane`, within a fragment.
 DFA_HOST_DEVICE constexpr int sum_batch(int lane, int i) { return 2 * (lane % 4) + i % 2; }
 DFA_HOST_DEVICE constexpr int sum_row(int lane, int i) { return fragment_row(lane, i / 2); }

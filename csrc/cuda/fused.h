@@ -29,10 +29,15 @@ static_assert(sizeof(FusedParameters) <= 4096, "the limit of kernel arguments on
 
 // The tile of a block: N fragments of 8 error rows by F fragments of 16 rows of U for each warp. If
 // the warps divide the columns into PARTS instead, it is the same tile for all of them. CHUNKS of
-// columns of the error are staged at once; more of them need fewer barriers.
-template <int N, int F, int WARPS, int BLOCKS, int CHUNKS, int PARTS = 1>
+// columns of the error are staged at once; more of them need fewer barriers. With GROUPS, four
+// warps multiply together, by wgmma. The sums of STAGED fragments of error rows are written at
+// once.
+template <int N, int F, int WARPS, int BLOCKS, int CHUNKS, int PARTS = 1, bool GROUPS = false,
+          int STAGED = PARTS == 1 ? 4 : 2>
 struct Shape {
   static_assert(PARTS == 1 || PARTS == WARPS, "all warps share their rows, or none do");
+  static_assert(!GROUPS || (F == 1 && PARTS == 1 && WARPS % 4 == 0), "4 warps, with 16 rows each");
+  static constexpr bool kGroups = GROUPS;  // products are those of warpgroups
   static constexpr int kN = N, kF = F, kWarps = WARPS, kChunks = CHUNKS, kParts = PARTS;
   static constexpr int kThreads = 32 * WARPS;
   static constexpr int kBlocks = BLOCKS;  // per multiprocessor, which limits the registers
@@ -44,11 +49,11 @@ struct Shape {
   // Strips of 32 columns in a stage, and those of one warp.
   static constexpr int kStageStrips = kStageColumns / kStripColumns,
                        kOwnStrips = kStageStrips / PARTS;
-  static constexpr int kMostStagedN = PARTS == 1 ? 4 : 2;  // 2, so that many warps all write
-  static constexpr int kStagedN = N < kMostStagedN ? N : kMostStagedN;
+  static constexpr int kStagedN = N < STAGED ? N : STAGED;
   // Rows of staged sums are 4 mod 16 floats, so the quads of a warp write to different banks.
   static constexpr int kSumStride = kWarpRows + 4;
   static constexpr int kSumFloats = kFragmentBatch * kStagedN * kSumStride;  // of a warp
+  static constexpr int kSumBytes = 4 * WARPS * kSumFloats;
 };
 
 constexpr int kStages = 2;
@@ -58,8 +63,8 @@ template <class S>
 struct ErrorPieces {
   static constexpr int kAcross = kPieces * S::kChunks;
   static constexpr int kStep = S::kThreads / kAcross;
-  static_assert(kStep % 2 == 0,
-                "a thread's error rows have one parity, and so one order of pieces");
+  static_assert(kStep % (S::kGroups ? 8 : 2) == 0,
+                "all error rows of a thread have the same order of pieces");
 
   const uint16_t* from;
   int batch;  // error rows from its first on
@@ -79,8 +84,9 @@ struct ErrorPieces {
     const int64_t column = int64_t{S::kStageColumns} * step;
     const int there = p.columns - column > 8 * piece() ? batch : 0;
     const uint16_t* of_term = from + column;
-    char* to = stage + piece() / kPieces * (S::kBatch * kChunkBytes) +
-               staged_byte(first(), piece() % kPieces);
+    const int byte = S::kGroups ? group_byte(first(), piece() % kPieces)
+                                : staged_byte(first(), piece() % kPieces);
+    char* to = stage + piece() / kPieces * (S::kBatch * kChunkBytes) + byte;
 #pragma unroll 1
     for (int term = 0; term < p.terms; ++term) {
       const uint16_t* of_row = of_term;
@@ -96,6 +102,27 @@ struct ErrorPieces {
     }
   }
 };
+
+// sums += this warp's rows of U times a strip of the error, `from` this lane's first piece on.
+template <class S, Operand kOperand>
+DFA_DEVICE void multiply_strip(const char* from, const uint32_t (&a)[S::kF][2][4],
+                               float (&sums)[S::kF][S::kN][4]) {
+#pragma unroll
+  for (int n = 0; n < S::kN; ++n) {
+    // A fragment further down, a row has the same parity and so the same order of pieces.
+    const Words16 b = *reinterpret_cast<const Words16*>(from + n * kFragmentBatch * kChunkBytes);
+#pragma unroll
+    for (int f = 0; f < S::kF; ++f) {
+      if constexpr (kOperand == Operand::kHalf) {
+        device::multiply_half(sums[f][n], a[f][0], b.x, b.y);
+        device::multiply_half(sums[f][n], a[f][1], b.z, b.w);
+      } else {
+        device::multiply_bf16(sums[f][n], a[f][0], b.x, b.y);
+        device::multiply_bf16(sums[f][n], a[f][1], b.z, b.w);
+      }
+    }
+  }
+}
 
 // sums += this warp's rows of U times its part of the staged error.
 template <class S, Distribution kDistribution, Operand kOperand>
@@ -117,26 +144,16 @@ DFA_DEVICE void multiply_step(const FusedParameters& p,
     generator.template make<kRun>(p.keys, p.first_block,
                                   static_cast<uint32_t>(kStrips * step + strip), lane, a);
     const char* chunk = stage + strip / 2 * (S::kBatch * kChunkBytes);
-    const int piece = 4 * (strip % 2) + lane % 4;
     // The smallest terms of the strip first.
 #pragma unroll 1
     for (int term = p.terms - 1; term >= 0; --term) {
-      const char* from = chunk + term * S::kTermBytes + staged_byte(lane / 4, piece);
-#pragma unroll
-      for (int n = 0; n < S::kN; ++n) {
-        // A fragment further down, a row has the same parity and so the same order of pieces.
-        const Words16 b =
-            *reinterpret_cast<const Words16*>(from + n * kFragmentBatch * kChunkBytes);
-#pragma unroll
-        for (int f = 0; f < S::kF; ++f) {
-          if constexpr (kOperand == Operand::kHalf) {
-            device::multiply_half(sums[f][n], a[f][0], b.x, b.y);
-            device::multiply_half(sums[f][n], a[f][1], b.z, b.w);
-          } else {
-            device::multiply_bf16(sums[f][n], a[f][0], b.x, b.y);
-            device::multiply_bf16(sums[f][n], a[f][1], b.z, b.w);
-          }
-        }
+      const char* of_term = chunk + term * S::kTermBytes;
+      if constexpr (S::kGroups) {
+        device::multiply_group<S::kN>(sums[0], a[0], of_term, 16 * 4 * (strip % 2),
+                                      kOperand == Operand::kHalf);
+      } else {
+        const char* from = of_term + staged_byte(lane / 4, 4 * (strip % 2) + lane % 4);
+        multiply_strip<S, kOperand>(from, a, sums);
       }
     }
   }
@@ -265,6 +282,10 @@ fused(DFA_ARGUMENT FusedParameters p) {
   const int stage_bytes = p.terms * S::kTermBytes;
   float* staged = reinterpret_cast<float*>(device::shared() + kStages * stage_bytes) +
                   of_rows * S::kParts * S::kSumFloats;
+  char* const table = device::shared() + kStages * stage_bytes + S::kSumBytes;
+  if constexpr (kDistribution == Distribution::kNormal) {
+    Levels::make(table, device::thread(), S::kThreads);
+  }
 
   // One stage is filled while the other is multiplied. An error that fits both stays there until
   // the next tile of the batch.
@@ -285,7 +306,7 @@ fused(DFA_ARGUMENT FusedParameters p) {
     const RowTile tile = p.table.tile(item % p.row_tiles, S::kRows);
     const uint64_t row = tile.row + static_cast<uint64_t>(of_rows * S::kWarpRows);
     Generator<kDistribution, kOperand, S::kF> generator;
-    generator.start(p.keys, row, lane);
+    generator.start(p.keys, row, lane, table);
     float sums[S::kF][S::kN][4] = {};
 #pragma unroll 1
     for (int32_t step = 0; step < p.steps; ++step) {
@@ -293,6 +314,7 @@ fused(DFA_ARGUMENT FusedParameters p) {
       const bool load = last ? next < p.items && !stays : fresh || !fits;
       if (loading || load) {
         device::wait_copies();
+        if constexpr (S::kGroups) device::show_copies();
         device::sync_block();
       }
       if (load) {

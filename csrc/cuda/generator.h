@@ -88,17 +88,7 @@ struct Halves {
   // instruction per entry; it does not do so with the result of a shuffle.
   DFA_DEVICE Halves kept() const { return {device::shuffle(low, 0), device::shuffle(high, 0)}; }
 };
-
-DFA_HOST_DEVICE constexpr Halves halves_of(Distribution distribution) {
-  return distribution == Distribution::kUniform ? Halves{0x7414, 0x7434} : Halves{0x7410, 0x7432};
-}
-
-// The bf16 patterns of the normal entries of a word's two halves.
-DFA_DEVICE uint32_t normal_pair(uint32_t word, const Halves& halves) {
-  const uint32_t k = word & 0xfff0fff0u;
-  return device::pack_bf16(normal_unrounded(device::permute(k, 0x4b000000u, halves.low)),
-                           normal_unrounded(device::permute(k, 0x4b000000u, halves.high)));
-}
+DFA_HOST_DEVICE constexpr Halves uniform_halves() { return {0x7414, 0x7434}; }
 
 // (2k - 255) / 256, where k is byte 1 or 3 of a word.
 DFA_DEVICE float uniform_value(uint32_t word, uint32_t selector) {
@@ -106,17 +96,46 @@ DFA_DEVICE float uniform_value(uint32_t word, uint32_t selector) {
   return fmaf(device::as_float(bits), 0x1p-7f, -65791.0f / 256);       // exact
 }
 
-// Two neighbouring entries of U as tensor-core operands. They are exact in either type.
-template <Distribution kDistribution, Operand kOperand>
-DFA_DEVICE uint32_t operand_pair(uint32_t word, const Halves& halves) {
-  if constexpr (kDistribution == Distribution::kUniform) {
-    const float low = uniform_value(word, halves.low), high = uniform_value(word, halves.high);
-    return kOperand == Operand::kHalf ? device::pack_half(low, high) : device::pack_bf16(low, high);
-  } else {
-    const uint32_t pair = normal_pair(word, halves);
-    if constexpr (kOperand != Operand::kHalf) return pair;
-    return device::pack_half(device::as_float(pair << 16), device::as_float(pair & 0xffff0000u));
+// The normal levels in fp32, by k, in shared memory. One of two entries is looked up there and the
+// other computed. To look up all would wait for shared memory, to compute all for the schedulers.
+struct Levels {
+  static constexpr int kBytes = 4 << Codebook::kBits;
+
+  const char* table;
+
+  // A thread's part of the table. Others may read it after a barrier.
+  DFA_DEVICE static void make(char* table, int thread, int threads) {
+    for (int k = thread; k < 1 << Codebook::kBits; k += threads) {
+      const float level = normal_unrounded(computed_bits(static_cast<uint32_t>(k) << kShift));
+      const uint32_t rounded = device::pack_bf16(0.0f, level) & 0xffff0000u;
+      reinterpret_cast<uint32_t*>(table)[k] = rounded;
+    }
   }
+
+  // Two neighbouring entries of U as tensor-core operands. They are exact in either type.
+  template <Operand kOperand>
+  DFA_DEVICE uint32_t pair(uint32_t word) const {
+    const float high = looked_up(word >> 16);
+    if constexpr (kOperand == Operand::kHalf) return device::pack_half(looked_up(word), high);
+    return device::pack_bf16(normal_unrounded(computed_bits(word & kMask)), high);
+  }
+
+ private:
+  static constexpr int kShift = 16 - Codebook::kBits;  // k is bits 4..15 of a half
+  static constexpr uint32_t kMask = ((1u << Codebook::kBits) - 1) << kShift;
+
+  DFA_DEVICE static uint32_t computed_bits(uint32_t shifted_k) { return shifted_k | 0x4b000000u; }
+
+  DFA_DEVICE float looked_up(uint32_t half) const {
+    return *reinterpret_cast<const float*>(table + (half >> (kShift - 2) & kMask >> (kShift - 2)));
+  }
+};
+
+// Two neighbouring uniform entries of U as tensor-core operands. They are exact in either type.
+template <Operand kOperand>
+DFA_DEVICE uint32_t uniform_pair(uint32_t word, const Halves& halves) {
+  const float low = uniform_value(word, halves.low), high = uniform_value(word, halves.high);
+  return kOperand == Operand::kHalf ? device::pack_half(low, high) : device::pack_bf16(low, high);
 }
 
 // A warp's 16 F rows of U, 32 columns at a time, as A operands: a[fragment][step][register].
@@ -125,11 +144,16 @@ struct Generator {
   RowState rows[2 * F];
   uint32_t row_high;
   Halves halves;
+  Levels levels;
 
   // `row` is the warp's first row. Its rows do not cross a multiple of 2^32.
-  DFA_DEVICE void start(const RoundKeys& keys, uint64_t row, int lane) {
+  DFA_DEVICE void start(const RoundKeys& keys, uint64_t row, int lane, const char* table) {
     row_high = upper(row);
-    halves = halves_of(kDistribution).kept();
+    if constexpr (kDistribution == Distribution::kUniform) {
+      halves = uniform_halves().kept();
+    } else {
+      levels.table = table;
+    }
 #pragma unroll
     for (int i = 0; i < 2 * F; ++i) {
       const int offset = kFragmentRows * (i / 2) + fragment_row(lane, i % 2);
@@ -150,8 +174,13 @@ struct Generator {
       for (int step = 0; step < 2; ++step) {
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {
-          a[i / 2][step][a_register(i % 2, pair)] =
-              operand_pair<kDistribution, kOperand>(block.word[word_of(step, pair)], halves);
+          const uint32_t word = block.word[word_of(step, pair)];
+          uint32_t& out = a[i / 2][step][a_register(i % 2, pair)];
+          if constexpr (kDistribution == Distribution::kUniform) {
+            out = uniform_pair<kOperand>(word, halves);
+          } else {
+            out = levels.pair<kOperand>(word);
+          }
         }
       }
     }
@@ -166,7 +195,7 @@ struct Generator<Distribution::kRademacher, kOperand, F> {
   uint32_t row_high;
   Words4 own;
 
-  DFA_DEVICE void start(const RoundKeys& keys, uint64_t row, int lane) {
+  DFA_DEVICE void start(const RoundKeys& keys, uint64_t row, int lane, const char*) {
     row_high = upper(row);
     const int i = lane % 4 % (2 * F);
     const int offset = kFragmentRows * (i / 2) + fragment_row(lane, i % 2);

@@ -4,6 +4,7 @@
 
 #include "../projection.h"
 #include "device.h"
+#include "fragments.h"
 #include "split.h"
 
 namespace dfa {
@@ -14,7 +15,8 @@ struct PrepareParameters {
   Type type;
   int32_t terms;
   int64_t head;         // columns of zeros before the error's
-  int64_t out_columns;  // with zeros on both sides, a multiple of 8
+  int64_t out_columns;  // with zeros on both sides, a multiple of 8, or of 32 if they are permuted
+  bool permuted;        // as `group_column` says
   uint16_t* out;        // [terms, batch, out_columns], bf16, or fp16 for an fp16 error
 };
 
@@ -23,11 +25,14 @@ DFA_KERNEL(256, 1) prepare(DFA_ARGUMENT PrepareParameters p) {
   const int64_t step = int64_t{256} * device::blocks();
   for (int64_t i = int64_t{256} * device::block() + device::thread(); i < p.batch * pieces;
        i += step) {
-    const int64_t row = i / pieces, first = i % pieces * 8 - p.head;
+    const int64_t row = i / pieces, piece = i % pieces;
     uint16_t term[8][3] = {};
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
-      const int64_t column = first + c;
+      const int64_t place = p.permuted
+                                ? piece / 4 * 32 + group_column(static_cast<int>(piece % 4) * 8 + c)
+                                : piece * 8 + c;
+      const int64_t column = place - p.head;
       if (column < 0 || column >= p.columns) continue;
       const int64_t from = row * p.batch_stride + column * p.column_stride;
       if (p.type == Type::kFloat32) {

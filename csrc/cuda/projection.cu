@@ -32,6 +32,7 @@ std::vector<Candidate> candidates(Distribution distribution, Operand operand, in
     const FusedKernel kernel = fused_kernel(distribution, operand, shape);
     const int bytes = kernel.shared_bytes(terms);
     if (kernel.kernel == nullptr || bytes > limits.shared_bytes) continue;
+    if (kernel.groups && !limits.warpgroups) continue;
     const int resident = resident_blocks(kernel.kernel, kernel.threads(), bytes);
     if (resident > 0) found.push_back({shape, kernel, resident});
   }
@@ -70,18 +71,20 @@ int64_t batch_stride(const StridedMatrix& error) {
   return error.batch == 1 ? 0 : error.batch_stride;
 }
 
-bool usable_as_it_is(const StridedMatrix& error, int64_t head) {
-  return error.type != Type::kFloat32 && head == 0 && error.columns > 0 && error.columns % 8 == 0 &&
-         error.column_stride == 1 && reinterpret_cast<uintptr_t>(error.data) % 16 == 0 &&
-         batch_stride(error) % 8 == 0;
+bool usable_as_it_is(const StridedMatrix& error, int64_t head, const FusedKernel& kernel) {
+  return !kernel.groups && error.type != Type::kFloat32 && head == 0 && error.columns > 0 &&
+         error.columns % 8 == 0 && error.column_stride == 1 &&
+         reinterpret_cast<uintptr_t>(error.data) % 16 == 0 && batch_stride(error) % 8 == 0;
 }
 
-void set_error(const StridedMatrix& error, int64_t head, int terms, const Allocate& allocate,
-               const DeviceLimits& limits, void* stream, FusedParameters& p) {
+void set_error(const StridedMatrix& error, int64_t head, const FusedKernel& kernel, int terms,
+               const Allocate& allocate, const DeviceLimits& limits, void* stream,
+               FusedParameters& p) {
   p.batch = error.batch;
   p.terms = terms;
-  p.columns = std::max<int64_t>(1, divide_up(head + error.columns, 8)) * 8;
-  if (usable_as_it_is(error, head)) {
+  const int64_t step = kernel.groups ? kStripColumns : 8;
+  p.columns = std::max<int64_t>(1, divide_up(head + error.columns, step)) * step;
+  if (usable_as_it_is(error, head, kernel)) {
     p.error = static_cast<const uint16_t*>(error.data);
     p.batch_stride = batch_stride(error);
     p.term_stride = 0;
@@ -90,7 +93,8 @@ void set_error(const StridedMatrix& error, int64_t head, int terms, const Alloca
   auto* out = static_cast<uint16_t*>(allocate(2 * terms * error.batch * p.columns));
   const PrepareParameters prepared{
       error.data, error.batch, error.columns, error.batch_stride, error.column_stride,
-      error.type, terms,       head,          p.columns,          out};
+      error.type, terms,       head,          p.columns,          kernel.groups,
+      out};
   const int64_t blocks = divide_up(error.batch * (p.columns / 8), 256);
   launch(prepare, prepared, std::min<int64_t>(blocks, 8 * limits.processors), 256, 0, stream);
   p.error = out;
@@ -133,9 +137,11 @@ void project_cuda(const Stream& stream, const StridedMatrix& error, std::vector<
   p.keys = RoundKeys(stream.seed);
   p.out_type = out_type;
   p.first_block = static_cast<uint32_t>(stream.column_offset / block_columns);
-  set_error(error, stream.column_offset % block_columns, terms, allocate, limits, cuda_stream, p);
-  const Work work{stream.distribution, plan.rows(), plan.written(), p.batch, p.columns, terms};
+  const int64_t head = stream.column_offset % block_columns;
+  const Work work{stream.distribution, plan.rows(),          plan.written(),
+                  error.batch,         head + error.columns, terms};
   const Candidate choice = choose(work, operand_of(error.type, terms), forced.tile, limits);
+  set_error(error, head, choice.kernel, terms, allocate, limits, cuda_stream, p);
   p.steps = static_cast<int32_t>(divide_up(p.columns, choice.kernel.stage_columns));
   plan.cut(choice.kernel.rows);
   p.row_tiles = plan.tasks();

@@ -9,18 +9,37 @@
 
 namespace dfa {
 
-// From the largest tile of the batch to the smallest. The last three are for few rows of U.
-using LargeShape = Shape<16, 2, 4, 2, 1>;          // 128 rows by a batch of 128
-using MediumShape = Shape<8, 2, 4, 2, 1>;          // 128 by 64
-using SmallShape = Shape<4, 2, 4, 3, 2>;           // 128 by 32
-using SingleShape = Shape<1, 2, 4, 4, 4>;          // 128 by 8
-using NarrowShape = Shape<4, 1, 2, 8, 2>;          // 32 by 32
-using LargeSplitShape = Shape<16, 1, 8, 1, 4, 8>;  // 16 by 128
-using SplitShape = Shape<4, 1, 8, 2, 8, 8>;        // 16 by 32
+// From the largest tile of the batch to the smallest; then those for few rows of U; then those of
+// warpgroups. A number that an operand does not have is left out.
+template <int I, bool kExact>
+struct ShapeOf {
+  using type = void;
+};
+#define DFA_SHAPE(NUMBER, EXACT, ...) \
+  template <>                         \
+  struct ShapeOf<NUMBER, EXACT> {     \
+    using type = Shape<__VA_ARGS__>;  \
+  }
+DFA_SHAPE(0, false, 16, 2, 4, 2, 1);            // 128 rows by a batch of 128
+DFA_SHAPE(1, false, 8, 2, 4, 2, 2);             // 128 by 64
+DFA_SHAPE(2, false, 4, 2, 4, 3, 2);             // 128 by 32
+DFA_SHAPE(3, false, 2, 2, 4, 4, 4);             // 128 by 16
+DFA_SHAPE(4, false, 1, 2, 4, 4, 4);             // 128 by 8
+DFA_SHAPE(5, false, 4, 1, 2, 8, 2);             // 32 by 32
+DFA_SHAPE(6, false, 4, 1, 8, 2, 8, 8);          // 16 by 32
+DFA_SHAPE(7, false, 8, 1, 8, 2, 4, 1, true);    // 128 by 64
+DFA_SHAPE(8, false, 16, 1, 8, 2, 2, 1, true);   // 128 by 128
+DFA_SHAPE(9, false, 16, 1, 16, 1, 2, 1, true);  // 256 by 128
+DFA_SHAPE(10, false, 32, 1, 8, 1, 2, 1, true);  // 128 by 256
 // Exact sums take twice the registers, and an exact error three times the shared memory.
-using ExactNarrowShape = Shape<4, 1, 2, 6, 1>;
-using ExactLargeSplitShape = Shape<8, 1, 4, 2, 2, 4>;  // 16 by 64
-using ExactSplitShape = Shape<4, 1, 4, 4, 2, 4>;
+DFA_SHAPE(1, true, 8, 2, 4, 2, 1);
+DFA_SHAPE(2, true, 4, 2, 4, 3, 2);
+DFA_SHAPE(4, true, 1, 2, 4, 4, 4);
+DFA_SHAPE(5, true, 4, 1, 2, 6, 1);
+DFA_SHAPE(6, true, 4, 1, 4, 4, 2, 4);
+DFA_SHAPE(7, true, 8, 1, 16, 1, 2, 1, true);  // 256 by 64
+DFA_SHAPE(8, true, 16, 1, 8, 1, 2, 1, true, 2);
+#undef DFA_SHAPE
 
 template <class S, Distribution kDistribution, Operand kOperand>
 FusedKernel instance() {
@@ -33,34 +52,19 @@ FusedKernel instance() {
           S::kStageColumns,
           S::kOwnStrips,
           S::kTermBytes,
-          S::kWarps * S::kSumFloats * 4};
+          S::kSumBytes + (kDistribution == Distribution::kNormal ? Levels::kBytes : 0),
+          S::kGroups,
+          kOperand == Operand::kExact};
 }
 
-template <Distribution kDistribution, Operand kOperand>
+template <Distribution kDistribution, Operand kOperand, int I = 0>
 FusedKernel instance_of(int shape) {
-  constexpr bool kExact = kOperand == Operand::kExact;
-  switch (shape) {
-    case 0:
-      if constexpr (kExact)
-        return {};
-      else
-        return instance<LargeShape, kDistribution, kOperand>();
-    case 1:
-      return instance<MediumShape, kDistribution, kOperand>();
-    case 2:
-      return instance<SmallShape, kDistribution, kOperand>();
-    case 3:
-      return instance<SingleShape, kDistribution, kOperand>();
-    case 4:
-      return instance<std::conditional_t<kExact, ExactNarrowShape, NarrowShape>, kDistribution,
-                      kOperand>();
-    case 5:
-      return instance<std::conditional_t<kExact, ExactLargeSplitShape, LargeSplitShape>,
-                      kDistribution, kOperand>();
-    default:
-      return instance<std::conditional_t<kExact, ExactSplitShape, SplitShape>, kDistribution,
-                      kOperand>();
+  if constexpr (I < kShapes) {
+    if (shape != I) return instance_of<kDistribution, kOperand, I + 1>(shape);
+    using S = typename ShapeOf<I, kOperand == Operand::kExact>::type;
+    if constexpr (!std::is_void_v<S>) return instance<S, kDistribution, kOperand>();
   }
+  return {};
 }
 
 template <Distribution kDistribution>

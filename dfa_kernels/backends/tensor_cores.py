@@ -16,6 +16,8 @@ from dfa_kernels.backends import slabs
 from dfa_kernels.layers import Layers
 from dfa_kernels.stream import DENSE, Stream
 
+WORKSPACE_BYTES = 256 * 2**20  # fewer, larger slabs: less time of the host, and better products
+
 TERMS = {"highest": 3, "high": 2, "medium": 1}
 
 # The columns of a slab begin and end at multiples of _COLUMN_STEP, so that addresses are multiples
@@ -86,7 +88,7 @@ def slab_rows(batch: int, columns: int, terms: int, in_place: bool) -> int:
     row_bytes = 2 * columns * (1 if terms == 1 else 1 + terms)
     if not in_place:
         row_bytes += 4 * min(batch, _BATCH)
-    rows = max(slabs.WORKSPACE_BYTES // max(row_bytes, 1), 1)
+    rows = max(WORKSPACE_BYTES // max(row_bytes, 1), 1)
     return rows - rows % _ROW_STEP if rows > _ROW_STEP else rows
 
 

@@ -33,8 +33,8 @@ def test_which_way():
     assert by_slabs(large, 4096, 1000, 1)
     assert not by_slabs(large, 4096, 1000, 3)
     assert by_slabs(large, 4096, 8000, 2)
-    assert by_slabs(large, 1024, 1000, 1, in_place=True)
-    assert not by_slabs(large, 1024, 1000, 1, "rademacher", in_place=True)
+    assert by_slabs(large, 512, 1000, 1, in_place=True)
+    assert not by_slabs(large, 512, 1000, 1, "rademacher", in_place=True)
     assert not by_slabs([10**6], 4096, 0, 1)
     for rows in range(1, 5000, 7):
         if by_slabs(large, rows, 1000, 1):

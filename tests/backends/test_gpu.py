@@ -15,7 +15,7 @@ from torch.profiler import DeviceType, ProfilerActivity, profile
 from benchmarks.harness import race
 from benchmarks.harness.shapes import STORED
 from dfa_kernels import feedback_matrix, project, stream
-from dfa_kernels.backends import slabs
+from dfa_kernels.backends import tensor_cores
 from dfa_kernels.layers import Layers
 from tests import reference
 from tests.benchmarks.races import ONCE, SMALL, machine
@@ -61,14 +61,16 @@ def kernels_of(call):
 @pytest.mark.usefixtures("unpoisoned")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("sizes", [[800], SIZES, [1 + 37 * i % 4001 for i in range(1100)]])
-def test_all_layers_are_one_launch(gpu_backend, dtype, sizes):
+@pytest.mark.parametrize("count", [16, 128])
+def test_all_layers_are_one_launch(gpu_backend, count, dtype, sizes):
+    """A 16-bit error is read where it lies, unless warpgroups multiply, which want it permuted."""
     if gpu_backend not in FUSED:
         pytest.skip("it is not a fused backend")
-    error = random_error(64, 1000, dtype=dtype)
+    error = random_error(count, 1000, dtype=dtype)
     kernels = kernels_of(lambda: project(error, sizes, backend=gpu_backend))
     projections = [name for name in kernels if not any(part in name for part in BEFORE)]
     assert len(projections) == 1, kernels
-    if dtype != torch.float32 and len(sizes) < 50:
+    if dtype != torch.float32 and len(sizes) < 50 and count < 64:
         assert kernels == projections
     assert len(kernels) <= 2 + len(sizes) / 32
 
@@ -354,7 +356,7 @@ def test_extra_memory_is_bounded(gpu_backend, count, dtype):
     (signal,) = project(error, [100_000], backend=gpu_backend)
     extra = torch.cuda.max_memory_allocated() - before - signal.nbytes
     error_copies = 2 * 4 * error.numel()
-    assert extra <= 2 * slabs.WORKSPACE_BYTES + error_copies
+    assert extra <= 2 * tensor_cores.WORKSPACE_BYTES + error_copies
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dfa_kernels.backends import slabs, tensor_cores
+from dfa_kernels.backends import tensor_cores
 from dfa_kernels.layers import Layers
 from dfa_kernels.stream import Stream
 from tests import reference
@@ -39,7 +39,7 @@ def lattice(made):
 @pytest.mark.parametrize(("columns", "column_offset"), [(37, 3), (40, 16), (5, 8)])
 def test_slabs(lattice, made, monkeypatch, distribution, dtype, columns, column_offset):
     """Slabs of one layer and of two; columns added on either side for alignment do not count."""
-    monkeypatch.setattr(slabs, "WORKSPACE_BYTES", 20_000)
+    monkeypatch.setattr(tensor_cores, "WORKSPACE_BYTES", 20_000)
     error = random_error(9, columns, dtype=dtype)
     layers = Layers((0, 20, 2**40), (150, 60, 7), (0.5, -2.0, 1.0))
     stream = Stream(5, column_offset, distribution)
@@ -78,14 +78,14 @@ def test_one_layers_product_goes_right_into_it(lattice, monkeypatch):
 
 
 def test_slabs_are_whole_steps_of_rows(lattice, made, monkeypatch):
-    monkeypatch.setattr(slabs, "WORKSPACE_BYTES", 100_000)
+    monkeypatch.setattr(tensor_cores, "WORKSPACE_BYTES", 100_000)
     error = random_error(3, 100, dtype=torch.bfloat16)
     tensor_cores.project(lattice, error, THOUSAND, SIGNS, torch.float32)
     assert [rows for rows, _ in made] == [384, 384, 232]
 
 
 def test_slabs_that_need_no_sums_are_larger(lattice, made, monkeypatch):
-    monkeypatch.setattr(slabs, "WORKSPACE_BYTES", 100_000)
+    monkeypatch.setattr(tensor_cores, "WORKSPACE_BYTES", 100_000)
     error = random_error(100, 100, dtype=torch.bfloat16)
     for dtype, rows in ((torch.bfloat16, [384, 384, 232]), (torch.float32, [128] * 7 + [104])):
         made.clear()

@@ -59,7 +59,7 @@ class Cost(NamedTuple):
 
         `scaled_apart`: slabs scale the signals in a separate pass.
         """
-        generation = _SLOTS / DENSE[distribution].slots["triton"]  # entries a second
+        generation = _SLOTS / DENSE[distribution].slots  # entries a second
         products = max(terms, 1)
         # A tile that the error fills only in part takes its full time.
         entries = rows * -(-columns // tile.columns) * tile.columns

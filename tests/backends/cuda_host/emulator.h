@@ -214,6 +214,13 @@ inline float half_value(uint16_t bits) {
   return static_cast<float>(value);
 }
 
+// As tensor cores round: towards zero.
+inline float cut_off(double sum) {
+  const float nearest = static_cast<float>(sum);
+  const bool beyond = std::isfinite(sum) && std::fabs(double{nearest}) > std::fabs(sum);
+  return beyond ? std::nextafterf(nearest, 0.0f) : nearest;
+}
+
 // Operands are laid out as in the PTX manual, for mma.m16n8k16 with 16-bit types.
 template <class Value>
 void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const char* kind,
@@ -243,11 +250,7 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, c
         const int row = i / 4 + (e >= 2 ? 8 : 0), column = i % 4 * 2 + e % 2;
         double sum = lane[i].sums[e];
         for (int k = 0; k < 16; ++k) sum += double{left[row][k]} * double{right[k][column]};
-        float cut = static_cast<float>(sum);
-        if (std::isfinite(sum) && std::fabs(double{cut}) > std::fabs(sum)) {
-          cut = std::nextafterf(cut, 0.0f);
-        }
-        lane[i].sums[e] = cut;
+        lane[i].sums[e] = cut_off(sum);
       }
     }
   });
@@ -258,6 +261,48 @@ inline void multiply_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, ui
 }
 inline void multiply_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   multiply(c, a, b0, b1, "multiply_half", half_value);
+}
+
+inline void show_copies() {}
+
+// As the hardware reads them: rows of 128 bytes whose pieces of 16 are permuted by the row's
+// number. A warp needs no other warp of its group: it has 16 rows of its own.
+template <int N>
+void multiply_group(float (&c)[N][4], const uint32_t (&a)[2][4], const char* rows, int byte,
+                    bool is_half) {
+  if ((rows - shared()) % 1024 != 0) fail("rows of a warpgroup's product at an unaligned place");
+  const auto value = [is_half](uint32_t bits) {
+    const auto half = static_cast<uint16_t>(bits);
+    return is_half ? half_value(half) : bfloat16_value(half);
+  };
+  Lane* const lane = lanes();
+  const int group = thread() % 32 / 4, in_group = thread() % 4;
+  lane[thread() % 32].a = a[0];
+  meet(warp(), "multiply_group", [] {});
+  for (int step = 0; step < 2; ++step) {
+    float left[2][16];  // this lane's two rows
+    for (int quad = 0; quad < 4; ++quad) {
+      const uint32_t* const of_quad = lane[4 * group + quad].a + 4 * step;
+      for (int e = 0; e < 8; ++e) {
+        const int column = quad * 2 + e % 2 + (e >= 4 ? 8 : 0);
+        left[e % 4 / 2][column] = value(of_quad[e / 2] >> (16 * (e % 2)));
+      }
+    }
+    for (int n = 0; n < N; ++n) {
+      for (int e = 0; e < 4; ++e) {
+        const int row = 8 * n + 2 * in_group + e % 2;
+        double sum = c[n][e];
+        for (int k = 0; k < 16; ++k) {
+          const int at = byte + 32 * step + 2 * k;
+          uint16_t bits;
+          std::memcpy(&bits, rows + row * 128 + (at / 16 ^ row % 8) * 16 + at % 16, 2);
+          sum += double{left[e / 2][k]} * double{value(bits)};
+        }
+        c[n][e] = cut_off(sum);
+      }
+    }
+  }
+  meet(warp(), "multiply_group", [] {});
 }
 
 inline float as_float(uint32_t bits) {
@@ -350,6 +395,7 @@ inline void run(Block& b) {
 
 struct DeviceLimits {
   int processors, shared_bytes;
+  bool warpgroups;
 };
 
 struct Device {
@@ -359,7 +405,7 @@ struct Device {
 };
 
 // Few of everything, so that blocks take several tiles in turn. The shared memory of an sm_86.
-inline Device emulated{{3, 99 << 10}, 4, true};
+inline Device emulated{{3, 99 << 10, true}, 4, true};
 
 inline DeviceLimits device_limits() { return emulated.limits; }
 

@@ -103,7 +103,7 @@ void project() {
 void choice() {
   const dfa::Device kept = dfa::emulated;
   const int processors = static_cast<int>(next()), shared_bytes = static_cast<int>(next());
-  dfa::emulated = {{processors, shared_bytes}, 16, false};
+  dfa::emulated = {{processors, shared_bytes, true}, 16, false};
   dfa::Stream stream{};
   stream.distribution = static_cast<dfa::Distribution>(next());
   const std::vector<dfa::Layer> layers = {{0, next(), 1.0, nullptr}};

@@ -9,7 +9,7 @@
 namespace dfa {
 namespace {
 
-constexpr int kThreads = 256, kBlocks = 5;  // of a multiprocessor
+constexpr int kThreads = 256;
 
 struct FillParameters {
   RoundKeys keys;
@@ -26,14 +26,13 @@ struct FillParameters {
 
 // The words of a unit: element i begins at word i * bytes / 4, and 16-bit elements are in pairs.
 template <Type kType, Distribution kDistribution>
-DFA_DEVICE void unit_words(const Words4& block, int quad, double factor, const Levels& levels,
-                           uint32_t (&words)[16]) {
+DFA_DEVICE void unit_words(const Words4& block, int quad, double factor, uint32_t (&words)[16]) {
+  constexpr Halves halves = halves_of(kDistribution);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     uint32_t pair;  // bf16 patterns
     float low, high;
     if constexpr (kDistribution == Distribution::kUniform) {
-      constexpr Halves halves = uniform_halves();
       low = uniform_value(block.word[i], halves.low);
       high = uniform_value(block.word[i], halves.high);
       if constexpr (kType != Type::kFloat64) {
@@ -43,7 +42,7 @@ DFA_DEVICE void unit_words(const Words4& block, int quad, double factor, const L
       pair = device::pack_bf16(low, high);
     } else {
       if constexpr (kDistribution == Distribution::kNormal) {
-        pair = levels.pair<Operand::kBFloat16>(block.word[i]);
+        pair = normal_pair(block.word[i], halves);
       } else {
         pair = ((block.word[0] << (15 - 4 * quad - i)) & 0x80008000u) | 0x3f803f80u;
       }
@@ -99,13 +98,8 @@ DFA_DEVICE void write_unit(const uint32_t (&words)[16], int64_t column, int64_t 
 }
 
 template <Type kType, Distribution kDistribution>
-DFA_KERNEL(kThreads, kBlocks)
+DFA_KERNEL(kThreads, 4)
 fill(DFA_ARGUMENT FillParameters p) {
-  const Levels levels{device::shared()};
-  if constexpr (kDistribution == Distribution::kNormal) {
-    Levels::make(device::shared(), device::thread(), kThreads);
-    device::sync_block();
-  }
   const int64_t group = device::block();
   const int64_t unit = group % p.unit_groups * p.width + device::thread() % p.width;
   if (unit >= p.units) return;
@@ -126,8 +120,7 @@ fill(DFA_ARGUMENT FillParameters p) {
                                : (word == 2 ? block.word[2] : block.word[3]);
     }
     uint32_t words[16];
-    unit_words<kType, kDistribution>(block, static_cast<int>(absolute % 4), p.factor, levels,
-                                     words);
+    unit_words<kType, kDistribution>(block, static_cast<int>(absolute % 4), p.factor, words);
     char* const out = static_cast<char*>(p.out) + r * p.columns * type_bytes(kType);
     write_unit<kType>(words, 8 * unit - p.head, p.columns, out);
   }
@@ -168,14 +161,13 @@ void feedback_matrix_cuda(const Stream& stream, uint64_t row_offset, int64_t row
   p.width = 1;
   while (p.width < kThreads && p.width < p.units) p.width *= 2;
   p.unit_groups = divide_up(p.units, p.width);
-  // Enough blocks to fill the GPU: each makes the table of levels, and then many rows.
-  const int64_t blocks = kBlocks * int64_t{device_limits().processors};
+  // Enough blocks to fill the GPU several times over, each with several rows.
+  const int64_t blocks = 32 * int64_t{device_limits().processors};
   const int64_t most = divide_up(rows, kThreads / p.width);
   p.row_groups = std::min(most, divide_up(blocks, p.unit_groups));
   p.factor = lattice ? 1.0 : facts(stream.distribution).factor;
   p.out = out;
-  const int table_bytes = stream.distribution == Distribution::kNormal ? Levels::kBytes : 0;
-  launch(fill_of(type, stream.distribution), p, p.unit_groups * p.row_groups, kThreads, table_bytes,
+  launch(fill_of(type, stream.distribution), p, p.unit_groups * p.row_groups, kThreads, 0,
          cuda_stream);
 }
 

@@ -88,7 +88,17 @@ struct Halves {
   // instruction per entry; it does not do so with the result of a shuffle.
   DFA_DEVICE Halves kept() const { return {device::shuffle(low, 0), device::shuffle(high, 0)}; }
 };
-DFA_HOST_DEVICE constexpr Halves uniform_halves() { return {0x7414, 0x7434}; }
+
+DFA_HOST_DEVICE constexpr Halves halves_of(Distribution distribution) {
+  return distribution == Distribution::kUniform ? Halves{0x7414, 0x7434} : Halves{0x7410, 0x7432};
+}
+
+// The bf16 patterns of the normal entries of a word's two halves.
+DFA_DEVICE uint32_t normal_pair(uint32_t word, const Halves& halves) {
+  const uint32_t k = word & 0xfff0fff0u;
+  return device::pack_bf16(normal_unrounded(device::permute(k, 0x4b000000u, halves.low)),
+                           normal_unrounded(device::permute(k, 0x4b000000u, halves.high)));
+}
 
 // (2k - 255) / 256, where k is byte 1 or 3 of a word.
 DFA_DEVICE float uniform_value(uint32_t word, uint32_t selector) {
@@ -150,7 +160,7 @@ struct Generator {
   DFA_DEVICE void start(const RoundKeys& keys, uint64_t row, int lane, const char* table) {
     row_high = upper(row);
     if constexpr (kDistribution == Distribution::kUniform) {
-      halves = uniform_halves().kept();
+      halves = halves_of(kDistribution).kept();
     } else {
       levels.table = table;
     }

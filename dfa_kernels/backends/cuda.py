@@ -27,7 +27,9 @@ from dfa_kernels.stream import DENSE, Stream
 
 DEVICES = () if torch.version.hip else ("cuda",)
 RANK = 0
-PROVEN = frozenset({(9, 0)})  # compute capabilities of GPUs on which all tests have run
+# Compute capabilities of GPUs on which all tests have run, such as (9, 0). The kernels have changed
+# since they ran on an H100.
+PROVEN: frozenset[tuple[int, int]] = frozenset()
 DISTRIBUTIONS = tuple(DENSE)
 TAGS: tuple[torch.Tag, ...] = ()
 
@@ -38,7 +40,7 @@ _log = logging.getLogger(__name__)
 _FUSED = {"normal": 4.8e-3, "uniform": 4.2e-3, "rademacher": 2.3e-3}  # for each row of the error,
 _FUSED_TERM = 4.1e-3  # and for each of its terms
 _SLAB_TERM = 3.1e-3  # the same by cuBLAS
-_FILL = 1.0  # to make an entry of a slab,
+_FILL = 1.4  # to make an entry of a slab,
 _STORE = 0.7  # and to store it, for each term
 _SUM = 4.0  # to write and read one sum, which all columns share
 _LAUNCH = 4e7  # for one launch of the host, not for each entry

@@ -174,6 +174,9 @@ def test_there_is_every_tile(emulator):
     for terms in (1, 2, 3):
         on = {gpu: tiles(emulator, torch.float32, terms, SHARED[gpu]) for gpu in SHARED}
         assert {*on["sm_86"]} <= {*on["sm_80"]} <= {*on["sm_90"]}
+        grouped = {gpu: [t for t in on[gpu] if "warpgroups" in t.name] for gpu in on}
+        assert grouped["sm_80"] == grouped["sm_86"] == []
+        assert grouped["sm_90"]
         assert any(tile.errors == 64 for tile in on["sm_86"])
     assert len(on["sm_86"]) < len(on["sm_90"])
 
@@ -222,36 +225,47 @@ def test_in_any_order_of_threads_and_copies(emulator, order):
         if tile.errors <= 32
         for kind, columns in (("normal", 10), ("rademacher", tile.stage_columns + 3))
     ]
+    grouped = [t for t in tiles(emulator, torch.bfloat16, 1) if "warpgroups" in t.name]
+    small = min(grouped, key=lambda tile: tile.errors)
+    error = random_error(small.errors + 3, small.stage_columns + 3).bfloat16()
+    cases.append(
+        Projection(error, [2 * small.rows], tile=small.index, processors=1, shared=SHARED["sm_90"])
+    )
     run_all(emulator, cases, order)
 
 
 @pytest.mark.parametrize("distribution", DENSE)
 def test_which_tile(emulator, distribution):
-    """On an H100: the largest tiles for many rows of U; for few, tiles that divide the columns."""
+    """The largest tiles for many rows of U; for few, tiles that divide the columns."""
 
-    def tile_for(rows, errors, columns=1000, dtype=torch.bfloat16, terms=1):
+    def tile_for(rows, errors, columns=1000, dtype=torch.bfloat16, terms=1, gpu="sm_90"):
         where = DENSE.index(distribution), rows, errors, columns, TYPES.index(dtype), terms
-        log = run(emulator, words(3, 132, SHARED["sm_90"], *where), ORDERS["at-once"])
+        log = run(emulator, words(3, 132, SHARED[gpu], *where), ORDERS["at-once"])
         (tile,) = (
             tile
-            for tile in tiles(emulator, dtype, terms)
+            for tile in tiles(emulator, dtype, terms, SHARED[gpu])
             if tile.index == struct.unpack("<2q", log)[0]
         )
         return tile
 
     for dtype in (torch.bfloat16, torch.float16):
-        for errors in (8, 32) if distribution == "rademacher" else (8, 32, 128):
-            tile = tile_for(4096, errors, dtype=dtype)
-            assert "columns in" in tile.name
-            assert tile.errors == (128 if errors == 128 else 32)
-        assert tile_for(200_000, 128, dtype=dtype).name == "128 x 128"
-        assert tile_for(200_000, 1024, dtype=dtype).name == "128 x 128"
-        assert tile_for(200_000, 32, dtype=dtype).name == "128 x 32"
-        assert tile_for(200_000, 1, dtype=dtype).name == "128 x 8"
+        for errors in (8, 32):
+            assert "columns in" in tile_for(4096, errors, dtype=dtype).name
+        assert tile_for(200_000, 128, dtype=dtype).name == "256 x 128, warpgroups"
+        assert tile_for(200_000, 128, dtype=dtype, gpu="sm_80").name == "128 x 128"
+        large = tile_for(200_000, 1024, dtype=dtype)
+        assert "warpgroups" in large.name
+        assert large.errors == (128 if distribution == "rademacher" else 256)
+        assert tile_for(200_000, 1024, dtype=dtype, gpu="sm_80").name == "128 x 128"
+        for errors, most in ((32, 32), (16, 16), (1, 8)):
+            assert tile_for(200_000, errors, dtype=dtype).name == f"128 x {most}"
     for terms in (2, 3):
-        assert "columns in" in tile_for(4096, 32, dtype=torch.float32, terms=terms).name
+        assert "columns in" in tile_for(1024, 32, dtype=torch.float32, terms=terms).name
         assert "columns in" not in tile_for(200_000, 32, dtype=torch.float32, terms=terms).name
-    assert tile_for(200_000, 128, dtype=torch.float32, terms=3).errors == 64
+        for errors in (128, 1024):
+            name = tile_for(200_000, errors, dtype=torch.float32, terms=terms).name
+            assert "warpgroups" in name
+    assert tile_for(200_000, 128, dtype=torch.float32, terms=3, gpu="sm_80").errors == 64
 
 
 def test_the_maps_of_the_fragments(emulator):

@@ -405,7 +405,7 @@ struct Device {
 };
 
 // Few of everything, so that blocks take several tiles in turn. The shared memory of an sm_86.
-inline Device emulated{{3, 99 << 10, true}, 4, true};
+inline Device emulated{{3, 99 << 10, false}, 4, true};
 
 inline DeviceLimits device_limits() { return emulated.limits; }
 

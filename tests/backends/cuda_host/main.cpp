@@ -50,6 +50,11 @@ void write(const std::vector<int64_t>& numbers) {
   std::fwrite(numbers.data(), sizeof numbers[0], numbers.size(), stdout);
 }
 
+// Shared memory of a block in bytes. Only Hopper has so much, and products of warpgroups.
+dfa::DeviceLimits limits_of(int processors, int64_t shared_bytes) {
+  return {processors, static_cast<int>(shared_bytes), shared_bytes >= 227 << 10};
+}
+
 void project() {
   dfa::Stream stream{};
   stream.seed = static_cast<uint64_t>(next());
@@ -66,7 +71,7 @@ void project() {
   dfa::Forced forced{};
   forced.tile = next();
   forced.processors = next();
-  dfa::emulated.limits.shared_bytes = static_cast<int>(next());
+  dfa::emulated.limits = limits_of(dfa::emulated.limits.processors, next());
   const int64_t misaligned = next(), bytes = next();
   const Buffer input(bytes, misaligned);
   if (std::fread(input.data, 1, static_cast<size_t>(bytes), stdin) != static_cast<size_t>(bytes)) {
@@ -103,7 +108,7 @@ void project() {
 void choice() {
   const dfa::Device kept = dfa::emulated;
   const int processors = static_cast<int>(next()), shared_bytes = static_cast<int>(next());
-  dfa::emulated = {{processors, shared_bytes, true}, 16, false};
+  dfa::emulated = {limits_of(processors, shared_bytes), 16, false};
   dfa::Stream stream{};
   stream.distribution = static_cast<dfa::Distribution>(next());
   const std::vector<dfa::Layer> layers = {{0, next(), 1.0, nullptr}};
@@ -123,7 +128,7 @@ void choice() {
 
 // The tiles for such an error, a line each: index, rows, batch, columns of a stage, name.
 void tiles() {
-  dfa::emulated.limits.shared_bytes = static_cast<int>(next());
+  dfa::emulated.limits = limits_of(dfa::emulated.limits.processors, next());
   const auto type = static_cast<dfa::Type>(next());
   const int terms = static_cast<int>(next());
   for (const dfa::Tile& tile : dfa::cuda_tiles(dfa::Distribution::kNormal, type, terms)) {

@@ -64,8 +64,9 @@ def origin(device_type: str) -> dict:
 
 
 def short(commit: str) -> str:
-    """The first digits of a commit, and whether files differed from it."""
-    return commit[:9] + "-dirty" * commit.endswith("-dirty")
+    """The first digits of a commit, whether files differed from it, and a note in parentheses."""
+    digits, _, note = commit.partition(" ")
+    return digits[:9] + "-dirty" * digits.endswith("-dirty") + f" {note}" * bool(note)
 
 
 def source(measured: dict) -> str:

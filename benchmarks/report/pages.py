@@ -1,8 +1,9 @@
 """The pages of `results/`, and the tables in the project's other Markdown files.
 
 Both come from the committed JSON alone. In other files a table stands between
-`<!-- table NAME FILE -->` and `<!-- end -->`, where NAME is a function of `speed_tables` or
-`paper_tables` and FILE a path in `results/`.
+`<!-- table NAME FILE -->` and `<!-- end -->`, where NAME is a function of `speed_tables`,
+`gpu_tables` or `paper_tables` and FILE a path in `results/`. A folder of results may have other
+Markdown files, to which its page leads.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.harness import provenance
-from benchmarks.report import paper_tables, speed_tables
+from benchmarks.report import gpu_tables, paper_tables, speed_tables
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -76,12 +77,41 @@ PARTS: dict[str, tuple[Part, ...]] = {
         ),
         Part("Roofs", "The best rates seen in this run.", speed_tables.bench_machine),
     ),
+    "tiles.json": (
+        Part(
+            "Ways of a projection on a GPU",
+            "Every tile of the fused kernels, the slabs and each backend's own choice, beside "
+            "`torch.mm` with a stored matrix of the error's dtype, as they were for the commit "
+            "above (`benchmarks/gpu_tiles.py`). The best of them is shown, and how many times "
+            "faster it is than the stored matrix. A fused way makes the entries of U again for "
+            "each tile of the batch; their rate counts each once.",
+            gpu_tables.gpu_ways,
+        ),
+    ),
+    "tuned_tiles.json": (
+        Part(
+            "Tiles of tuned kernels",
+            "The same, of the tiles of `cuda` that the commit above has; neither what `cuda` "
+            "chooses of them nor `triton` was timed. The product with the stored matrix, in the "
+            'same run, is in TF32 for fp32 at "high" and in true fp32 at "highest".',
+            gpu_tables.gpu_ways,
+        ),
+    ),
+    "profile_first.json": (),  # tables of a file beside the page
+    "profile_intermediate.json": (),
     "training_step.json": (
         Part(
             "Training step",
             "Forward, backward and optimizer of a network (`benchmarks/training_step.py`). "
             "Memory is the peak of a step beyond the weights.",
             speed_tables.training_step,
+        ),
+    ),
+    "gpu-check.json": (
+        Part(
+            "Check of the GPU backends",
+            "Each step of `make gpu-check`: how it ended and how long it took.",
+            gpu_tables.gpu_check,
         ),
     ),
     "paper_table1.json": (
@@ -113,13 +143,20 @@ def page(folder: Path) -> str:
         "[What is timed, and what the columns mean](../../README.md). "
         "[The paper's experiments](../../paper/README.md).",
     ]
+    if "tiles.json" in found and "bench.json" not in found:
+        blocks.append("There is no `bench.json` yet: `bench` has still to run on this GPU.")
+    for path in sorted(folder.glob("*.md")):
+        if path.name != "README.md":
+            title = path.read_text().splitlines()[0].removeprefix("# ")
+            blocks.append(f"See also: [{title}]({path.name}).")
     for name, measured in found.items():
         for part in PARTS[name]:
             table = part.table(measured) if part.table else []
             figure = part.figure if part.figure and (folder / part.figure).exists() else None
             if not table and figure is None:
                 continue
-            blocks += [f"## {part.heading}", part.about, "\n".join(table)]
+            note = measured.get("note", "") if part is PARTS[name][0] else ""
+            blocks += [f"## {part.heading}", part.about, note, "\n".join(table)]
             blocks += [f"![{part.heading}]({figure})"] if figure else []
     return "\n\n".join(filter(None, blocks)) + "\n"
 
@@ -137,7 +174,7 @@ def files(found: dict[str, dict]) -> list[str]:
 
 def render(text: str) -> str:
     """A Markdown file's text with every table generated again."""
-    tables = vars(speed_tables) | vars(paper_tables)
+    tables = vars(speed_tables) | vars(gpu_tables) | vars(paper_tables)
 
     def table(match: re.Match) -> str:
         measured = _load(RESULTS / match[3])
@@ -156,7 +193,7 @@ def pages() -> Iterator[tuple[Path, str]]:
     for source in (".ci", "benchmarks", "csrc", "dfa_kernels", "tests"):
         written += (ROOT / source).rglob("*.md")
     for path in sorted(written):
-        if path.parent not in folders:
+        if path.parent not in folders or path.name != "README.md":
             yield path, render(path.read_text())
 
 

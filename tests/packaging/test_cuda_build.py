@@ -23,9 +23,9 @@ from tests.reference import DENSE
 
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_90a")
-# The most instructions per entry, at the largest tile, in the loop that generates U and multiplies
-# one term. 2 of them multiply, and half of one loads the error.
-MOST = {"normal": 19, "uniform": 12, "rademacher": 8}
+# The most instructions per entry, at a batch of 128, in the loop that generates U and multiplies one
+# term. 2 of them multiply and half of one loads the error, unless warpgroups multiply.
+MOST = {"normal": 17, "uniform": 12, "rademacher": 10}
 SHARED = {"sm_80": 164 << 10, "sm_90a": 228 << 10}  # bytes per multiprocessor
 
 needs("nvcc", shutil.which("nvcc") is not None)
@@ -143,6 +143,8 @@ def test_no_kernel_spills_or_has_local_memory(kernels, source, resources):
         local = [text for _, text in kernel.sass if re.search(r"\b(LDL|STL)\b", text)]
         assert (kernel.stack, kernel.spills, local) == (0, 0, []), kernel.symbol
         of = shape(kernel.symbol)
+        if of and of.groups and kernel.architecture != "sm_90a":
+            continue  # a trap, which is never launched
         threads = 32 * of.warps if of else 256
         blocks = 65536 // (threads * (kernel.registers + 7 & ~7))
         assert blocks >= 1

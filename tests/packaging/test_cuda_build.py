@@ -23,8 +23,8 @@ from tests.reference import DENSE
 
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_90a")
-# The most instructions per entry, at a batch of 128, in the loop that generates U and multiplies one
-# term. 2 of them multiply and half of one loads the error, unless warpgroups multiply.
+# The most instructions per entry, at a batch of 128, in the loop that generates U and multiplies
+# one term. 2 of them multiply and half of one loads the error, unless warpgroups multiply.
 MOST = {"normal": 17, "uniform": 12, "rademacher": 10}
 SHARED = {"sm_80": 164 << 10, "sm_90a": 228 << 10}  # bytes per multiprocessor
 

@@ -47,23 +47,15 @@ __device__ __forceinline__ uint64_t rows_of_128_bytes(const void* from) {
         "r"(a[1][2]), "r"(a[1][3]), "l"(b), "l"(b + 2)                                       \
       : "memory")
 
-// c[64 x 8 N] += a[64 x 32] * b[32 x 8 N] over the warpgroup. Each warp has 16
-// rows of a and c, laid out as for `multiply_bf16`; b has 8 N rows, and its 32 columns begin `byte`
-// bytes into them.
+// c[64 x 8 N] += a[64 x 32] * b[32 x 8 N] over the warpgroup. Each warp has 16 rows of a and c,
+// laid out as for `multiply_bf16`. b lies in 8 N rows, whose 32 columns begin `byte` bytes into
+// them.
 template <int N>
 __device__ __forceinline__ void multiply_group(float (&c)[N][4], const uint32_t (&a)[2][4],
                                                const char* rows, int byte, bool is_half) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const uint64_t b = rows_of_128_bytes(rows + byte);
-  if constexpr (N == 4) {
-    if (is_half) {
-      DFA_GROUP_PRODUCT("32", "f16", DFA_SUMS_0, "%16,%17,%18,%19", "%20,%21,%22,%23", "%24", "%25",
-                        DFA_16_SUMS(0));
-    } else {
-      DFA_GROUP_PRODUCT("32", "bf16", DFA_SUMS_0, "%16,%17,%18,%19", "%20,%21,%22,%23", "%24",
-                        "%25", DFA_16_SUMS(0));
-    }
-  } else if constexpr (N == 8) {
+  if constexpr (N == 8) {
     if (is_half) {
       DFA_GROUP_PRODUCT("64", "f16", DFA_SUMS_0 "," DFA_SUMS_1, "%32,%33,%34,%35",
                         "%36,%37,%38,%39", "%40", "%41", DFA_16_SUMS(0), DFA_16_SUMS(4));

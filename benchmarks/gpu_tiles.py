@@ -91,7 +91,7 @@ def ways(setting: Setting, error: Tensor, backends: list[str]) -> Iterator[tuple
     if "triton" in backends:
         yield "triton", functools.partial(triton.project, *given)
         for name, way in triton.ways(error, setting.distribution):
-            yield f"triton {name}", functools.partial(once_made, way, given)
+            yield f"triton {name}", OnceMade(way.args[0], given)
     stored = feedback_matrix(
         setting.rows,
         setting.columns,
@@ -104,23 +104,24 @@ def ways(setting: Setting, error: Tensor, backends: list[str]) -> Iterator[tuple
     yield "stored", lambda: torch.mm(error, stored.T, out=out)
 
 
-def once_made(way: functools.partial, given: tuple) -> object:
-    """A Triton way, which works out its launch once."""
-    error, layers, stream, dtype = given
-    key = id(way)
-    if key not in _made:
-        _made[key] = way.args[0](error, layers, *stream[1:], dtype)
-    return _made[key](error, stream.seed)
+class OnceMade:
+    """A Triton way, which works out its launch at the first call."""
 
+    def __init__(self, make: Callable, given: tuple):
+        self.make, self.given = make, given
+        self.way: Callable | None = None
 
-_made: dict[int, Callable] = {}
+    def __call__(self) -> object:
+        error, layers, stream, dtype = self.given
+        if self.way is None:
+            self.way = self.make(error, layers, *stream[1:], dtype)
+        return self.way(error, stream.seed)
 
 
 def measure(setting: Setting, backends: list[str]) -> dict[str, float | None]:
     """Median seconds of each way; None for one that fails or is left out as too long."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(setting.precision)
-    _made.clear()
     try:
         error = torch.randn(setting.batch, setting.columns, device="cuda").to(setting.dtype)
         entrants, times = [], {}

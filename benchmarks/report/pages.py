@@ -97,6 +97,8 @@ PARTS: dict[str, tuple[Part, ...]] = {
             gpu_tables.gpu_ways,
         ),
     ),
+    "fitted.json": (),  # what the estimates rest on
+    "small_shapes.json": (),
     "profile_first.json": (),  # tables of a file beside the page
     "profile_intermediate.json": (),
     "training_step.json": (

@@ -141,10 +141,12 @@ inline DeviceLimits device_limits() {
       cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
       "shared memory per block");
 #if defined(DFA_KERNELS_SM90A)
-  int major = 0;
+  int major = 0, minor = 0;
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
              "compute capability");
-  limits.warpgroups = major == 9;
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+             "compute capability");
+  limits.warpgroups = major == 9 && minor == 0;  // which is all that code for sm_90a runs on
 #endif
   return limits;
 }

@@ -15,7 +15,7 @@ namespace dfa {
 struct FusedParameters {
   const uint16_t* error;  // [terms][batch][columns], bf16 or fp16, rows aligned to 16 bytes
   int64_t batch_stride, term_stride;
-  int64_t batch, columns;  // columns: a multiple of 8
+  int64_t batch, columns;  // columns: a multiple of 8, of 32 for warpgroups
   int64_t row_tiles;       // of U
   int64_t items;           // row_tiles times the tiles of the batch
   int32_t steps;           // through the columns, a stage each; at least 1

@@ -107,7 +107,8 @@ DFA_DEVICE float uniform_value(uint32_t word, uint32_t selector) {
 }
 
 // The normal levels in fp32, by k, in shared memory. One of two entries is looked up there and the
-// other computed. To look up all would wait for shared memory, to compute all for the schedulers.
+// other computed: to look up all would wait for shared memory, to compute all for the schedulers.
+// As fp16 operands both are looked up, because a computed one would be rounded twice.
 struct Levels {
   static constexpr int kBytes = 4 << Codebook::kBits;
 

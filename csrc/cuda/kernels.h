@@ -13,12 +13,12 @@ namespace dfa {
 // One compiled kernel, or none.
 struct FusedKernel {
   void (*kernel)(FusedParameters);
-  int rows, batch;                // of a tile
-  int warps, fragments, parts;    // of a block; F and PARTS of its shape
-  int stage_columns, own_strips;  // strips of 32 of these columns for each warp
-  int term_bytes, sum_bytes;      // shared memory: a term of the error in a stage, staged sums
-  bool groups;                    // products of warpgroups, of an error with permuted columns
-  bool exact;                     // sums of fp32 numbers
+  int rows, batch;              // of a tile
+  int warps, fragments, parts;  // of a block; F and PARTS of its shape
+  int stage_columns;
+  int term_bytes, sum_bytes;  // shared memory: a term of the error in a stage, staged sums
+  bool groups;                // products of warpgroups, of an error with permuted columns
+  bool exact;                 // sums of fp32 numbers
 
   int threads() const { return 32 * warps; }
   int shared_bytes(int terms) const { return kStages * terms * term_bytes + sum_bytes; }
@@ -47,9 +47,10 @@ struct Work {
   int terms;
 };
 
-// Cycles of a scheduler that always has an instruction to issue, fitted to 372 measurements on an
-// H100 (sm_90; 200,000 rows, 1,000 columns, all distributions, batches of 1 to 1,024 and numbers of
-// terms) with an error of 6 % (root mean square of the logarithm). They are of one warp.
+// Cycles of a scheduler that always has an instruction to issue, of one warp. Fitted to 372 timings
+// on an H100 (200,000 rows, 1,000 columns, batches of 1 to 1,024, all distributions) with an error
+// of 6 % (root mean square of the logarithm). For few rows, for the tile of 16 x 32, and on other
+// GPUs they are a guess.
 constexpr double kEntryCycles[] = {16.6, 11.3, 3.0};  // to make an entry, by Distribution
 static_assert(std::size(kEntryCycles) == kDense);
 constexpr double kStripCycles = 46;       // more for a strip of 32 columns

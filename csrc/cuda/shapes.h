@@ -50,7 +50,6 @@ FusedKernel instance() {
           S::kF,
           S::kParts,
           S::kStageColumns,
-          S::kOwnStrips,
           S::kTermBytes,
           S::kSumBytes + (kDistribution == Distribution::kNormal ? Levels::kBytes : 0),
           S::kGroups,

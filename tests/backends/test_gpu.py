@@ -305,8 +305,9 @@ def test_an_fp32_error_loses_no_more_than_in_an_fp32_product(gpu_backend, count)
         (torch.bfloat16, "normal", "highest", 50_000, [300]),  # too many columns to write in place
     ],
 )
-def test_values_by_slabs(gpu_backend, dtype, distribution, precision, n, sizes):
-    """Against float64, even where another way would be quicker."""
+def test_values_by_slabs(gpu_backend, dtype, distribution, precision, n, sizes, monkeypatch):
+    """Against float64, even where another way would be quicker. In several slabs."""
+    monkeypatch.setattr(tensor_cores, "WORKSPACE_BYTES", 2**24)
     backend = importlib.import_module(f"dfa_kernels.backends.{gpu_backend}")
     scales = [(size * n) ** -0.5 for size in sizes]
     before = torch.get_float32_matmul_precision()

@@ -113,7 +113,7 @@ struct Block {
   int threads, index, count, current = 0, living = 0;
   std::function<void()> program;
   std::vector<Fiber> fibers;
-  std::vector<Meeting> warps;
+  std::vector<Meeting> warps, groups;
   std::vector<Lane> lanes;
   Meeting all;
   std::unique_ptr<Words16[]> shared;
@@ -266,7 +266,7 @@ inline void multiply_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, ui
 inline void show_copies() {}
 
 // As the hardware reads them: rows of 128 bytes whose pieces of 16 are permuted by the row's
-// number. A warp needs no other warp of its group: it has 16 rows of its own.
+// number. All four warps must come, though each has rows of its own.
 template <int N>
 void multiply_group(float (&c)[N][4], const uint32_t (&a)[2][4], const char* rows, int byte,
                     bool is_half) {
@@ -278,7 +278,7 @@ void multiply_group(float (&c)[N][4], const uint32_t (&a)[2][4], const char* row
   Lane* const lane = lanes();
   const int group = thread() % 32 / 4, in_group = thread() % 4;
   lane[thread() % 32].a = a[0];
-  meet(warp(), "multiply_group", [] {});
+  meet(running->groups[static_cast<size_t>(thread() / 128)], "multiply_group", [] {});
   for (int step = 0; step < 2; ++step) {
     float left[2][16];  // this lane's two rows
     for (int quad = 0; quad < 4; ++quad) {
@@ -438,6 +438,7 @@ void launch(void (*kernel)(Parameters), const Parameters& parameters, int64_t bl
     b.fibers = std::vector<device::Fiber>(static_cast<size_t>(threads));
     b.lanes.resize(static_cast<size_t>(threads));
     b.warps.assign(static_cast<size_t>(threads / 32), {32});
+    b.groups.assign(static_cast<size_t>(threads / 128), {128});
     b.all = {threads};
     b.late = std::getenv("DFA_EMULATE_LATE") != nullptr;
     b.shared.reset(new Words16[static_cast<size_t>(shared_bytes) / 16]);

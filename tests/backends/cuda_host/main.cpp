@@ -50,7 +50,7 @@ void write(const std::vector<int64_t>& numbers) {
   std::fwrite(numbers.data(), sizeof numbers[0], numbers.size(), stdout);
 }
 
-// Shared memory of a block in bytes. Only Hopper has so much, and products of warpgroups.
+// The made-up GPU has products of warpgroups if a block may have as much memory as on Hopper.
 dfa::DeviceLimits limits_of(int processors, int64_t shared_bytes) {
   return {processors, static_cast<int>(shared_bytes), shared_bytes >= 227 << 10};
 }

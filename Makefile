@@ -30,6 +30,7 @@ demo: $(VENV)/demo
 # Threads that wait for work sleep, because the other processes' tests need the cores. A file's tests
 # run in one process, which compiles for them once.
 test test-slow: export OMP_WAIT_POLICY = PASSIVE
+test test-slow: export OMP_NUM_THREADS = 1
 pytest = $(bin)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder \
 	-o faulthandler_exit_on_timeout=true
 

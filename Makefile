@@ -1,6 +1,7 @@
 # Every target installs what it needs in $(VENV), if it is not there yet, and does its job.
 #   make demo    train a network on real data by DFA and compare it with backpropagation
-#   make test    run the tests with coverage in PROCESSES processes; a test that hangs ends its own
+#   make test    run the tests in PROCESSES processes; a test that hangs ends its own
+#   make coverage    the same, and say which lines no test runs; takes half as long again
 #   make test-slow    run what takes longer: all GPU kernels compiled, all pairs, the demo's accuracy
 #   make bench   time the kernels against what they replace; results and figures in bench-<date>/
 #   make paper   run the paper's experiments; ARGS="table2 --quick" and the like
@@ -29,12 +30,15 @@ demo: $(VENV)/demo
 
 # Threads that wait for work sleep, because the other processes' tests need the cores. A file's tests
 # run in one process, which compiles for them once.
-test test-slow: export OMP_WAIT_POLICY = PASSIVE
-test test-slow: export OMP_NUM_THREADS = 1
+test test-slow coverage: export OMP_WAIT_POLICY = PASSIVE
+test test-slow coverage: export OMP_NUM_THREADS = 1
 pytest = $(bin)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder \
 	-o faulthandler_exit_on_timeout=true
 
 test: $(VENV)/test
+	$(pytest) $(ARGS)
+
+coverage: $(VENV)/test
 	$(pytest) --cov --cov-report=term $(ARGS)
 
 test-slow: $(VENV)/test
@@ -79,4 +83,4 @@ $(VENV)/demo $(VENV)/test $(VENV)/bench $(VENV)/paper $(VENV)/dev: $(VENV)/torch
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-.PHONY: demo test test-slow bench paper lint format gpu-check clean
+.PHONY: demo test test-slow coverage bench paper lint format gpu-check clean

@@ -16,12 +16,12 @@ struct FusedKernel {
   int rows, batch;              // of a tile
   int warps, fragments, parts;  // of a block; F and PARTS of its shape
   int stage_columns;
-  int term_bytes, sum_bytes;  // shared memory: a term of the error in a stage, staged sums
+  int term_bytes, own_bytes;  // shared memory: a term of the error in a stage, sums and table
   bool groups;                // products of warpgroups, of an error with permuted columns
   bool exact;                 // sums of fp32 numbers
 
   int threads() const { return 32 * warps; }
-  int shared_bytes(int terms) const { return kStages * terms * term_bytes + sum_bytes; }
+  int shared_bytes(int terms) const { return kStages * terms * term_bytes + own_bytes; }
   std::string name() const {
     return std::to_string(rows) + " x " + std::to_string(batch) +
            (parts == 1 ? "" : ", columns in " + std::to_string(parts)) +
@@ -58,11 +58,11 @@ constexpr double kProductCycles = 4.6;    // of an m16n8k16 by mma.sync
 constexpr double kLoadCycles = 1.2;       // to read its part of the error
 constexpr double kGroupCycles = 3.0;      // of as large a part of a product of warpgroups
 constexpr double kGroupStripCycles = 21;  // more to start those of a strip and term
-constexpr double kStepCycles = 43,
-                 kCopyCycles = 31;      // of a step, of each copy that a thread starts
-constexpr double kExactCycles = 1.1;    // to add up a sum of a step, if sums are exact
-constexpr double kWriteCycles = 40;     // of 32 elements written
-constexpr double kAddCycles = 10;       // more for each further part of the columns: an estimate
+constexpr double kStepCycles = 43;        // of a step
+constexpr double kCopyCycles = 31;        // of each copy that a thread starts in it
+constexpr double kExactCycles = 1.1;      // to add up a sum of a step, if sums are exact
+constexpr double kWriteCycles = 40;       // of 32 elements written
+constexpr double kAddCycles = 10;         // more for each further part of the columns: an estimate
 constexpr double kWaitingWarps = 0.48;  // of w warps, w / (w + this) of the cycles issue something
 constexpr double kLaunchCycles = 5000;  // also of `prepare`, which a 16-bit error may not need
 

@@ -47,6 +47,14 @@ __device__ __forceinline__ uint64_t rows_of_128_bytes(const void* from) {
         "r"(a[1][2]), "r"(a[1][3]), "l"(b), "l"(b + 2)                                       \
       : "memory")
 
+// The same of fp16 or bf16 operands.
+#define DFA_GROUP_PRODUCT_OF_EITHER(BATCH, ...)    \
+  if (is_half) {                                   \
+    DFA_GROUP_PRODUCT(BATCH, "f16", __VA_ARGS__);  \
+  } else {                                         \
+    DFA_GROUP_PRODUCT(BATCH, "bf16", __VA_ARGS__); \
+  }
+
 // c[64 x 8 N] += a[64 x 32] * b[32 x 8 N] over the warpgroup. Each warp has 16 rows of a and c,
 // laid out as for `multiply_bf16`. b lies in 8 N rows, whose 32 columns begin `byte` bytes into
 // them.
@@ -56,47 +64,28 @@ __device__ __forceinline__ void multiply_group(float (&c)[N][4], const uint32_t 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const uint64_t b = rows_of_128_bytes(rows + byte);
   if constexpr (N == 8) {
-    if (is_half) {
-      DFA_GROUP_PRODUCT("64", "f16", DFA_SUMS_0 "," DFA_SUMS_1, "%32,%33,%34,%35",
-                        "%36,%37,%38,%39", "%40", "%41", DFA_16_SUMS(0), DFA_16_SUMS(4));
-    } else {
-      DFA_GROUP_PRODUCT("64", "bf16", DFA_SUMS_0 "," DFA_SUMS_1, "%32,%33,%34,%35",
-                        "%36,%37,%38,%39", "%40", "%41", DFA_16_SUMS(0), DFA_16_SUMS(4));
-    }
+    DFA_GROUP_PRODUCT_OF_EITHER("64", DFA_SUMS_0 "," DFA_SUMS_1, "%32,%33,%34,%35",
+                                "%36,%37,%38,%39", "%40", "%41", DFA_16_SUMS(0), DFA_16_SUMS(4));
   } else if constexpr (N == 16) {
-    if (is_half) {
-      DFA_GROUP_PRODUCT("128", "f16", DFA_SUMS_0 "," DFA_SUMS_1 "," DFA_SUMS_2 "," DFA_SUMS_3,
-                        "%64,%65,%66,%67", "%68,%69,%70,%71", "%72", "%73", DFA_16_SUMS(0),
-                        DFA_16_SUMS(4), DFA_16_SUMS(8), DFA_16_SUMS(12));
-    } else {
-      DFA_GROUP_PRODUCT("128", "bf16", DFA_SUMS_0 "," DFA_SUMS_1 "," DFA_SUMS_2 "," DFA_SUMS_3,
-                        "%64,%65,%66,%67", "%68,%69,%70,%71", "%72", "%73", DFA_16_SUMS(0),
-                        DFA_16_SUMS(4), DFA_16_SUMS(8), DFA_16_SUMS(12));
-    }
-  } else if constexpr (N == 32) {
-    if (is_half) {
-      DFA_GROUP_PRODUCT("256", "f16",
-                        DFA_SUMS_0 "," DFA_SUMS_1 "," DFA_SUMS_2 "," DFA_SUMS_3 "," DFA_SUMS_4
-                                   "," DFA_SUMS_5 "," DFA_SUMS_6 "," DFA_SUMS_7,
-                        "%128,%129,%130,%131", "%132,%133,%134,%135", "%136", "%137",
-                        DFA_16_SUMS(0), DFA_16_SUMS(4), DFA_16_SUMS(8), DFA_16_SUMS(12),
-                        DFA_16_SUMS(16), DFA_16_SUMS(20), DFA_16_SUMS(24), DFA_16_SUMS(28));
-    } else {
-      DFA_GROUP_PRODUCT("256", "bf16",
-                        DFA_SUMS_0 "," DFA_SUMS_1 "," DFA_SUMS_2 "," DFA_SUMS_3 "," DFA_SUMS_4
-                                   "," DFA_SUMS_5 "," DFA_SUMS_6 "," DFA_SUMS_7,
-                        "%128,%129,%130,%131", "%132,%133,%134,%135", "%136", "%137",
-                        DFA_16_SUMS(0), DFA_16_SUMS(4), DFA_16_SUMS(8), DFA_16_SUMS(12),
-                        DFA_16_SUMS(16), DFA_16_SUMS(20), DFA_16_SUMS(24), DFA_16_SUMS(28));
-    }
+    DFA_GROUP_PRODUCT_OF_EITHER("128", DFA_SUMS_0 "," DFA_SUMS_1 "," DFA_SUMS_2 "," DFA_SUMS_3,
+                                "%64,%65,%66,%67", "%68,%69,%70,%71", "%72", "%73", DFA_16_SUMS(0),
+                                DFA_16_SUMS(4), DFA_16_SUMS(8), DFA_16_SUMS(12));
   } else {
     static_assert(N == 32, "no such batch");
+    DFA_GROUP_PRODUCT_OF_EITHER("256",
+                                DFA_SUMS_0 "," DFA_SUMS_1 "," DFA_SUMS_2 "," DFA_SUMS_3
+                                           "," DFA_SUMS_4 "," DFA_SUMS_5 "," DFA_SUMS_6
+                                           "," DFA_SUMS_7,
+                                "%128,%129,%130,%131", "%132,%133,%134,%135", "%136", "%137",
+                                DFA_16_SUMS(0), DFA_16_SUMS(4), DFA_16_SUMS(8), DFA_16_SUMS(12),
+                                DFA_16_SUMS(16), DFA_16_SUMS(20), DFA_16_SUMS(24), DFA_16_SUMS(28));
   }
 #else
   __trap();  // the host does not launch such a kernel on this GPU
 #endif
 }
 
+#undef DFA_GROUP_PRODUCT_OF_EITHER
 #undef DFA_GROUP_PRODUCT
 #undef DFA_16_SUMS
 #undef DFA_FOUR_SUMS

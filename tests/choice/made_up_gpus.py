@@ -57,6 +57,13 @@ class Machine:
             )
         self.monkeypatch.setattr(registry, "unavailable", UNAVAILABLE)
 
+    def proves(self):
+        """Make the first GPU one on which "cuda" and "triton" are proven."""
+        self.kinds[GPUS[0]] = H100
+        for name in ("cuda", "triton"):
+            proven = frozenset({H100.capability})
+            self.monkeypatch.setattr(registry.BACKENDS[name], "PROVEN", proven)
+
     def command(self, backend, device, report):
         head = f"""
 import json, os, sys

@@ -11,10 +11,10 @@ import torch
 
 import dfa_kernels
 from dfa_kernels import cli, feedback_matrix, ops, project, stream
-from dfa_kernels.backends import cpp, cuda, registry, triton, verdicts
+from dfa_kernels.backends import cpp, registry, verdicts
 from dfa_kernels.layers import Layers
 from dfa_kernels.stream import Stream
-from tests.choice.made_up_gpus import GPUS, H100, PASSED, WRONG, Machine, choose
+from tests.choice.made_up_gpus import GPUS, PASSED, WRONG, Machine, choose
 from tests.conftest import needs
 
 
@@ -172,9 +172,7 @@ def test_while_a_cuda_graph_is_captured_nothing_is_checked(machine, monkeypatch)
 
 
 def test_a_capture_on_a_proven_gpu_takes_its_kernels(machine, monkeypatch):
-    machine.kinds[GPUS[0]] = H100
-    for module in (cuda, triton):
-        monkeypatch.setattr(module, "PROVEN", frozenset({H100.capability}))
+    machine.proves()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert choose() == ("cuda", [])
     assert machine.checks() == []
@@ -344,9 +342,7 @@ def test_info_shows_what_is_known(machine, monkeypatch, capsys):
 
 def test_info_on_a_proven_gpu_knows_of_no_check(machine, monkeypatch, capsys):
     gpu_here(monkeypatch)
-    machine.kinds[GPUS[0]] = H100
-    for module in (cuda, triton):
-        monkeypatch.setattr(module, "PROVEN", frozenset({H100.capability}))
+    machine.proves()
     found = shown(capsys)
     assert found["cuda"] == "available, chosen automatically"
     assert found["triton"] == "available when asked for"

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import dfa_kernels
-from dfa_kernels.backends import cuda, registry, trial, triton, verdicts
-from tests.choice.made_up_gpus import GPUS, H100, NEW, PASSED, WRONG, Machine, choose, fault
+from dfa_kernels.backends import registry, trial, verdicts
+from tests.choice.made_up_gpus import GPUS, NEW, PASSED, WRONG, Machine, choose, fault
 
 
 @pytest.fixture
@@ -346,10 +346,8 @@ def test_waiting_ends(machine, other, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_proven_kernels_serve_unchecked(machine, monkeypatch, backend):
-    machine.kinds[GPUS[0]] = H100
-    for module in (cuda, triton):
-        monkeypatch.setattr(module, "PROVEN", frozenset({H100.capability}))
+def test_proven_kernels_serve_unchecked(machine, backend):
+    machine.proves()
     machine.works("torch", backend)
     machine.check = WRONG
     assert choose(GPUS[0]) == (backend, [])
@@ -370,9 +368,7 @@ def test_skip(machine, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_force(machine, monkeypatch, backend):
-    machine.kinds[GPUS[0]] = H100
-    for module in (cuda, triton):
-        monkeypatch.setattr(module, "PROVEN", frozenset({H100.capability}))
+    machine.proves()
     machine.works("torch", backend)
     monkeypatch.setenv("DFA_KERNELS_CHECK", "force")
     for _ in range(2):

@@ -81,8 +81,8 @@ class DFA(nn.Module):
             [batch, n]: each row of the error then serves k, scaled by 1/sqrt(k).
         seed, distribution, backend: as for `dfa_kernels.project`. Beside `matrix` they make
             nothing. "normal" is the paper's law. "hadamard" is by far the cheapest for errors of
-            about 16 numbers and more, and its signals are the same bits everywhere. "rademacher" is
-            the cheapest with independent entries. They learn alike.
+            some tens of numbers and more, and its signals are the same bits everywhere.
+            "rademacher" is the cheapest with independent entries. They learn alike.
         shared: True: one matrix, sliced for every layer (eq. 8). False: rows of its own for every
             layer. Stored matrices decide it by their number.
         matrix: what makes the signals instead of a seed. Stored matrices of unit variance: one

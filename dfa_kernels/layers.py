@@ -93,11 +93,25 @@ class Layers(NamedTuple):
             yield Slab(first, last, active)
             active = [layer for layer in active if ends[layer] > last]
 
+    def order(self) -> list[int]:
+        """The layers in the order of their rows, sizes and scales; equal ones as they are given."""
+        return sorted(
+            range(len(self.sizes)),
+            key=lambda i: (self.row_offsets[i], self.sizes[i], self.scales[i]),
+        )
+
+    def whole(self, rows: int) -> Layers:
+        """The layers with all rows of the blocks of `rows` rows that they read; see `blocks`."""
+        firsts = [first // rows * rows for first in self.row_offsets]
+        pairs = zip(self.row_offsets, self.sizes, strict=True)
+        ends = [-(-(first + size) // rows) * rows for first, size in pairs]
+        sizes = [end - first for first, end in zip(firsts, ends, strict=True)]
+        return Layers.of(firsts, sizes, self.scales)
+
     def _ends_and_order(self) -> tuple[list[int], list[int]]:
         """The end of every layer's rows, and the layers in order: the first to begin is last."""
         ends = [first + size for first, size in zip(self.row_offsets, self.sizes, strict=True)]
-        ordered = sorted(zip(self.row_offsets, ends, self.scales, range(len(ends)), strict=True))
-        return ends, [layer for *_, layer in reversed(ordered)]
+        return ends, self.order()[::-1]
 
     def overlap(self, layer: int, slab: Slab) -> tuple[slice, slice]:
         """The rows that a layer and a slab share, counted from the first row of each."""

@@ -27,7 +27,7 @@ from dfa_kernels import stream
 from dfa_kernels.backends.triton import kernels, launch
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-DTYPES = launch._DTYPES
+DTYPES = launch.DTYPES
 NAMES = dict(zip(DTYPES, ("fp16", "bf16", "fp32", "fp64"), strict=True))
 
 

@@ -9,19 +9,20 @@ from __future__ import annotations
 import functools
 import importlib
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from dfa_kernels import stream as definition
 from dfa_kernels.backends import tensor_cores
 from dfa_kernels.layers import Layers
-from dfa_kernels.stream import DENSE, Stream
+from dfa_kernels.stream import STRUCTURED, Stream
 
 DEVICES = ("cuda",)  # also ROCm's name in torch
 RANK = 1
 PROVEN = frozenset({(9, 0)})  # compute capabilities of GPUs on which all tests have run
-DISTRIBUTIONS = tuple(DENSE)
+DISTRIBUTIONS = definition.DISTRIBUTIONS
 # Tables on the device are kept from call to call. If torch.compile captures CUDA graphs by itself
 # (mode="reduce-overhead"), they must not lie in a graph's memory.
 TAGS = (torch.Tag.cudagraph_unsafe,)
@@ -63,8 +64,10 @@ def ways(error: Tensor, distribution: str) -> Iterator[tuple[str, Callable[..., 
     """Every way a projection of such an error can go here: its name, and a function like `project`.
 
     "fused R x M" has tiles of R rows of U and a batch of M, also with the terms of an fp32 error
-    "split beforehand". "slabs" is left out for errors that are always fused. The ways serve every
-    error that is not longer, at the current precision of fp32 products.
+    "split beforehand". "slabs" is left out for errors that are always fused. Of structured
+    feedback, "transforms" is one launch where that is enough, and goes "through a workspace"
+    otherwise, or always. The ways serve every error that is not longer, at the current precision of
+    fp32 products.
     """
     return _kernels().ways(error, distribution)  # type: ignore[union-attr]
 
@@ -78,7 +81,21 @@ def feedback_matrix(
     device: torch.device,
 ) -> Tensor:
     """`rows` rows of U from `row_offset` on, and `columns` of its columns."""
-    launch = _kernels().launch  # type: ignore[union-attr]
+    launch, structured = _kernels().launch, _kernels().structured  # type: ignore[union-attr]
+    if stream.distribution in STRUCTURED:
+        with launch.on(device):
+            return structured.feedback_matrix(rows, columns, row_offset, stream, dtype, device)
     matrix = torch.empty(rows, columns, dtype=dtype, device=device)
     with launch.on(matrix.device):
         return launch.fill(matrix, row_offset, stream)
+
+
+def structured_adjoint(
+    signals: Sequence[Tensor], layers: Layers, stream: Stream, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """The transpose of `project` for structured feedback: [batch, columns]."""
+    kernels = _kernels()
+    with kernels.launch.on(signals[0].device):  # type: ignore[union-attr]
+        return kernels.structured.project_adjoint(  # type: ignore[union-attr]
+            signals, layers, stream, columns, dtype
+        )

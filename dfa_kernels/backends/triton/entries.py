@@ -24,14 +24,15 @@ _C0, _C1, _C2, _C3, _C4 = (
 
 
 @triton.jit
-def philox(block, row, key0, key1):
+def philox(block, row, key0, key1, DOMAIN: tl.constexpr = 0):
     """Four words [R, B] of the blocks at columns `block` uint32 [1, B] of rows `row` int64 [R, 1].
 
-    Through the first two rounds, what depends on the row or the block alone keeps its smaller
-    shape, and a loop over blocks makes the row's part once.
+    DOMAIN is 0 for entries, and a diagonal's number for structured feedback. Through the first two
+    rounds, what depends on the row or the block alone keeps its smaller shape, and a loop over
+    blocks makes the row's part once.
     """
     c0 = block
-    c1 = tl.zeros_like(block)
+    c1 = tl.full(block.shape, DOMAIN, tl.uint32)
     c2 = row.to(tl.uint32)
     c3 = (row >> 32).to(tl.uint32)
     for _ in tl.static_range(_ROUNDS):
@@ -54,6 +55,26 @@ def to_bfloat16(values, TARGET: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         values = tl.where(values == values, bits.to(tl.float32, bitcast=True), values)
     return values.to(tl.bfloat16)
+
+
+@triton.jit
+def to_odd(values):
+    """fp64 to fp32 so that another rounding, to 16 bits, is the only one: inexact ones are odd."""
+    near = values.to(tl.float32)
+    back = near.to(tl.float64)
+    bits = near.to(tl.int32, bitcast=True)
+    odd = (bits - (tl.abs(back) > tl.abs(values)).to(tl.int32)) | 1
+    return tl.where(back == values, bits, odd).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rounded(values, DTYPE: tl.constexpr, TARGET: tl.constexpr):
+    """fp32 or fp64 to the nearest of DTYPE."""
+    if values.dtype == tl.float64 and DTYPE.primitive_bitwidth == 16:
+        values = to_odd(values)
+    if tl.bfloat16 == DTYPE:
+        values = to_bfloat16(values, TARGET)
+    return values.to(DTYPE)
 
 
 @triton.jit

@@ -10,7 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dfa_kernels.backends.triton.entries import entries, fragment_order, pinned, to_bfloat16
+from dfa_kernels.backends.triton.entries import (
+    entries,
+    fragment_order,
+    pinned,
+    rounded,
+    to_bfloat16,
+)
 
 _INTEGERS = (
     "width",
@@ -95,7 +101,7 @@ def split_kernel(
 
 
 @triton.jit
-def _end(number, TARGET: tl.constexpr):
+def end(number, TARGET: tl.constexpr):
     """The first or last number of a loop.
 
     With NumPy 2.4 and newer, Triton 3.6's interpreter does not make a number of a tensor itself.
@@ -106,15 +112,8 @@ def _end(number, TARGET: tl.constexpr):
 
 
 @triton.jit
-def _rounded(values, DTYPE: tl.constexpr, TARGET: tl.constexpr):
-    if tl.bfloat16 == DTYPE:
-        values = to_bfloat16(values, TARGET)
-    return values.to(DTYPE)
-
-
-@triton.jit
-def _address(outputs, layer, OUTPUTS: tl.constexpr):
-    """The address of a layer's signal; see `launch._outputs`."""
+def address_of(outputs, layer, OUTPUTS: tl.constexpr):
+    """The address of a layer's signal; see `launch.outputs_of`."""
     if OUTPUTS == 0:
         address = tl.load(outputs[0] + layer)
     else:
@@ -167,7 +166,7 @@ def project_kernel(
 
     error: [batch, columns] or, with SPLIT, its terms in bf16 [TERMS, batch, columns]; columns are
     contiguous, and column 0 is entry `shift` of block `first_block`. tiles, layers and scales: see
-    `plan.Plan`. outputs: see `launch._outputs`.
+    `plan.Plan`. outputs: see `launch.outputs_of`.
     """
     program = tl.program_id(0).to(tl.int64)
     tile = tiles + 4 * (program % tile_count)
@@ -191,7 +190,7 @@ def project_kernel(
     key1 = (seed >> 32).to(tl.uint32)
     blocks = tl.arange(0, BLOCK_K // WIDTH)[None, :]
     sums = tl.zeros([BLOCK_L, BLOCK_M], tl.float32)
-    for left in tl.range(0, _end(shift + columns, TARGET), BLOCK_K, num_stages=STAGES):
+    for left in tl.range(0, end(shift + columns, TARGET), BLOCK_K, num_stages=STAGES):
         column = left - shift + k
         here = (column >= 0) & (column < columns)
         mask = here[:, None] & in_batch[None, :]
@@ -213,19 +212,19 @@ def project_kernel(
         sums = sums + apart if TERMS == 3 else apart
         at += BLOCK_K
 
-    for layer in range(_end(tl.load(tile + 2), TARGET), _end(tl.load(tile + 3), TARGET)):
+    for layer in range(end(tl.load(tile + 2), TARGET), end(tl.load(tile + 3), TARGET)):
         first = tl.load(layers + 2 * layer)
         size = tl.load(layers + 2 * layer + 1)
         # Rows of the tile before the layer's first; negative if the layer began in another tile.
         before = first - first_row
-        output = _address(outputs, layer, OUTPUTS).to(tl.pointer_type(OUTPUT_DTYPE))
+        output = address_of(outputs, layer, OUTPUTS).to(tl.pointer_type(OUTPUT_DTYPE))
         output += first_m * size - before
         offset = m[None, :].to(OFFSET) * size.to(OFFSET) + l[:, None].to(OFFSET)
         low = tl.maximum(before, 0).to(tl.int32)
         # A layer that ended 2^31 or more rows before has no rows here; its end exceeds 32 bits.
         high = tl.maximum(tl.minimum(before + size, rows), 0).to(tl.int32)
         in_layer = (l >= low) & (l < high)
-        signal = _rounded(sums * tl.load(scales + layer), OUTPUT_DTYPE, TARGET)
+        signal = rounded(sums * tl.load(scales + layer), OUTPUT_DTYPE, TARGET)
         tl.store(output + offset, signal, mask=in_layer[:, None] & in_batch[None, :])
 
 
@@ -272,4 +271,4 @@ def matrix_kernel(
             values = values.to(tl.float64)
         values = values * FACTOR
     inside = (r < rows) & (c >= 0) & (c < columns)
-    tl.store(matrix + r * row_stride + c, _rounded(values, DTYPE, TARGET), mask=inside)
+    tl.store(matrix + r * row_stride + c, rounded(values, DTYPE, TARGET), mask=inside)

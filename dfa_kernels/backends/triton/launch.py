@@ -21,13 +21,13 @@ from dfa_kernels.stream import DENSE, Stream
 
 INTERPRETED = not isinstance(kernels.project_kernel, triton.runtime.JITFunction)
 TARGET = "interpreter" if INTERPRETED else "hip" if torch.version.hip else "cuda"
-_DTYPES = {
+DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
-_OUTPUTS = 4  # signals passed as arguments of their own; more go through a table
+OUTPUTS = 4  # signals passed as arguments of their own; more go through a table
 STAGES = 2  # of the pipeline that loads the error to shared memory
 _NARROW = 2**31 - 2**7  # elements of a tile's outputs that 32 bits can count
 _ADDRESSES = 64  # that one launch writes to the table
@@ -145,6 +145,11 @@ def stream_of(device: torch.device) -> Callable[[], int]:
     return functools.partial(triton.runtime.driver.active.get_current_stream, device.index)
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return not INTERPRETED and torch.cuda.is_current_stream_capturing()
+
+
 class Launch:
     """Launches of a kernel with one grid and one set of compile-time arguments.
 
@@ -152,8 +157,10 @@ class Launch:
     must be on one device, with arguments of the same types and pointers of the same alignment.
     """
 
-    def __init__(self, kernel: Any, grid: int, constants: tuple, warps: int) -> None:
-        self._first = functools.partial(kernel[(grid,)], num_warps=warps)
+    def __init__(
+        self, kernel: Any, grid: int, constants: tuple, warps: int, **options: Any
+    ) -> None:
+        self._first = functools.partial(kernel[(grid,)], num_warps=warps, **options)
         self._grid = grid
         self._constants = constants
         self._again: Any = None
@@ -189,7 +196,7 @@ _tables = Kept()
 _fills = Kept()
 
 
-def _outputs(signals: list[Tensor], stream_id: int, capturing: bool) -> tuple[Tensor, ...]:
+def outputs_of(signals: list[Tensor], stream_id: int, capturing: bool) -> tuple[Tensor, ...]:
     """The kernel's argument `outputs`: the signals, or one table of their addresses.
 
     Signals are tensors of their own, so every call has new addresses. They must reach the device
@@ -199,7 +206,7 @@ def _outputs(signals: list[Tensor], stream_id: int, capturing: bool) -> tuple[Te
     addresses recur from step to step. A graph's own addresses never change, and its table lies in
     its memory pool.
     """
-    if len(signals) <= _OUTPUTS:
+    if len(signals) <= OUTPUTS:
         return tuple(signals)
     addresses = tuple([signal.data_ptr() for signal in signals])
     key = (signals[0].device, stream_id, addresses)
@@ -281,9 +288,9 @@ class Fused:
         constants = (
             distribution,
             block,
-            len(sizes) if len(sizes) <= _OUTPUTS else 0,
-            _DTYPES[dtype],
-            _DTYPES[operand_of(error)],
+            len(sizes) if len(sizes) <= OUTPUTS else 0,
+            DTYPES[dtype],
+            DTYPES[operand_of(error)],
             terms,
             split,
             vector,
@@ -301,8 +308,8 @@ class Fused:
         batch, new = self._batch, self._like.new_empty  # no arguments, which take time to read
         signals = [new(batch, size) for size in self._sizes]
         stream_id = self._stream()
-        capturing = not INTERPRETED and torch.cuda.is_current_stream_capturing()
-        self._plan.read_by(stream_id, capturing)
+        graph = capturing()
+        self._plan.read_by(stream_id, graph)
         if self._split is not None:
             terms = error.new_empty(self._terms, dtype=torch.bfloat16)
             self._split(stream_id, error, terms, *self._split_numbers)
@@ -310,7 +317,7 @@ class Fused:
         elif self._copied:
             error = error.contiguous()
         ordered = signals if self._sorted else [signals[i] for i in self._plan.order]
-        outputs = _outputs(ordered, stream_id, capturing)
+        outputs = outputs_of(ordered, stream_id, graph)
         self._launch(stream_id, error, outputs, *self._before_seed, seed, *self._strides)
         return signals
 
@@ -333,7 +340,7 @@ def fill(matrix: Tensor, row_offset: int, stream: Stream, lattice: bool = False)
     constants = (
         distribution,
         width,
-        _DTYPES[matrix.dtype],
+        DTYPES[matrix.dtype],
         1.0 if lattice else facts.factor,
         _vector(matrix, row_stride, columns, shift),
         TARGET,

@@ -18,8 +18,8 @@ class Plan(NamedTuple):
     """A set of layers cut into tiles of rows, on a device.
 
     tiles: int64 [tiles, 4], the first row, the number of rows, and the range of layers to look at.
-    layers: int64 [layers, 2], the first row and the size. scales: fp32 [layers]. Layers are in the
-    order of `order`, which indexes the list of outputs.
+    layers: int64 [layers, 2], the first row and the size. scales: [layers], fp32 or fp64.
+    Layers are in the order of `order`, which indexes the list of outputs.
     """
 
     tiles: Tensor
@@ -52,12 +52,29 @@ def cut_into_tiles(layers: Layers, rows: int) -> tuple[Tensor, list[int]]:
     """Tiles [tiles, 4] of at most `rows` rows, and the order of the layers they refer to.
 
     Every row of the union is in one tile, however many layers contain it. Layers are sorted by
-    first row, the longest first, so those that share rows with a tile are few and neighbours. A
-    tile's range of layers is the narrowest that holds them all. Rows end at 2**63, so the end of a
-    range of rows may not fit an int64, and is never stored.
+    first row, the longest first, so those that share rows with a tile are few and neighbours.
     """
     row_offsets, sizes, _ = layers
     order = sorted(range(len(sizes)), key=lambda i: (row_offsets[i], -sizes[i]))
+    return _tiles(layers, rows, order), order
+
+
+def cut_into_blocks(layers: Layers, rows: int) -> tuple[Tensor, list[int]]:
+    """Tiles [tiles, 4] that are the whole `layers.blocks(rows)`, and the order of the layers.
+
+    It is that in which the transpose of structured feedback adds layers up.
+    """
+    order = layers.order()
+    return _tiles(layers.whole(rows), rows, order), order
+
+
+def _tiles(layers: Layers, rows: int, order: list[int]) -> Tensor:
+    """The union of the layers' rows in tiles, for layers in an order of rising first rows.
+
+    A tile's range of layers is the narrowest that holds them all. Rows end at 2**63, so the end of
+    a range of rows may not fit an int64, and is never stored.
+    """
+    row_offsets, sizes, _ = layers
     pieces, starts, total = [], [], 0
     for first, last in layers.unions():
         count = -(-(last - first) // rows)
@@ -81,7 +98,7 @@ def cut_into_tiles(layers: Layers, rows: int) -> tuple[Tensor, list[int]]:
         tiles[span, 3] = place + 1
     for place, span in reversed(list(enumerate(covered))):
         tiles[span, 2] = place
-    return tiles, order
+    return tiles
 
 
 class Kept(dict):
@@ -101,16 +118,26 @@ _keeping = threading.Lock()
 _plans = Kept()
 
 
-def plan_for(layers: Layers, factor: float, rows: int, device: torch.device) -> Plan:
-    """The plan of a set of layers, in tiles of `rows` rows. `factor` multiplies every scale."""
-    key = (device, rows, factor, layers)
+def plan_for(
+    layers: Layers,
+    factor: float,
+    rows: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    whole: bool = False,
+) -> Plan:
+    """The plan of a set of layers, in tiles of `rows` rows. `factor` multiplies every scale.
+
+    The products are rounded to `dtype`. `whole`: the tiles are all of the blocks that layers read.
+    """
+    key = (device, rows, factor, dtype, whole, layers)
     plan = _plans.get(key)
     if plan is not None:
         return plan
-    tiles, order = cut_into_tiles(layers, rows)
+    tiles, order = (cut_into_blocks if whole else cut_into_tiles)(layers, rows)
     ranges = [(layers.row_offsets[i], layers.sizes[i]) for i in order]
     scales = [layers.scales[i] * factor for i in order]
-    rounded = torch.tensor(scales, dtype=torch.float64, device="cpu").float()
+    rounded = torch.tensor(scales, dtype=torch.float64, device="cpu").to(dtype)
     plan = Plan(tiles, torch.tensor(ranges, device="cpu"), rounded, order, set(), None)
     if device.type == "cuda":  # from pinned memory, so that the host does not wait
         there = [table.pin_memory().to(device, non_blocking=True) for table in plan[:3]]

@@ -4,7 +4,8 @@ The fused kernel makes every entry once per tile of the batch, and multiplies it
 By slabs, every entry is made once and stored in 16 bits in a bounded workspace, which the vendor's
 matrix product reads: see `tensor_cores`. `Cost` estimates which is faster. fp32 errors at the
 highest precision are always fused, because a vendor's product is less accurate. Tensor cores
-multiply no fp64 here; such errors go through `dfa_kernels.backends.slabs`.
+multiply no fp64 here; such errors go through `dfa_kernels.backends.slabs`. Structured feedback has
+its own way: see `structured`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import torch
 from torch import Tensor
 
 from dfa_kernels.backends import slabs, tensor_cores
-from dfa_kernels.backends.triton import launch
+from dfa_kernels.backends.triton import launch, structured
 from dfa_kernels.backends.triton.plan import Kept
 from dfa_kernels.layers import Layers
-from dfa_kernels.stream import DENSE, Stream
+from dfa_kernels.stream import DENSE, STRUCTURED, Stream
 
 _log = logging.getLogger("dfa_kernels")
 
@@ -101,7 +102,7 @@ def _project(
     )
     way = _ways.get(key)
     if way is None:
-        if error.is_cuda and torch.cuda.is_current_stream_capturing():
+        if launch.capturing():
             raise RuntimeError(
                 "project: call it once with such an error and these layers before capturing a "
                 "CUDA graph, so that what runs is compiled and what it reads is on the device"
@@ -121,6 +122,8 @@ def _way(
     batch, columns = error.shape
     if batch == 0:
         return lambda error, seed: [error.new_empty(0, size, dtype=dtype) for size in layers.sizes]
+    if distribution in STRUCTURED:
+        return structured.Structured(error, layers, column_offset, distribution, dtype)
     if error.dtype == torch.float64:
         return _by_slabs(error, layers, column_offset, distribution, dtype)
     terms = launch.terms_of(error)
@@ -167,6 +170,11 @@ def _by_slabs(
 
 def ways(error: Tensor, distribution: str) -> Iterator[tuple[str, Callable[..., list[Tensor]]]]:
     """See `dfa_kernels.backends.triton.ways`."""
+    if distribution in STRUCTURED:
+        yield "transforms", functools.partial(_through, structured.Structured)
+        through = functools.partial(structured.Structured, by_workspace=True)
+        yield "transforms through a workspace", functools.partial(_through, through)
+        return
     short = error.shape[1] <= _FUSED_COLUMNS
     if error.dtype != torch.float64 and short:
         terms = launch.terms_of(error)

@@ -56,17 +56,18 @@ def ways_of(name, backend, error, distribution):
 
 
 def projections(name, backend, device):
-    """(label, call) for every way, every dtype, and every precision of fp32.
+    """(label, call) for every way, every dtype, and every precision that a product of fp32 has.
 
     Signals have the error's dtype. A misaligned error also gives fp32 signals.
     """
     for distribution, dtype, (rows, columns, before, column_offset) in itertools.product(
-        stream.DENSE, DTYPES, ERRORS
+        backend.DISTRIBUTIONS, DTYPES, ERRORS
     ):
         error = error_of(rows, columns, before, dtype, device)
         given = arguments(error, ROW_OFFSETS, SIZES, column_offset, distribution)
         outputs = dict.fromkeys((dtype, torch.float32) if before else (dtype,))
-        for precision in PRECISIONS if dtype == torch.float32 else PRECISIONS[:1]:
+        by_terms = dtype == torch.float32 and distribution in stream.DENSE
+        for precision in PRECISIONS if by_terms else PRECISIONS[:1]:
             torch.set_float32_matmul_precision(precision)
             for (label, way), output in itertools.product(
                 ways_of(name, backend, error, distribution), outputs
@@ -79,9 +80,29 @@ def many_layers(name, backend, device):
     """(label, call) for every way of a bf16 error with enough layers to need an uploaded table."""
     error = error_of(5, 77, 0, torch.bfloat16, device)
     sizes = [1 + i % 40 for i in range(MANY)]
-    given = arguments(error, range(0, 60 * MANY, 60), sizes, 0, "normal")
-    for label, way in ways_of(name, backend, error, "normal"):
-        yield f"{label}, {MANY} layers", functools.partial(way, *given, torch.bfloat16)
+    for distribution in ("normal", *structured(backend)):
+        given = arguments(error, range(0, 60 * MANY, 60), sizes, 0, distribution)
+        for label, way in ways_of(name, backend, error, distribution):
+            yield f"{label}, {MANY} layers", functools.partial(way, *given, torch.bfloat16)
+
+
+def structured(backend):
+    """The structured distributions that a backend makes."""
+    return [name for name in stream.STRUCTURED if name in backend.DISTRIBUTIONS]
+
+
+def transposes(name, backend, device):
+    """(label, call) for the transpose of structured feedback, with few layers and many."""
+    for distribution, dtype, (rows, columns, before, column_offset), layers in itertools.product(
+        structured(backend), DTYPES, ERRORS, ((SIZES, ROW_OFFSETS), ((7,) * MANY, range(MANY)))
+    ):
+        sizes, row_offsets = layers
+        error = error_of(rows, columns, before, dtype, device)
+        _, *given = arguments(error, row_offsets, sizes, column_offset, distribution)
+        signals = [error_of(rows, size, 0, dtype, device) for size in sizes]
+        label = f"{name} transpose of {len(sizes)} layers: {rows} x {columns} {str(dtype)[6:]}"
+        transpose = backend.structured_adjoint
+        yield label, functools.partial(transpose, signals, *given, columns, dtype)
 
 
 def terms_made_ahead(name, backend, device):
@@ -95,7 +116,7 @@ def terms_made_ahead(name, backend, device):
 
 def blocks(name, backend, device):
     """(label, call) of pieces of U that begin and end anywhere."""
-    for distribution, dtype in itertools.product(stream.DENSE, DTYPES):
+    for distribution, dtype in itertools.product(backend.DISTRIBUTIONS, DTYPES):
         where = (37, 131, 5, stream.Stream(-3, 3, distribution), dtype, torch.device(device))
         label = f"{name} block of U: {str(dtype)[6:]}, {distribution}"
         yield label, functools.partial(backend.feedback_matrix, *where)
@@ -103,14 +124,14 @@ def blocks(name, backend, device):
 
 def small(name, backend, device):
     """(label, call) for everything a backend can do."""
-    for part in (projections, many_layers, terms_made_ahead, blocks):
+    for part in (projections, many_layers, terms_made_ahead, transposes, blocks):
         yield from part(name, backend, device)
 
 
 def large(name, backend, device):
     """(label, call) for the fused kernel where generation costs most, and for a slab's entries."""
     for dtype, distribution in itertools.product(
-        (torch.bfloat16, torch.float32), ("normal", "rademacher")
+        (torch.bfloat16, torch.float32), ("normal", "rademacher", *structured(backend))
     ):
         error = error_of(128, 1000, 0, dtype, device)
         given = (*arguments(error, [0], [200_000], 0, distribution), dtype)

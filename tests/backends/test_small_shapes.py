@@ -9,13 +9,15 @@ import sys
 import pytest
 import torch
 
-from dfa_kernels import feedback_matrix, project, stream
+from dfa_kernels import feedback_matrix, hadamard, project, stream
 from dfa_kernels.checks import DTYPES
 from tests.backends import small_shapes
 
 
 class Fake:
     """A GPU backend on the CPU that records its calls, and projects."""
+
+    DISTRIBUTIONS = stream.DISTRIBUTIONS
 
     def __init__(self):
         self.calls = []
@@ -47,6 +49,13 @@ class Fake:
 
     def project(self, *arguments):
         return self.way("either", *arguments)
+
+    def structured_adjoint(self, signals, layers, stream, columns, dtype):
+        sizes = tuple(signal.shape[1] for signal in signals)
+        assert sizes == layers.sizes
+        error = hadamard.project_adjoint(signals, layers, stream, columns, dtype)
+        self.calls.append(("transpose", error, sizes, *stream[1:], None))
+        return error
 
     def feedback_matrix(self, rows, columns, row_offset, stream, dtype, device):
         seed, column_offset, distribution = stream
@@ -83,7 +92,7 @@ def test_every_way_runs_with_every_dtype_at_every_precision(everything):
     seen = {
         (name, error.dtype, distribution, precision)
         for name, error, sizes, _, distribution, precision in calls
-        if sizes == small_shapes.SIZES
+        if sizes == small_shapes.SIZES and name != "transpose"
     }
     precisions = [(torch.float32, precision) for precision in ("highest", "high", "medium")]
     precisions += [(dtype, "highest") for dtype in DTYPES if dtype != torch.float32]
@@ -91,7 +100,8 @@ def test_every_way_runs_with_every_dtype_at_every_precision(everything):
         (name, dtype, distribution, precision)
         for name in ("wide", "narrow")
         for dtype, precision in precisions
-        for distribution in stream.DENSE
+        for distribution in stream.DISTRIBUTIONS
+        if precision == "highest" or distribution in stream.DENSE
         if (name, dtype) != ("narrow", torch.float64)
     }
     outputs = {(dtype, output) for dtype in DTYPES for output in (dtype, torch.float32)}
@@ -99,9 +109,12 @@ def test_every_way_runs_with_every_dtype_at_every_precision(everything):
         taken = [(dtype, output) for way, dtype, output in everything.outputs if way == name]
         assert {*taken} >= {pair for pair in outputs if name == "wide" or torch.float64 not in pair}
     many = {name for name, _, sizes, *_ in calls if len(sizes) == small_shapes.MANY}
-    assert many == {"wide", "narrow"}
+    assert many == {"wide", "narrow", "transpose"}
+    transposes = {(error.dtype, len(sizes)) for name, error, sizes, *_ in calls if name[0] == "t"}
+    counts = (len(small_shapes.SIZES), small_shapes.MANY)
+    assert transposes == {(dtype, count) for dtype in DTYPES for count in counts}
     blocks = {(m.dtype, kind) for name, m, _, _, kind, _ in calls if name == "matrix"}
-    assert blocks == {(dtype, kind) for dtype in DTYPES for kind in stream.DENSE}
+    assert blocks == {(dtype, kind) for dtype in DTYPES for kind in stream.DISTRIBUTIONS}
 
 
 def test_the_shapes_are_awkward(everything):
@@ -134,9 +147,8 @@ def test_a_way_that_fails_does_not_stop_the_next(monkeypatch):
     status, shown = run_shapes(broken)
     assert status == 1
     assert "failed: fake broken: 5 x 1088 bfloat16, normal, highest, to bfloat16: an " in shown
-    failed = (1 + 2) * len(
-        stream.DENSE
-    ) + 1  # aligned, to one dtype; misaligned, to two; many layers
+    # Aligned, to one dtype; misaligned, to two; many layers, dense and structured.
+    failed = (1 + 2) * len(stream.DISTRIBUTIONS) + 2
     assert shown.endswith(f"fake: {len(broken.calls) + failed} calls, {failed} failed\n")
     assert len([call for call in broken.calls if call[0] == "narrow"]) == failed
 
@@ -162,4 +174,4 @@ def test_a_backend_without_a_way_or_that_is_not_here_fails():
 def test_the_profiled_calls_have_names_of_their_own():
     """Only listed, not called: without a GPU each takes seconds."""
     labels = [label for label, _ in small_shapes.large("fake", Fake(), "cpu")]
-    assert len(set(labels)) == len(labels) == 5
+    assert len(set(labels)) == len(labels) == 7

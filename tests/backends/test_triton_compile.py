@@ -166,3 +166,62 @@ def test_numbers_compile_nothing(program):
     first, *others = program(("specialisations",))
     assert len(first) > 10
     assert all(other == first for other in others)
+
+
+# GPU, kernel, arithmetic, the dtype of the error or the signals, and signals (0: a table)
+STRUCTURED = [
+    (gpu, name, wide, dtype, 1)
+    for gpu in (80, 90, 100, 120, "gfx942")
+    for name in ("project", "inner", "outer", "spread", "collect", "matrix")
+    for wide, dtype in (("float32", "float32"), ("float32", "bfloat16"), ("float64", "float64"))
+]
+STRUCTURED += [
+    (90, name, wide, dtype, outputs)
+    for name in ("project", "outer", "spread")
+    for wide, dtype, outputs in (
+        ("float32", "float16", 0),
+        ("float64", "bfloat16", 4),
+    )
+]
+QUICK_STRUCTURED = [
+    (90, "project", "float32", "bfloat16", 1),
+    (90, "spread", "float32", "float32", 1),
+]
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        pytest.param(
+            one,
+            id="-".join(map(str, one)),
+            marks=[pytest.mark.slow] * (one not in QUICK_STRUCTURED),
+        )
+        for one in STRUCTURED
+    ],
+)
+def test_structured(program, resources, launch):
+    """No spills, no product fused with an addition, and blocks turned by vectors, not by shuffles.
+
+    The numbers are per written number in the loop over output blocks.
+    """
+    gpu, name, wide, dtype, outputs = launch
+    found = program(("structured", *launch))
+    check_spills(found)
+    # Philox multiplies integers; addresses do, too. No numbers of the error are.
+    assert found["fused"] == 0
+    if gpu == "gfx942":
+        return
+    assert found["flushed"] == 0
+    assert found["shuffles"] <= 16  # to find a range of layers
+    resources(
+        f"sm_{gpu} structured {name} {wide} {dtype}, {outputs or 'many'} signals: "
+        f"{found['per_number']:.1f} slots a number, {found['registers']} registers, "
+        f"{found['shared']} bytes shared, {found['turning']:.0f} accesses, "
+        f"{found['barriers']} barriers"
+    )
+    if name == "project" and wide == "float32":
+        assert found["additions"] >= 10
+        assert found["per_number"] <= 22 + 3 * (dtype != "float32")
+        assert found["turning"] <= 16
+        assert found["barriers"] <= 1

@@ -4,10 +4,12 @@
         TRITON_INTERPRET=0 python tests/backends/triton_compile.py
 
 It answers each line of JSON with another. A request is one of the LAUNCHES of
-test_triton_compile.py, ["others", CAPABILITY] or ["specialisations"]. It is a separate program
+test_triton_compile.py, ["structured", ...] with one of its STRUCTURED, ["others", CAPABILITY] or
+["specialisations"]. It is a separate program
 because Triton's interpreter may be on in the process of the tests.
 """
 
+import functools
 import json
 import re
 import subprocess
@@ -24,14 +26,14 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from dfa_kernels import stream
-from dfa_kernels.backends.triton import kernels, launch
+from dfa_kernels.backends.triton import kernels, launch, structured_kernels
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DTYPES = launch.DTYPES
 NAMES = dict(zip(DTYPES, ("fp16", "bf16", "fp32", "fp64"), strict=True))
 
 
-def compiled(kernel, pointers, constants, warps, target, misaligned=()):
+def compiled(kernel, pointers, constants, warps, target, misaligned=(), **options):
     """A kernel for pointers of these types, some misaligned, and numbers of its annotated types."""
     names = [parameter.name for parameter in kernel.params]
     constants = dict(zip(names[-len(constants) :], constants, strict=True))
@@ -47,11 +49,11 @@ def compiled(kernel, pointers, constants, warps, target, misaligned=()):
         else:
             signature[name] = parameter.annotation_type
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options={"num_warps": warps})
+    return triton.compile(source, target=target, options={"num_warps": warps, **options})
 
 
-def inspect(binary):
-    """Registers and spills of a cubin, and the instruction counts of its loop over columns."""
+def disassembled(binary):
+    """A cubin's instructions, with their addresses, and its registers, stack and local memory."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -62,31 +64,38 @@ def inspect(binary):
         )
     code = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", sass)
     code = [(int(at, 16), line) for at, line in code]
-    registers, stack, local = map(
-        int, re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage).groups()
-    )
-    local_instructions = sum(bool(re.search(r"\b(LDL|STL)\b", line)) for _, line in code)
-    loops = []
+    used = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage).groups()
+    return code, dict(zip(("registers", "stack", "local"), map(int, used), strict=True))
+
+
+def loops_of(code):
+    """The instructions of each loop."""
     for at, line in code:
         jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", line)
         if jump and int(jump[1], 16) < at:
-            loops.append([inside for a, inside in code if int(jump[1], 16) <= a <= at])
+            yield [inside for a, inside in code if int(jump[1], 16) <= a <= at]
 
-    def products(loop):
-        return sum(bool(re.search(r"\b(HMMA|HGMMA|UTCHMMA)\b", line)) for line in loop)
 
+def count(pattern, lines):
+    """How many instructions match."""
+    return sum(bool(re.search(rf"\b({pattern})\b", line)) for line in lines)
+
+
+def inspect(binary):
+    """Registers and spills of a cubin, and the instruction counts of its loop over columns."""
+    code, used = disassembled(binary)
+
+    products = functools.partial(count, "HMMA|HGMMA|UTCHMMA")
     # The loop over columns is the one with the tensor cores' instructions.
-    main = max(loops, key=lambda loop: (products(loop), -len(loop)), default=[])
+    main = max(loops_of(code), key=lambda loop: (products(loop), -len(loop)), default=[])
     return {
-        "registers": registers,
-        "stack": stack,
-        "local": local,
-        "local_instructions": local_instructions,
+        **used,
+        "local_instructions": count("LDL|STL", [line for _, line in code]),
         "loop": len(main) - products(main),
         "products": products(main),
-        "additions": sum(bool(re.search(r"\bFADD\b", line)) for line in main),
+        "additions": count("FADD", main),
         # Loads of the error through registers, one element at a time.
-        "single_loads": sum(bool(re.search(r"\bLDG\S*U16\b", line)) for line in main),
+        "single_loads": count(r"LDG\S*U16", main),
         "shared": binary.metadata.shared,
     }
 
@@ -141,6 +150,55 @@ def projection(gpu, *launch_of):
     return result
 
 
+def structured(gpu, name, wide, dtype, outputs):
+    """One of STRUCTURED, compiled and inspected: a kernel in fp32 or fp64, and another dtype."""
+    target = GPUTarget("hip", gpu, 64) if str(gpu).startswith("gfx") else GPUTarget("cuda", gpu, 32)
+    kernel = getattr(structured_kernels, f"{name}_kernel")
+    together = 2 if target.backend == "hip" else 1
+    if name == "outer":
+        together = 2 if wide == "float64" else 4
+    wide, dtype = getattr(torch, wide), getattr(torch, dtype)
+    narrow, many = f"*{NAMES[dtype]}", f"*{NAMES[wide]}"
+    signals = (narrow,) * outputs if outputs else ("*i64",)
+    pointers = dict.fromkeys(("z", "v", "sums", "scales"), many)
+    pointers |= dict.fromkeys(("error", "matrix"), narrow) | {"unit": "*fp32"}
+    pointers |= {"tiles": "*i64", "layers": "*i64", "outputs": signals, "signals": signals}
+    values = {
+        "OUTPUTS": outputs,
+        "SIGNALS": outputs,
+        "OUTPUT_DTYPE": DTYPES[dtype],
+        "DTYPE": DTYPES[dtype],
+        "ARITHMETIC": DTYPES[wide],
+        "TARGET": target.backend,
+        "QUAD": 16 // wide.itemsize,
+        "ROWS": together,
+        "FIRST": False,
+        "LAST": True,
+    }
+    constants = [values[p.name] for p in kernel.params if p.name in values]
+    binary = compiled(kernel, pointers, constants, 1, target, enable_fp_fusion=False)
+    if target.backend == "hip":
+        spills = re.findall(r"(?:sgpr|vgpr)_spill_count: *(\d+)", binary.asm["amdgcn"])
+        fused = re.findall(r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)_f(?:32|64)\b", binary.asm["amdgcn"])
+        return {"spills": list(map(int, spills)), "fused": len(fused)}
+    code, used = disassembled(binary)
+    lines = [line for _, line in code]
+    # The loop over output blocks holds all others that follow z's.
+    main = max(loops_of(code), key=len, default=[])
+    return {
+        **used,
+        "local_instructions": count("LDL|STL", lines),
+        "shared": binary.metadata.shared,
+        "fused": count("FFMA|DFMA", lines),
+        "flushed": count(r"(?:FADD|FMUL|F2F|F2FP)\.\S*FTZ\S*", lines),
+        "shuffles": count(r"SHFL\S*", lines),
+        "per_number": len(main) / (32 * together),
+        "barriers": count(r"BAR\S*", main),
+        "turning": count(r"STS\S*|LDS\S*", main) / together,
+        "additions": count("FADD|DADD", main) / (32 * together),
+    }
+
+
 def others(capability):
     """The other kernels, inspected."""
     target = GPUTarget("cuda", capability, 32)
@@ -179,6 +237,8 @@ def specialisations(numbers):
 def answer(request):
     """The answer to one line of standard input."""
     match request:
+        case ["structured", *which]:
+            return structured(*which)
         case ["others", capability]:
             return list(others(capability))
         case ["specialisations"]:

@@ -49,12 +49,27 @@ def philox(block, row, key0, key1, DOMAIN: tl.constexpr = 0):
 
 @triton.jit
 def to_bfloat16(values, TARGET: tl.constexpr):
-    """fp32 to the nearest bf16, ties to even. By itself the interpreter truncates."""
+    """fp32 to the nearest bf16, ties to even.
+
+    By itself the interpreter truncates, and loses subnormal numbers.
+    """
     if TARGET == "interpreter":
         bits = values.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        values = tl.where(values == values, bits.to(tl.float32, bitcast=True), values)
-    return values.to(tl.bfloat16)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        bits = tl.where(values == values, bits, 0x7FC0)
+        result = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = values.to(tl.bfloat16)
+    return result
+
+
+@triton.jit
+def widened(values, DTYPE: tl.constexpr):
+    """Values in fp32 or fp64. By itself the interpreter loses bf16's subnormal numbers."""
+    if values.dtype == tl.bfloat16:
+        bits = values.to(tl.uint16, bitcast=True).to(tl.uint32)
+        values = (bits << 16).to(tl.float32, bitcast=True)
+    return values.to(DTYPE)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ WORKSPACE_BYTES = 2**26  # or what one row of the error takes
 # Rows of the error, or output blocks, of a program. A program is one warp, so more of them need
 # more registers: a row is 32 numbers a lane. Of AMD's 64 lanes two rows fill a warp. The
 # interpreter takes as long for many.
-ROWS = 4 if INTERPRETED else 2 if TARGET == "hip" else 1
+ROWS = 8 if INTERPRETED else 2 if TARGET == "hip" else 1
 # A row of the error is transformed for each `_WALK` output blocks, or fewer if programs are few.
 _WALK = 16
 _PROGRAMS = 2**13

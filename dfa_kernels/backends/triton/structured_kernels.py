@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from dfa_kernels import hadamard
-from dfa_kernels.backends.triton.entries import philox, rounded
+from dfa_kernels.backends.triton.entries import philox, rounded, widened
 from dfa_kernels.backends.triton.kernels import address_of, end
 
 _BLOCK = tl.constexpr(hadamard.BLOCK)
@@ -196,7 +196,7 @@ def _inner(error, b, columns, shift, first_block, column_stride, in_batch, key0,
     column = b * _BLOCK - shift + _places()
     here = (column >= 0) & (column < columns) & in_batch[:, :, None]
     x = tl.load(error[:, :, None] + column * column_stride, mask=here, other=0.0)
-    x = _parted(tl.permute(x.to(ARITHMETIC), (0, 2, 1)))
+    x = _parted(tl.permute(widened(x, ARITHMETIC), (0, 2, 1)))
     first = _inner_words(first_block + b, key0, key1, 1)
     second = _inner_words(first_block + b, key0, key1, 2)
     return _passed(x, (first, second), 5, 0, 0)
@@ -447,8 +447,8 @@ def spread_kernel(
         for i in tl.static_range(32):
             number = i * 32 + lane
             here = (number >= before) & (number < before + size) & (m < batch)
-            value = tl.load(at + i * 32, mask=here, other=0.0).to(ARITHMETIC)
-            added += (w[i] + value * scale,)
+            value = tl.load(at + i * 32, mask=here, other=0.0)
+            added += (w[i] + widened(value, ARITHMETIC) * scale,)
         w = added
     _keep(v + (m * tile_count + place) * _BLOCK, _passed(w, (), 3, 0, 0), m < batch, QUAD)
 

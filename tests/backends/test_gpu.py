@@ -16,6 +16,7 @@ from benchmarks.harness import race
 from benchmarks.harness.shapes import STORED
 from dfa_kernels import feedback_matrix, project, stream
 from dfa_kernels.backends import tensor_cores
+from dfa_kernels.backends.registry import BACKENDS
 from dfa_kernels.layers import Layers
 from tests import reference
 from tests.benchmarks.races import ONCE, SMALL, machine
@@ -33,6 +34,14 @@ BEFORE = ("prepare", "upload", "split_kernel", "addresses_kernel")
 def unpoisoned(poison):
     """Leaves fresh memory as it is: no fill kernels, no deterministic substitutes."""
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["normal", *stream.STRUCTURED])
+def distribution(request, gpu_backend):
+    """Dense feedback, and structured of the backends that make it."""
+    if request.param not in BACKENDS[gpu_backend].DISTRIBUTIONS:
+        pytest.skip("the backend does not make it")
+    return request.param
 
 
 @pytest.fixture
@@ -62,12 +71,13 @@ def kernels_of(call):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("sizes", [[800], SIZES, [1 + 37 * i % 4001 for i in range(1100)]])
 @pytest.mark.parametrize("count", [16, 128])
-def test_all_layers_are_one_launch(gpu_backend, count, dtype, sizes):
+def test_all_layers_are_one_launch(gpu_backend, distribution, count, dtype, sizes):
     """A 16-bit error is read where it lies, unless warpgroups multiply, which want it permuted."""
     if gpu_backend not in FUSED:
         pytest.skip("it is not a fused backend")
     error = random_error(count, 1000, dtype=dtype)
-    kernels = kernels_of(lambda: project(error, sizes, backend=gpu_backend))
+    options = {"backend": gpu_backend, "distribution": distribution}
+    kernels = kernels_of(lambda: project(error, sizes, **options))
     projections = [name for name in kernels if not any(part in name for part in BEFORE)]
     assert len(projections) == 1, kernels
     if dtype != torch.float32 and len(sizes) < 50 and count < 64:
@@ -79,14 +89,15 @@ def test_all_layers_are_one_launch(gpu_backend, count, dtype, sizes):
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("count", "n", "sizes"), [(3, 100, SIZES), BY_SLABS])
-def test_nothing_waits_for_the_gpu(gpu_backend, dtype, count, n, sizes):
+def test_nothing_waits_for_the_gpu(gpu_backend, distribution, dtype, count, n, sizes):
     error = random_error(count, n, dtype=dtype)
-    project(error, sizes, backend=gpu_backend)
+    options = {"backend": gpu_backend, "distribution": distribution}
+    project(error, sizes, **options)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        project(error, sizes, backend=gpu_backend)
-        project(error, [123, 45], seed=2, backend=gpu_backend)  # layers not seen before
-        feedback_matrix(10, 10, device="cuda", backend=gpu_backend)
+        project(error, sizes, **options)
+        project(error, [123, 45], seed=2, **options)  # layers not seen before
+        feedback_matrix(10, 10, device="cuda", **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -95,30 +106,37 @@ def test_nothing_waits_for_the_gpu(gpu_backend, dtype, count, n, sizes):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("count", "n", "sizes"),
-    [(5, 77, SIZES), (5, 77, [1 + i % 50 for i in range(1100)]), (4096, 77, SIZES), BY_SLABS],
+    [
+        (5, 77, SIZES),
+        (5, 77, [1 + i % 50 for i in range(1100)]),
+        (4096, 77, SIZES),
+        BY_SLABS,
+        (5, 1500, SIZES),  # two input blocks of structured feedback
+    ],
 )
-def test_graph_replays_read_the_new_error(gpu_backend, dtype, count, n, sizes):
+def test_graph_replays_read_the_new_error(gpu_backend, distribution, dtype, count, n, sizes):
     error = random_error(count, n, dtype=dtype)
+    options = {"backend": gpu_backend, "distribution": distribution}
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compile and cache before the capture
-        project(error, sizes, seed=3, backend=gpu_backend)
+        project(error, sizes, seed=3, **options)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = project(error, sizes, seed=3, backend=gpu_backend)
-    project(error, [8, 9], seed=4, backend=gpu_backend)  # other calls come between
+        captured = project(error, sizes, seed=3, **options)
+    project(error, [8, 9], seed=4, **options)  # other calls come between
     for seed in (1, 2):
         error.copy_(random_error(count, n, dtype=dtype, seed=seed))
         graph.replay()
-        expected = project(error, sizes, seed=3, backend=gpu_backend)
+        expected = project(error, sizes, seed=3, **options)
         assert all(map(torch.equal, captured, expected))
 
 
 @pytest.mark.usefixtures("unpoisoned")
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_first_call_inside_a_capture_says_what_to_do(gpu_backend, dtype):
+def test_a_first_call_inside_a_capture_says_what_to_do(gpu_backend, distribution, dtype):
     """Only "triton" must compile or copy first; "cuda" and "torch" may begin inside."""
     error = random_error(5, 61, dtype=dtype)
     if gpu_backend != "triton":
@@ -127,7 +145,7 @@ def test_a_first_call_inside_a_capture_says_what_to_do(gpu_backend, dtype):
         pytest.raises(RuntimeError, match=r"project: call it once .* before capturing a CUDA"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
-        project(error, [61, 7], backend=gpu_backend)
+        project(error, [61, 7], backend=gpu_backend, distribution=distribution)
 
 
 FIRST_CALL = """
@@ -348,13 +366,14 @@ def test_failed_allocations_are_torchs_own_errors(gpu_backend):
 @pytest.mark.usefixtures("unpoisoned")
 @pytest.mark.parametrize("count", [32, 2048])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_extra_memory_is_bounded(gpu_backend, count, dtype):
+def test_extra_memory_is_bounded(gpu_backend, distribution, count, dtype):
     """Only the workspace and the error's terms, beside the signals. The matrix would take 1 GB."""
     error = random_error(count, 5000, dtype=dtype)
-    project(error[:, :8], [8], backend=gpu_backend)
+    options = {"backend": gpu_backend, "distribution": distribution}
+    project(error[:, :8], [8], **options)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    (signal,) = project(error, [100_000], backend=gpu_backend)
+    (signal,) = project(error, [100_000], **options)
     extra = torch.cuda.max_memory_allocated() - before - signal.nbytes
     error_copies = 2 * 4 * error.numel()
     assert extra <= 2 * tensor_cores.WORKSPACE_BYTES + error_copies

@@ -171,9 +171,15 @@ def test_numbers_compile_nothing(program):
 # GPU, kernel, arithmetic, the dtype of the error or the signals, and signals (0: a table)
 STRUCTURED = [
     (gpu, name, wide, dtype, 1)
-    for gpu in (80, 90, 100, 120, "gfx942")
+    for gpu in (80, 90)
     for name in ("project", "inner", "outer", "spread", "collect", "matrix")
     for wide, dtype in (("float32", "float32"), ("float32", "bfloat16"), ("float64", "float64"))
+]
+STRUCTURED += [
+    (gpu, name, wide, dtype, 1)
+    for gpu in (100, 120, "gfx942")
+    for name in ("project", "outer", "collect")
+    for wide, dtype in (("float32", "bfloat16"), ("float64", "float64"))
 ]
 STRUCTURED += [
     (90, name, wide, dtype, outputs)

@@ -155,10 +155,16 @@ def project_adjoint(
     wide = arithmetic(dtype)
     first_block, shift = divmod(stream.column_offset, BLOCK)
     blocks = -(-(shift + columns) // BLOCK)
+    capturing = launch.capturing()
+    key = device, layers, batch, columns, dtype, stream.column_offset, signals[0].dtype
+    if capturing and key not in _adjoints:
+        raise RuntimeError(
+            "project_adjoint: call it once with such signals before capturing a CUDA graph, so "
+            "that what runs is compiled and what it reads is on the device"
+        )
     plan = _plan(layers, wide, device)
     tiles = plan.tiles.shape[0]
     stream_id = launch.stream_of(device)()
-    capturing = launch.capturing()
     plan.read_by(stream_id, capturing)
     given = signals[0].dtype if len({one.dtype for one in signals}) == 1 else wide
     read = [signals[i].to(given).contiguous() for i in plan.order]
@@ -179,6 +185,7 @@ def project_adjoint(
                 kernels.spread_kernel,
                 rows * those,
                 (count, DTYPES[given], DTYPES[wide], TARGET, quad, ROWS),
+                aligned=tuple(one.data_ptr() % 16 == 0 for one in read[:count]),
             )
             tables = plan.tiles, plan.layers, plan.scales
             spread(stream_id, addresses, v, *tables, tile, those, first, some)
@@ -192,6 +199,7 @@ def project_adjoint(
             )
             where = columns, shift, first_block, blocks, stream.seed
             collect(stream_id, v, sums, error[first:], plan.tiles, tile, those, some, *where)
+    _adjoints.keep(key, True)
     return error
 
 
@@ -219,6 +227,7 @@ def feedback_matrix(
 
 
 _launches = Kept()
+_adjoints = Kept()  # what has been called, so that a CUDA graph can hold it
 
 
 def _kept(

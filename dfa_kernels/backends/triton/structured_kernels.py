@@ -42,7 +42,6 @@ _INTEGERS = (
     "row_stride",
     "column_stride",
     "first_tile",
-    "last_tile",
 )
 
 

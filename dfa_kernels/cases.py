@@ -62,15 +62,19 @@ class Case(NamedTuple):
         cls,
         dtype: torch.dtype,
         distribution: str,
-        columns: int = 1041,
+        columns: int | None = None,
         unit_rows: int = _UNIT_ROWS,
         layers: Layers = LAYERS,
     ) -> Case:
         """A case with an error of `dtype` and `columns` columns, on the CPU.
 
-        1041 columns take every tile at least three steps. At most `unit_rows` of the batch are unit
-        vectors, spread over all columns.
+        By default there are 1041, which take every tile at least three steps, and two blocks of
+        structured feedback; for a lone layer of that 900, in one block. At most `unit_rows` of the
+        batch are unit vectors, spread over all columns.
         """
+        if columns is None:
+            one_block = distribution in STRUCTURED and len(layers.sizes) == 1
+            columns = 900 if one_block else 1041
         generator = torch.Generator().manual_seed(columns)
         ones = torch.linspace(0, columns - 1, min(unit_rows, columns)).round().long()
         needles = torch.tensor([0, columns // 2, columns - 1])

@@ -209,12 +209,11 @@ QUICK_STRUCTURED = [
 def test_structured(program, resources, launch):
     """No spills, no product fused with an addition, and blocks turned by vectors, not by shuffles.
 
-    The numbers are per written number in the loop over output blocks.
+    The numbers are those of the longest loop: of "project" per written number.
     """
     gpu, name, wide, dtype, outputs = launch
     found = program(("structured", *launch))
     check_spills(found)
-    # Philox multiplies integers; addresses do, too. No numbers of the error are.
     assert found["fused"] == 0
     if gpu == "gfx942":
         return

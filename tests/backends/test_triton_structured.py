@@ -126,7 +126,7 @@ def test_fp64_is_rounded_to_16_bits_at_once():
 def test_every_way_and_number_of_rows(monkeypatch, name, rows):
     """As many rows to a program as on GPUs, for a batch that they do not divide."""
     monkeypatch.setattr(structured, "ROWS", rows)
-    monkeypatch.setattr(structured, "_BLOCKS", dict.fromkeys(structured._BLOCKS, 2))
+    monkeypatch.setattr(structured, "BLOCKS", dict.fromkeys(DTYPES, 2))
     error, stream = random_error(3, 40), Stream(5, 1000, "hadamard")
     layers = Layers((1000, 5000), (30, 9), (2.0, 0.1))
     ways = dict(triton.ways(error, "hadamard"))

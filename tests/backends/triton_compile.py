@@ -27,6 +27,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from dfa_kernels import stream
 from dfa_kernels.backends.triton import kernels, launch, structured_kernels
+from dfa_kernels.backends.triton import structured as host
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DTYPES = launch.DTYPES
@@ -154,10 +155,10 @@ def structured(gpu, name, wide, dtype, outputs):
     """One of STRUCTURED, compiled and inspected: a kernel in fp32 or fp64, and another dtype."""
     target = GPUTarget("hip", gpu, 64) if str(gpu).startswith("gfx") else GPUTarget("cuda", gpu, 32)
     kernel = getattr(structured_kernels, f"{name}_kernel")
+    wide, dtype = getattr(torch, wide), getattr(torch, dtype)
     together = 2 if target.backend == "hip" else 1
     if name == "outer":
-        together = 2 if wide == "float64" else 4
-    wide, dtype = getattr(torch, wide), getattr(torch, dtype)
+        together = host.BLOCKS[wide]
     narrow, many = f"*{NAMES[dtype]}", f"*{NAMES[wide]}"
     signals = (narrow,) * outputs if outputs else ("*i64",)
     pointers = dict.fromkeys(("z", "v", "sums", "scales"), many)
@@ -183,19 +184,19 @@ def structured(gpu, name, wide, dtype, outputs):
         return {"spills": list(map(int, spills)), "fused": len(fused)}
     code, used = disassembled(binary)
     lines = [line for _, line in code]
-    # The loop over output blocks holds all others that follow z's.
+    # Of "project" the longest is the loop over output blocks. FADD2 adds two pairs.
     main = max(loops_of(code), key=len, default=[])
     return {
         **used,
         "local_instructions": count("LDL|STL", lines),
         "shared": binary.metadata.shared,
-        "fused": count("FFMA|DFMA", lines),
+        "fused": count("FFMA2?|DFMA", lines),
         "flushed": count(r"(?:FADD|FMUL|F2F|F2FP)\.\S*FTZ\S*", lines),
         "shuffles": count(r"SHFL\S*", lines),
         "per_number": len(main) / (32 * together),
         "barriers": count(r"BAR\S*", main),
         "turning": count(r"STS\S*|LDS\S*", main) / together,
-        "additions": count("FADD|DADD", main) / (32 * together),
+        "additions": (count("FADD|DADD", main) + 2 * count("FADD2", main)) / (32 * together),
     }
 
 

@@ -27,7 +27,8 @@ ROWS = 8 if INTERPRETED else 2 if TARGET == "hip" else 1
 # A row of the error is transformed for each `_WALK` output blocks, or fewer if programs are few.
 _WALK = 16
 _PROGRAMS = 2**13
-_BLOCKS = {torch.float32: 4, torch.float64: 2}  # that share what they read of the workspace
+# Output blocks of a program that share what it reads of the workspace. With two in fp64 it spills.
+BLOCKS = {torch.float32: 4, torch.float64: 1}
 
 
 def _launch(kernel: object, grid: int, *constants: object) -> Launch:
@@ -93,7 +94,7 @@ class Structured:
             grid = rows * -(-tiles // self._walk)
             self._project = _launch(kernels.project_kernel, grid, *constants, ROWS)
             return
-        quad, together = _quad(wide), _BLOCKS[wide]
+        quad, together = _quad(wide), BLOCKS[wide]
         self._passes = [
             (
                 first,

@@ -184,11 +184,9 @@ STRUCTURED += [
 STRUCTURED += [
     (90, name, wide, dtype, outputs)
     for name in ("project", "outer", "spread")
-    for wide, dtype, outputs in (
-        ("float32", "float16", 0),
-        ("float64", "bfloat16", 4),
-    )
+    for wide, dtype, outputs in (("float32", "float16", 0), ("float64", "float32", 4))
 ]
+STRUCTURED += [(gpu, "outer", "float64", "bfloat16", 1) for gpu in (80, 90, 120)]
 QUICK_STRUCTURED = [
     (90, "project", "float32", "bfloat16", 1),
     (90, "spread", "float32", "float32", 1),

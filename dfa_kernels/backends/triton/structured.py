@@ -1,7 +1,8 @@
 """Launches of structured feedback: the projection, its transpose and pieces of the matrix.
 
-An error that lies in one block of columns is one launch. Others are transformed once, as many rows
-of the batch at a time as a bounded workspace holds, and then take one launch for all layers.
+An error that lies in one block of columns is one launch (unless fp64 is to become 16 bits). Others
+are transformed once, as many rows of the batch at a time as a bounded workspace holds, and then
+take one launch for all layers.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ class Structured:
         outputs = len(sizes) if len(sizes) <= launch.OUTPUTS else 0
         constants = outputs, DTYPES[dtype], DTYPES[wide], TARGET
         self._tables = plan.tiles, plan.layers, plan.scales, tiles
-        self._direct = blocks == 1 and not by_workspace
+        # To round fp64 to 16 bits at once takes registers that z in fp64 does not leave.
+        spills = wide == torch.float64 and dtype.itemsize == 2
+        self._direct = blocks == 1 and not by_workspace and not spills
         if self._direct:
             rows = -(-batch // ROWS)
             self._walk = min(max(rows * tiles // _PROGRAMS, 1), _WALK)

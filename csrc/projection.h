@@ -76,8 +76,9 @@ using Allocate = std::function<void*(int64_t bytes)>;
 
 // Overrides of automatic choices, for tests.
 struct Forced {
-  int64_t tile = -1;       // index of a tile; -1: the fastest by estimate
-  int64_t processors = 0;  // multiprocessors to launch blocks for; 0: all
+  int64_t tile = -1;                     // index of a tile; -1: the fastest by estimate
+  int64_t processors = 0;                // multiprocessors to launch blocks for; 0: all
+  int64_t transformed_bytes = 32 << 20;  // of workspace for structured feedback, at most
 };
 
 // Runs on the current device, in order on `cuda_stream` (a cudaStream_t), without waiting for it.

@@ -1,13 +1,14 @@
 // Structured feedback: the projection, its transpose and the matrix, by the transforms of
 // hadamard.h. U is made of blocks of 1024 x 1024; see dfa_kernels/hadamard.py.
 //
-// If the error lies in one block of columns, `walk` does all in one launch: half a warp transforms
-// a row of the error, keeps it in registers, and makes one output block after another from it.
+// If the error lies in one block of columns, `walk` does all in one launch: a block of threads
+// transforms a row of the error and makes a chunk of the output blocks from it.
 //
 // Otherwise `gather` adds up transformed source blocks with the signs of their targets: a block of
 // threads takes one row of the error and kTargets targets. Sources are input blocks and targets
 // output blocks; of the transpose it is the other way round. Where one row has more targets than
-// that, `inputs` transforms its sources once, into a bounded workspace.
+// that, `inputs` transforms its sources once, into a workspace of at most Forced's
+// transformed_bytes, or of one row of the error.
 #include <algorithm>
 
 #include "../output_blocks.h"
@@ -20,7 +21,6 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kHalves = kThreads / kLanes;
 constexpr int64_t kBlock = kHadamardBlock;
-constexpr int64_t kTransformedBytes = 32 << 20;  // of workspace, unless a row of the error has more
 
 // --- the error and the signals ---
 
@@ -547,7 +547,7 @@ void start_gather(Parameters& p, const Forced& forced, const Allocate& allocate,
   const int64_t row_bytes = p.inputs * kBlock * int64_t{sizeof(Real)};
   int64_t pass = batch;
   if (groups > 1) {
-    pass = std::clamp<int64_t>(kTransformedBytes / row_bytes, 1, batch);
+    pass = std::clamp<int64_t>(forced.transformed_bytes / row_bytes, 1, batch);
     p.transformed = allocate(pass * row_bytes);
   }
   for (p.first_row = 0; p.first_row < batch; p.first_row += pass) {

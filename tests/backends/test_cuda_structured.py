@@ -46,13 +46,16 @@ def project(
     column_offset=0,
     dtype=None,
     processors=0,
+    workspace=32 << 20,
     misaligned=0,
     order="late",
 ):
     """The signals, and (launches, thread blocks of the last one, bytes of workspace)."""
     storage, dtype = error.untyped_storage(), dtype or error.dtype
     request = words(0, seed, column_offset, *error.shape, *error.stride())
-    request += words(TYPES.index(error.dtype), TYPES.index(dtype), processors, misaligned)
+    request += words(
+        TYPES.index(error.dtype), TYPES.index(dtype), processors, workspace, misaligned
+    )
     request += words(storage.nbytes())
     request += torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes()
     request += words(len(layers.sizes))
@@ -151,6 +154,15 @@ def test_fp64_is_rounded_once(emulator):
         )
         layers = Layers.of([0], [1024], [1.0])
         check(emulator, error, layers, dtype=dtype)
+
+
+@pytest.mark.parametrize(("workspace", "rows"), [(1, 1), (5 * 8192, 5), (6 * 8192 - 1, 5)])
+def test_the_workspace_cuts_the_batch(emulator, workspace, rows):
+    """Two input blocks take 8 KiB a row. However little there is, one row is transformed."""
+    error = random_error(12, 1700)
+    launches, _, taken = check(emulator, error, MANY, workspace=workspace)
+    assert taken == rows * 8192
+    assert launches == 2 * -(-12 // rows)
 
 
 # Its transpose

@@ -46,6 +46,7 @@ void project() {
   const auto out_type = static_cast<dfa::Type>(next());
   dfa::Forced forced{};
   forced.processors = next();
+  forced.transformed_bytes = next();
   const int64_t misaligned = next(), bytes = next();
   const Buffer input(bytes, misaligned);
   read(input.data, bytes);

@@ -206,7 +206,17 @@ def test_many_sources(emulator, order):
     adjoint(emulator, random_signals(3, layers), layers, 4500, order=order)
 
 
-# The matrix
+# The matrix and the memory
+
+
+def test_lanes_access_different_banks(emulator):
+    """8 lanes access 16 bytes each at once, or 32 lanes 4 bytes."""
+    data = torch.frombuffer(
+        bytearray(run(emulator, words(3), ORDERS["at-once"])), dtype=torch.int64
+    )
+    pieces, single = data[: 32 * 32].view(-1, 8), data[32 * 32 :].view(-1, 32)
+    assert (pieces // 16 % 8).sort().values.eq(torch.arange(8)).all()
+    assert (single // 4 % 32).sort().values.eq(torch.arange(32)).all()
 
 
 def test_feedback_matrices(emulator):

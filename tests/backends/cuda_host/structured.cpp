@@ -1,6 +1,7 @@
 // The same for structured feedback: projections, their transposes and matrices.
 #include <vector>
 
+#include "../../../csrc/cuda/hadamard.h"
 #include "requests.h"
 
 namespace {
@@ -91,6 +92,36 @@ void feedback_matrix() {
   write(out.data, rows * columns * dfa::type_bytes(type));
 }
 
+// The bytes at which a warp's lanes access their squares, in three ways.
+struct Accesses {
+  int64_t rows[dfa::kPieceRows][32], columns[dfa::kPieceRows][32], spread[dfa::kOwn][32];
+};
+
+struct Recording {
+  Accesses* accesses;
+};
+
+void record(Recording recording) {
+  const dfa::Square<float> square(dfa::half());
+  const int lane = dfa::device::thread();
+  const auto byte = [](const void* at) {
+    return static_cast<const char*>(at) - dfa::device::shared();
+  };
+  for (int i = 0; i < dfa::kPieceRows; ++i) {
+    recording.accesses->rows[i][lane] = byte(&square.in_rows(i));
+    recording.accesses->columns[i][lane] = byte(&square.in_columns(i));
+  }
+  for (int i = 0; i < dfa::kOwn; ++i) {
+    recording.accesses->spread[i][lane] = byte(&square.spread(i));
+  }
+}
+
+void record_accesses() {
+  Accesses accesses{};
+  dfa::launch(record, Recording{&accesses}, 1, 32, 2 * dfa::Square<float>::kBytes, nullptr);
+  write(&accesses, sizeof accesses);
+}
+
 }  // namespace
 
 int main() {
@@ -101,6 +132,9 @@ int main() {
         break;
       case 1:
         feedback_matrix();
+        break;
+      case 3:
+        record_accesses();
         break;
       default:
         adjoint();

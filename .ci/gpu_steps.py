@@ -204,7 +204,7 @@ STAGES: dict[str, tuple[Step, ...]] = {
     "A": (
         Step("build", BUILD, 70, 150, programs=("nvcc",), unless=built),
         Step("info", "{python} -m dfa_kernels info", 10, 20),
-        verify("cuda", 11, 60),
+        verify("cuda", 16, 60),
         sanitize("memcheck", 15, 90, "cuda"),
         tests("tests-cuda", "gpu and not triton", 90, 180),
     ),
@@ -241,7 +241,7 @@ STAGES: dict[str, tuple[Step, ...]] = {
         Step(
             "profile",
             "{ncu} --set=full --clock-control=none --target-processes=application-only "
-            "--kernel-name='regex:fused|project_kernel|fill|matrix_kernel' "
+            "--kernel-name='regex:fused|project_kernel|fill|matrix_kernel|walk|gather|structured' "
             "--export={output}/profile --force-overwrite --page=details --print-details=all "
             "{python} tests/backends/small_shapes.py --large",
             60,

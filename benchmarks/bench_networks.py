@@ -69,13 +69,16 @@ def on_cuda(full: bool) -> list[Case]:
         cases.append(
             Case(f"{name}, n=1,000, M=512, TF32", *with_batch(network, 512), ON_CUDA, **rest)
         )
-    cases.append(
-        Case("VGG-16 on ImageNet, n=1,000, M=32, TF32", *with_batch(VGG16, 32), ALL[:4], **options)
-    )
+    near_fill = {"promises": (Promise(STRUCTURED, "fill", 1 / 1.3),)} | options
+    name, rivals = "VGG-16 on ImageNet, n=1,000, M=32, TF32", (*ALL[:4], "fill")
+    cases.append(Case(name, *with_batch(VGG16, 32), rivals, **near_fill))
     for batch in (1024, 4096, 8192) if full else (1024, 8192):
         name = f"GPT-2 small, 36 points, n=50,257, M={batch:,}, TF32"
         cases.append(Case(name, *with_batch(GPT2_SMALL, batch), ALL[:4], **options))
     options["dtype"], options["precision"] = torch.bfloat16, "highest"
+    than_stored = {"promises": (Promise(STRUCTURED, "stored", 4.0),)} | options
+    name = "GPT-2 small, 36 points, n=50,257, M=8,192, bf16"
+    cases.append(Case(name, *with_batch(GPT2_SMALL, 8192), ("stored", "views"), **than_stored))
     for batch in (1024, 8192) if full else (1024,):
         name = f"Llama-like, 64 points, n=32,000, M={batch:,}, bf16"
         cases.append(Case(name, *with_batch(LLAMA, batch), ALL[:4], **options))

@@ -34,7 +34,7 @@ def batch(device_type: str, full: bool) -> list[Case]:
             (size,),
             m,
             1000,
-            rivals,
+            (*rivals, "views bf16", "fill") if device_type == "cuda" and m == 128 else rivals,
             promises=promises(m),
             x=m,
             **options,
@@ -62,6 +62,9 @@ def cuda_promises(m: int) -> tuple[Promise, ...]:
     if m <= 64:
         promises.append(Promise("triton", "views", 1.1, 1.4))
     promises.append(Promise("triton", "randn blocks", 3.0, 5.0))
+    if m == 128:
+        promises += [Promise(STRUCTURED, rival, 2.0) for rival in ("cuda", "views bf16")]
+        promises.append(Promise(STRUCTURED, "fill", 1 / 1.3))
     return tuple(promises)
 
 

@@ -92,39 +92,19 @@ std::vector<Tensor> project(const Tensor& error, const std::vector<int64_t>& row
   return outputs;
 }
 
-// The transpose of `project`, of structured distributions. The signals, at least one, have one
-// dtype.
+// The transpose of `project`, of structured distributions.
 Tensor structured_adjoint(const std::vector<Tensor>& signals,
                           const std::vector<int64_t>& row_offsets,
                           const std::vector<double>& scales, int64_t seed, int64_t column_offset,
                           const std::string& distribution, int64_t columns, ScalarType dtype) {
   const char* const op = "project_adjoint";
-  check(row_offsets.size() == signals.size() && scales.size() == signals.size(), op,
-        ": row_offsets and scales must have one entry per signal (", signals.size(), "), got ",
-        row_offsets.size(), " and ", scales.size());
-  const dfa::Stream stream = dfa::stream_of(seed, column_offset, columns, distribution, op);
-  check(stream.distribution == dfa::Distribution::kHadamard, op,
-        ": distribution must be structured for this operator, got '", distribution, "'");
-  const double factor = facts(stream.distribution).factor;
-  const int64_t batch = signals[0].size(0);
   std::vector<Tensor> contiguous;
-  std::vector<dfa::Layer> layers;
-  for (size_t i = 0; i < signals.size(); ++i) {
-    const Tensor& signal = signals[i];
-    check(signal.dim() == 2 && signal.size(0) == batch &&
-              signal.scalar_type() == signals[0].scalar_type(),
-          op, ": signals[", i, "] must be [", batch, ", size] and of the dtype of the others");
-    dfa::check_element(row_offsets[i], 0, op, "row_offsets", i);
-    dfa::check_rows(row_offsets[i], signal.size(1), op, "row_offsets");
-    contiguous.push_back(signal.is_contiguous() ? signal : torch::stable::contiguous(signal));
-    layers.push_back({static_cast<uint64_t>(row_offsets[i]), signal.size(1), scales[i] * factor,
-                      const_cast<void*>(contiguous.back().const_data_ptr())});
-  }
+  const dfa::AdjointArguments checked = dfa::check_adjoint(
+      signals, row_offsets, scales, seed, column_offset, distribution, columns, contiguous);
   dfa::begin_call();
-  Tensor out = allocate_signal(batch, columns, dtype, op);
-  dfa::adjoint_structured_cpu(stream, layers, dfa::type_of(signals[0].scalar_type(), op, "signals"),
-                              batch, columns, dfa::type_of(dtype, op, "dtype"),
-                              out.mutable_data_ptr());
+  Tensor out = allocate_signal(checked.batch, columns, dtype, op);
+  dfa::adjoint_structured_cpu(checked.stream, checked.layers, checked.in_type, checked.batch,
+                              columns, dfa::type_of(dtype, op, "dtype"), out.mutable_data_ptr());
   return out;
 }
 

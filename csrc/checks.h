@@ -169,6 +169,50 @@ inline ProjectArguments check_project(const Tensor& error, const std::vector<int
   return checked;
 }
 
+// The arguments of `structured_adjoint`, checked. Torch itself refuses an empty list.
+struct AdjointArguments {
+  Stream stream;
+  std::vector<Layer> layers;  // `out` is a contiguous signal
+  Type in_type;
+  int64_t batch;
+};
+
+// `contiguous` gets the tensors that the layers point to.
+inline AdjointArguments check_adjoint(const std::vector<Tensor>& signals,
+                                      const std::vector<int64_t>& row_offsets,
+                                      const std::vector<double>& scales, int64_t seed,
+                                      int64_t column_offset, const std::string& distribution,
+                                      int64_t columns, std::vector<Tensor>& contiguous) {
+  const char* const op = "project_adjoint";
+  check(row_offsets.size() == signals.size() && scales.size() == signals.size(), op,
+        ": row_offsets and scales must have one entry per signal (", signals.size(), "), got ",
+        row_offsets.size(), " and ", scales.size());
+  AdjointArguments checked{};
+  checked.stream = stream_of(seed, column_offset, columns, distribution, op);
+  check(checked.stream.distribution == Distribution::kHadamard, op,
+        ": distribution must be structured for this operator, got '", distribution, "'");
+  const double factor = facts(checked.stream.distribution).factor;
+  checked.in_type = type_of(signals[0].scalar_type(), op, "signals");
+  check(signals[0].dim() == 2, op, ": signals[0] must be [batch, size], got ", signals[0].dim(),
+        " dimensions");
+  checked.batch = signals[0].size(0);
+  for (size_t i = 0; i < signals.size(); ++i) {
+    const Tensor& signal = signals[i];
+    check(signal.dim() == 2 && signal.size(0) == checked.batch &&
+              signal.scalar_type() == signals[0].scalar_type() &&
+              signal.device() == signals[0].device(),
+          op, ": signals[", i, "] must be [", checked.batch,
+          ", size] and of the dtype and device of the others");
+    check_element(row_offsets[i], 0, op, "row_offsets", i);
+    check_rows(row_offsets[i], signal.size(1), op, "row_offsets");
+    contiguous.push_back(signal.is_contiguous() ? signal : torch::stable::contiguous(signal));
+    checked.layers.push_back({static_cast<uint64_t>(row_offsets[i]), signal.size(1),
+                              scales[i] * factor,
+                              const_cast<void*>(contiguous.back().const_data_ptr())});
+  }
+  return checked;
+}
+
 // Checks every argument of `feedback_matrix` but its device and dtype.
 inline Stream check_feedback_matrix(int64_t rows, int64_t columns, int64_t seed, int64_t row_offset,
                                     int64_t column_offset, const std::string& distribution) {

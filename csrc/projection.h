@@ -68,7 +68,7 @@ void feedback_matrix_structured_cpu(const Stream& stream, uint64_t row_offset, i
 struct StridedMatrix {
   const void* data;
   int64_t batch, columns, batch_stride, column_stride;
-  Type type;  // not kFloat64
+  Type type;
 };
 
 // Returns device memory that lives until everything launched on the stream so far is done.
@@ -76,12 +76,14 @@ using Allocate = std::function<void*(int64_t bytes)>;
 
 // Overrides of automatic choices, for tests.
 struct Forced {
-  int64_t tile = -1;       // index of a tile; -1: the fastest by estimate
-  int64_t processors = 0;  // multiprocessors to launch blocks for; 0: all
+  int64_t tile = -1;                     // index of a tile; -1: the fastest by estimate
+  int64_t processors = 0;                // multiprocessors to launch blocks for; 0: all
+  int64_t transformed_bytes = 32 << 20;  // of workspace for structured feedback, at most
 };
 
 // Runs on the current device, in order on `cuda_stream` (a cudaStream_t), without waiting for it.
-// `terms` is the number of bf16 terms of an fp32 error, 1 to 3; it is 1 for the other types.
+// The error is not fp64. `terms` is the number of bf16 terms of an fp32 error, 1 to 3; it is 1 for
+// the other types.
 void project_cuda(const Stream& stream, const StridedMatrix& error, std::vector<Layer> layers,
                   Type out_type, int terms, const Forced& forced, const Allocate& allocate,
                   void* cuda_stream);
@@ -94,8 +96,18 @@ struct Tile {
 // The tiles that project_cuda may take for such an error on the current device.
 std::vector<Tile> cuda_tiles(Distribution distribution, Type error_type, int terms);
 
+// The same of structured feedback, also of fp64, and its transpose; see project_structured_cpu.
+void project_structured_cuda(const Stream& stream, const StridedMatrix& error,
+                             const std::vector<Layer>& layers, Type out_type, const Forced& forced,
+                             const Allocate& allocate, void* cuda_stream);
+void adjoint_structured_cuda(const Stream& stream, const std::vector<Layer>& layers, Type in_type,
+                             int64_t batch, int64_t columns, Type out_type, void* out,
+                             const Allocate& allocate, void* cuda_stream);
+
 // `lattice`: entries without their distribution's factor.
 void feedback_matrix_cuda(const Stream& stream, uint64_t row_offset, int64_t rows, int64_t columns,
                           Type type, bool lattice, void* out, void* cuda_stream);
+void feedback_matrix_structured_cuda(const Stream& stream, uint64_t row_offset, int64_t rows,
+                                     int64_t columns, Type type, void* out, void* cuda_stream);
 
 }  // namespace dfa

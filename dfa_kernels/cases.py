@@ -27,6 +27,8 @@ LAYERS = Layers(
     sizes=(301, 77, 77, 33, 9),
     scales=(1.0, -0.5, 4.0, 2.0, 1.0),
 )
+# Of structured feedback, more blocks than a kernel makes at once.
+MANY_BLOCKS = Layers(row_offsets=(900, 10_000), sizes=(8_000, 2_048), scales=(1.0, -0.37))
 LONE_LAYER = Layers(LAYERS.row_offsets[:1], LAYERS.sizes[:1], LAYERS.scales[:1])
 _SEED = -0x61C8864680B583EB  # both halves of the key have their upper bit set
 _COLUMN_OFFSET = 2**20 + 77
@@ -62,19 +64,15 @@ class Case(NamedTuple):
         cls,
         dtype: torch.dtype,
         distribution: str,
-        columns: int | None = None,
+        columns: int = 1041,
         unit_rows: int = _UNIT_ROWS,
         layers: Layers = LAYERS,
     ) -> Case:
         """A case with an error of `dtype` and `columns` columns, on the CPU.
 
-        By default there are 1041, which take every tile at least three steps, and two blocks of
-        structured feedback; for a lone layer of that 900, in one block. At most `unit_rows` of the
-        batch are unit vectors, spread over all columns.
+        1041 columns take every tile at least three steps. At most `unit_rows` of the batch are unit
+        vectors, spread over all columns.
         """
-        if columns is None:
-            one_block = distribution in STRUCTURED and len(layers.sizes) == 1
-            columns = 900 if one_block else 1041
         generator = torch.Generator().manual_seed(columns)
         ones = torch.linspace(0, columns - 1, min(unit_rows, columns)).round().long()
         needles = torch.tensor([0, columns // 2, columns - 1])

@@ -10,6 +10,8 @@
         idle; gives the idle ones back to the system and returns how many they were
     cuda_fused, cuda_entries    the kernels of backend "cuda": the fused projection, and a piece of
         U, on request without the sqrt(3) of uniform entries
+    cuda_structured, cuda_structured_adjoint    the same of structured distributions, and its
+        transpose
     cuda_tiles                  indices and names of the tiles that tests may force on `cuda_fused`.
         By default it chooses one (-1), and launches thread blocks for all `processors` (0)
 
@@ -59,6 +61,8 @@ _library.define("empty_pool() -> int")
 _library.define(
     f"cuda_fused{_SCHEMAS['project']}, int terms, int tile, int processors) -> Tensor[]"
 )
+_library.define(f"cuda_structured{_SCHEMAS['project']}, int processors) -> Tensor[]")
+_library.define(f"cuda_structured_adjoint{_SCHEMAS['project_adjoint']}) -> Tensor")
 _library.define(f"cuda_entries{_SCHEMAS['feedback_matrix']}, bool lattice) -> Tensor")
 _library.define(
     "cuda_tiles(str distribution, ScalarType dtype, int terms, Device device) -> (int[], str[])"
@@ -265,8 +269,13 @@ def _register() -> None:
         torch.library.register_fake(
             f"dfa_kernels::structured_adjoint.{name}", _project_adjoint_fake, lib=_library
         )
-    torch.library.register_fake("dfa_kernels::cuda_fused", _project_fake, lib=_library)
-    torch.library.register_fake("dfa_kernels::cuda_entries", _feedback_matrix_fake, lib=_library)
+    for name, fake in {
+        "cuda_fused": _project_fake,
+        "cuda_structured": _project_fake,
+        "cuda_structured_adjoint": _project_adjoint_fake,
+        "cuda_entries": _feedback_matrix_fake,
+    }.items():
+        torch.library.register_fake(f"dfa_kernels::{name}", fake, lib=_library)
     for key, device_type in {
         "AutocastCPU": "cpu",
         "AutocastCUDA": "cuda",

@@ -24,7 +24,7 @@ from torch import Tensor
 from dfa_kernels import checks, hadamard, ops, stream
 from dfa_kernels.backends import tensor_cores, trial
 from dfa_kernels.backends.registry import BACKENDS, unavailable
-from dfa_kernels.cases import LAYERS, LONE_LAYER, Case, Signal
+from dfa_kernels.cases import LAYERS, LONE_LAYER, MANY_BLOCKS, Case, Signal
 from dfa_kernels.layers import Layers
 from dfa_kernels.stream import Stream
 
@@ -112,6 +112,12 @@ def _aspects(backend: str, device: torch.device) -> Iterator[tuple[str, Callable
     for dtype, precision in _errors(backend):
         signals = _signals(backend, device, dtype, precision)
         yield aspect(f"signals, {_named(dtype, precision)}", signals)
+    for distribution in stream.STRUCTURED:
+        if distribution in BACKENDS[backend].DISTRIBUTIONS:
+            yield aspect(
+                f"signals and transposes, {distribution}",
+                _structured(backend, device, distribution),
+            )
 
 
 def _in_a_process(backend: str, device: torch.device, name: str) -> Check:
@@ -204,13 +210,11 @@ def _entries(
 def _signals(
     backend: str, device: torch.device, dtype: torch.dtype, precision: str
 ) -> Iterator[tuple[str, Callable[[], str | None]]]:
-    """The cases for one kind of error: all ways, distributions and dtypes of the signals."""
+    """The cases for one kind of error: all ways, dense distributions and dtypes of the signals."""
     lattice = backend != "torch" and dtype != torch.float64
     terms = tensor_cores.TERMS[precision] if dtype == torch.float32 else 3
     with _precision(precision):
-        for distribution, layers in itertools.product(
-            BACKENDS[backend].DISTRIBUTIONS, (LAYERS, LONE_LAYER)
-        ):
+        for distribution, layers in itertools.product(stream.DENSE, (LAYERS, LONE_LAYER)):
             case = Case.of(dtype, distribution, layers=layers)
             error = case.error.to(device)
             for out in dict.fromkeys((dtype, torch.float32)):
@@ -225,6 +229,55 @@ def _signals(
                         f"{name}, {distribution}, {out}",
                         functools.partial(_projected, project, case, error, out, expected),
                     )
+
+
+def _structured(
+    backend: str, device: torch.device, distribution: str
+) -> Iterator[tuple[str, Callable[[], str | None]]]:
+    """Signals of structured feedback in every way, and their transposes: each number is fixed.
+
+    The error lies in one block of columns or in two, and layers read few blocks of rows or many.
+    """
+    shapes = ((700, MANY_BLOCKS), (1041, LAYERS), (1041, MANY_BLOCKS))
+    for dtype, (columns, layers) in itertools.product(checks.DTYPES, shapes):
+        case = Case.of(dtype, distribution, columns=columns, unit_rows=5, layers=layers)
+        error = case.error.to(device)
+        for out in dict.fromkeys((dtype, torch.float32)):
+            with _one_thread():
+                expected = case.expected(out, terms=3, lattice=False)
+            shape = f"{dtype} to {out}, {columns} columns, {len(layers.sizes)} layers"
+            for name, project in ways_of(backend, error, distribution):
+                yield (
+                    f"{name}, {shape}",
+                    functools.partial(_projected, project, case, error, out, expected),
+                )
+            signals = [one.values.to(out) for one in expected]
+            yield (
+                f"transpose, {shape}",
+                functools.partial(_transposed, backend, device, case, signals),
+            )
+
+
+def _transposed(
+    backend: str, device: torch.device, case: Case, signals: list[Tensor]
+) -> str | None:
+    columns, dtype = case.error.shape[1], case.error.dtype
+    operator = getattr(torch.ops.dfa_kernels.structured_adjoint, backend)
+    there = [signal.to(device) for signal in signals]
+    where = (case.layers.row_offsets, case.layers.scales, *case.stream)
+    found = operator(there, *where, columns, dtype).cpu()
+    with _one_thread():
+        expected = hadamard.project_adjoint(signals, case.layers, case.stream, columns, dtype)
+    if found.shape != expected.shape or found.dtype != dtype:
+        return f"{found.dtype} of shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
+    wrong = found != expected  # NaN counts as wrong
+    if wrong.any():
+        row, column = (int(i) for i in wrong.nonzero()[0])
+        return (
+            f"{int(wrong.sum())} of {wrong.numel()} numbers, the first in row {row}, column "
+            f"{column}: {found[row, column]:.9g} instead of {expected[row, column]:.9g}"
+        )
+    return None
 
 
 def ways_of(backend: str, error: Tensor, distribution: str) -> list[tuple[str, Callable]]:

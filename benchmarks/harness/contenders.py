@@ -223,6 +223,20 @@ class Views(Stored):
         return self.product(self.union, written=written, read=self.stored_bytes)
 
 
+class ViewsInBfloat16(Views):
+    """The same of a bf16 copy of the matrix and the error, which gives bf16 signals."""
+
+    name = "views bf16"
+
+    def __init__(self, case: Case):
+        super().__init__(replace(case, dtype=torch.bfloat16, precision="highest"))
+
+    def prepare(self, error: Tensor, storage: Storage) -> None:
+        case = self.case
+        low = Storage(case, storage.backend)
+        super().prepare(error.to(case.dtype), low)
+
+
 class Compiled(Stored):
     """`stored` under torch.compile."""
 
@@ -407,6 +421,7 @@ KINDS = {
         Naive,
         Stored,
         Views,
+        ViewsInBfloat16,
         Compiled,
         RandnBlocks,
         ScikitLearn,

@@ -77,6 +77,7 @@ class Case:
 # What tables and figures call the rivals. Our backends go by their own names.
 TITLES = {
     "views": "mm alone",
+    "views bf16": "mm alone, bf16",
     "stored": "stored matrix",
     "compiled": "stored, compiled",
     "naive": "matrix per layer",

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../entries.h"
+#include "../odd.h"
 
 namespace dfa {
 namespace {
@@ -20,16 +21,6 @@ To bit_cast(From from) {
   To to;
   __builtin_memcpy(&to, &from, sizeof to);
   return to;
-}
-
-// A float that rounds to any shorter type as `value` would: an inexact one is made odd.
-inline float to_odd(double value) {
-  const float nearest = static_cast<float>(value);
-  uint32_t bits = bit_cast<uint32_t>(nearest);
-  if (value == value && nearest != value && bits % 2 == 0) {
-    bits += __builtin_fabs(value) > __builtin_fabs(static_cast<double>(nearest)) ? 1u : ~0u;
-  }
-  return bit_cast<float>(bits);
 }
 
 inline BFloat16 to_bfloat16(float value) {

@@ -6,7 +6,7 @@
 // blocks of a task.
 #include <algorithm>
 
-#include "../plan.h"
+#include "../output_blocks.h"
 #include "convert.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -103,50 +103,6 @@ class Inputs {
   Buffer diagonals_;
 };
 
-// The output blocks that layers read, in rising order.
-class Outputs {
- public:
-  explicit Outputs(const std::vector<Layer>& layers) : blocks_(whole(layers)), plan_(layers) {
-    blocks_.cut(kBlock);
-  }
-
-  int64_t count() const { return blocks_.tasks(); }
-  int64_t written() const { return plan_.written(); }
-  uint64_t block(int64_t index) const { return blocks_.task(index).row / kBlock; }
-
-  // A layer's rows in a block: `size` of them, from `place` of the block and `skipped` of the
-  // layer.
-  struct Part {
-    const Layer* layer;
-    int64_t place, skipped, size;
-  };
-
-  // In the order of the layers' rows.
-  void parts(uint64_t block, std::vector<Part>& found) const {
-    found.clear();
-    const uint64_t row = block * kBlock;
-    plan_.for_each_layer({row, kBlock}, [&](const Layer& layer, uint64_t begin, uint64_t end) {
-      found.push_back({&layer, static_cast<int64_t>(begin - row),
-                       static_cast<int64_t>(begin - layer.row_offset),
-                       static_cast<int64_t>(end - begin)});
-    });
-    std::reverse(found.begin(), found.end());
-  }
-
- private:
-  // The layers with all rows of the blocks that they read some of.
-  static std::vector<Layer> whole(std::vector<Layer> layers) {
-    for (Layer& layer : layers) {
-      const uint64_t end = (layer.end() + kBlock - 1) / kBlock * kBlock;
-      layer.row_offset = layer.row_offset / kBlock * kBlock;
-      layer.size = static_cast<int64_t>(end - layer.row_offset);
-    }
-    return layers;
-  }
-
-  RowPlan blocks_, plan_;
-};
-
 template <class Real>
 const TransformKernels& transforms() {
   return sizeof(Real) == 8 ? kernels().transform_f64 : kernels().transform_f32;
@@ -180,7 +136,7 @@ void project(const Stream& stream, const ErrorMatrix& error, const std::vector<L
   const ScaleKernel scale = (sizeof(Real) == 8 ? k.scale_f64 : k.scale_f32)[int(out_type)];
   const int64_t out_bytes = type_bytes(out_type);
   const Inputs inputs(stream, error.columns);
-  const Outputs outputs(layers);
+  const OutputBlocks outputs(layers);
   if (outputs.count() == 0) return;
   const bool same_type = out_type == (sizeof(Real) == 8 ? Type::kFloat64 : Type::kFloat32);
   const bool past_caches = outputs.written() * error.batch * out_bytes > kCachedBytes;
@@ -230,7 +186,7 @@ void project(const Stream& stream, const ErrorMatrix& error, const std::vector<L
       const int64_t end = std::min(begin + task_blocks, outputs.count());
       const int64_t row = task / across * task_batch, last = std::min(row + task_batch, batch);
       auto* const signs = reinterpret_cast<uint32_t*>(diagonals.get() + worker * diagonal_bytes);
-      std::vector<std::vector<Outputs::Part>> parts(static_cast<size_t>(end - begin));
+      std::vector<std::vector<OutputBlocks::Part>> parts(static_cast<size_t>(end - begin));
       for (int64_t i = begin; i < end; ++i) {
         const uint64_t block = outputs.block(i);
         outputs.parts(block, parts[static_cast<size_t>(i - begin)]);
@@ -242,7 +198,7 @@ void project(const Stream& stream, const ErrorMatrix& error, const std::vector<L
       for (int64_t m = row; m < last; ++m) {
         for (int64_t i = 0; i < end - begin; ++i) {
           const uint32_t* const of_block = signs + i * inputs.count() * kWords;
-          const std::vector<Outputs::Part>& readers = parts[static_cast<size_t>(i)];
+          const std::vector<OutputBlocks::Part>& readers = parts[static_cast<size_t>(i)];
           if (same_type && inputs.count() > 0 && readers.size() == 1 && readers[0].size == kBlock) {
             const auto& [layer, place, skipped, size] = readers[0];
             Real* signal = static_cast<Real*>(layer->out) + (first + m) * layer->size + skipped;
@@ -276,7 +232,7 @@ void adjoint(const Stream& stream, const std::vector<Layer>& layers, Type in_typ
   const Kernels& k = kernels();
   const TransformKernels& t = transforms<Real>();
   const Inputs inputs(stream, columns);
-  const Outputs outputs(layers);
+  const OutputBlocks outputs(layers);
 
   const int64_t row_bytes = inputs.count() * kBlock * int64_t{sizeof(Real)};
   const int64_t threads = std::clamp<int64_t>(
@@ -299,7 +255,7 @@ void adjoint(const Stream& stream, const std::vector<Layer>& layers, Type in_typ
     auto* const signs = reinterpret_cast<uint32_t*>(diagonals_of.get() + worker * diagonal_bytes);
     std::fill_n(sums, task_batch * inputs.count() * kBlock, Real{0});
     alignas(64) Real natural[kBlock], summed[kBlock], turned[kBlock];
-    std::vector<Outputs::Part> parts;
+    std::vector<OutputBlocks::Part> parts;
     for (int64_t i = 0; i < outputs.count(); ++i) {
       const uint64_t block = outputs.block(i);
       outputs.parts(block, parts);

@@ -42,10 +42,43 @@ Tensor allocate(int64_t rows, int64_t columns, ScalarType dtype, Device device, 
   return *std::move(out);
 }
 
-// Structured feedback has no kernel here yet.
 void check_dense(const dfa::Stream& stream, const char* op) {
   check(stream.distribution != dfa::Distribution::kHadamard, op,
-        ": distribution must be normal, uniform or rademacher for backend cuda, got 'hadamard'");
+        ": distribution must be normal, uniform or rademacher for the fused kernel, got "
+        "'hadamard'");
+}
+
+// Memory that returns to the stream's pool when this object ends.
+class Workspace {
+ public:
+  Workspace(Device device, const char* op) : device_(device), op_(op) {}
+
+  void* take(int64_t bytes) {
+    parts_.push_back(allocate(1, bytes, ScalarType::Byte, device_, op_));
+    return parts_.back().mutable_data_ptr();
+  }
+
+ private:
+  Device device_;
+  const char* op_;
+  std::vector<Tensor> parts_;
+};
+
+// The outputs of a projection, which the layers point to from then on.
+std::vector<Tensor> new_signals(const Tensor& error, dfa::ProjectArguments& checked) {
+  std::vector<Tensor> outputs;
+  outputs.reserve(checked.layers.size());
+  for (dfa::Layer& layer : checked.layers) {
+    outputs.push_back(
+        allocate(error.size(0), layer.size, checked.out_dtype, error.device(), "project"));
+    layer.out = outputs.back().mutable_data_ptr();
+  }
+  return outputs;
+}
+
+dfa::StridedMatrix strided(const Tensor& error, dfa::Type type) {
+  return {error.const_data_ptr(), error.size(0),   error.size(1),
+          error.stride(0),        error.stride(1), type};
 }
 
 void check_terms(ScalarType error, int64_t terms, const char* op) {
@@ -73,25 +106,53 @@ std::vector<Tensor> project(const Tensor& error, const std::vector<int64_t>& row
   check_terms(error.scalar_type(), terms, "project");
   dfa::check_integer(tile, -1, dfa::kMaxInteger, "project", "tile");
   dfa::check_integer(processors, 0, std::numeric_limits<int32_t>::max(), "project", "processors");
-  const Device device = error.device();
-  const torch::stable::accelerator::DeviceGuard guard(device.index());
-  std::vector<Tensor> outputs;
-  outputs.reserve(sizes.size());
-  for (dfa::Layer& layer : checked.layers) {
-    outputs.push_back(allocate(error.size(0), layer.size, checked.out_dtype, device, "project"));
-    layer.out = outputs.back().mutable_data_ptr();
-  }
-  std::vector<Tensor> workspace;  // returns to the stream's pool when this function ends
-  const auto take = [&](int64_t bytes) {
-    workspace.push_back(allocate(1, bytes, ScalarType::Byte, device, "project"));
-    return workspace.back().mutable_data_ptr();
-  };
-  dfa::project_cuda(checked.stream,
-                    {error.const_data_ptr(), error.size(0), error.size(1), error.stride(0),
-                     error.stride(1), checked.error_type},
-                    std::move(checked.layers), checked.out_type, static_cast<int>(terms),
-                    {tile, processors}, take, current_stream());
+  const torch::stable::accelerator::DeviceGuard guard(error.device().index());
+  std::vector<Tensor> outputs = new_signals(error, checked);
+  Workspace workspace(error.device(), "project");
+  dfa::project_cuda(
+      checked.stream, strided(error, checked.error_type), std::move(checked.layers),
+      checked.out_type, static_cast<int>(terms), {tile, processors},
+      [&](int64_t bytes) { return workspace.take(bytes); }, current_stream());
   return outputs;
+}
+
+std::vector<Tensor> project_structured(const Tensor& error, const std::vector<int64_t>& row_offsets,
+                                       const std::vector<int64_t>& sizes,
+                                       const std::vector<double>& scales, int64_t seed,
+                                       int64_t column_offset, const std::string& distribution,
+                                       std::optional<ScalarType> dtype, int64_t processors) {
+  dfa::ProjectArguments checked = dfa::check_project(error, row_offsets, sizes, scales, seed,
+                                                     column_offset, distribution, dtype);
+  check(checked.stream.distribution == dfa::Distribution::kHadamard,
+        "project: distribution must be structured for this operator, got '", distribution, "'");
+  dfa::check_integer(processors, 0, std::numeric_limits<int32_t>::max(), "project", "processors");
+  const torch::stable::accelerator::DeviceGuard guard(error.device().index());
+  std::vector<Tensor> outputs = new_signals(error, checked);
+  Workspace workspace(error.device(), "project");
+  dfa::project_structured_cuda(
+      checked.stream, strided(error, checked.error_type), checked.layers, checked.out_type,
+      {-1, processors}, [&](int64_t bytes) { return workspace.take(bytes); }, current_stream());
+  return outputs;
+}
+
+// The transpose of `project_structured`.
+Tensor adjoint_structured(const std::vector<Tensor>& signals,
+                          const std::vector<int64_t>& row_offsets,
+                          const std::vector<double>& scales, int64_t seed, int64_t column_offset,
+                          const std::string& distribution, int64_t columns, ScalarType dtype) {
+  const char* const op = "project_adjoint";
+  const Device device = signals[0].device();
+  const torch::stable::accelerator::DeviceGuard guard(device.index());
+  std::vector<Tensor> contiguous;
+  const dfa::AdjointArguments checked = dfa::check_adjoint(
+      signals, row_offsets, scales, seed, column_offset, distribution, columns, contiguous);
+  Tensor out = allocate(checked.batch, columns, dtype, device, op);
+  Workspace workspace(device, op);
+  dfa::adjoint_structured_cuda(
+      checked.stream, checked.layers, checked.in_type, checked.batch, columns,
+      dfa::type_of(dtype, op, "dtype"), out.mutable_data_ptr(),
+      [&](int64_t bytes) { return workspace.take(bytes); }, current_stream());
+  return out;
 }
 
 // Entries of U; without their distribution's factor if `lattice`.
@@ -102,12 +163,18 @@ Tensor entries(int64_t rows, int64_t columns, int64_t seed, int64_t row_offset,
   device = with_index(device, op);
   const dfa::Stream stream =
       dfa::check_feedback_matrix(rows, columns, seed, row_offset, column_offset, distribution);
-  check_dense(stream, op);
   const dfa::Type type = dfa::type_of(dtype, op, "dtype");
   const torch::stable::accelerator::DeviceGuard guard(device.index());
   Tensor out = allocate(rows, columns, dtype, device, op);
-  dfa::feedback_matrix_cuda(stream, static_cast<uint64_t>(row_offset), rows, columns, type, lattice,
-                            out.mutable_data_ptr(), current_stream());
+  const auto row = static_cast<uint64_t>(row_offset);
+  if (stream.distribution == dfa::Distribution::kHadamard) {
+    check(!lattice, op, ": lattice must be false for 'hadamard', got true");
+    dfa::feedback_matrix_structured_cuda(stream, row, rows, columns, type, out.mutable_data_ptr(),
+                                         current_stream());
+  } else {
+    dfa::feedback_matrix_cuda(stream, row, rows, columns, type, lattice, out.mutable_data_ptr(),
+                              current_stream());
+  }
   return out;
 }
 
@@ -131,7 +198,11 @@ std::tuple<std::vector<int64_t>, std::vector<std::string>> tiles(const std::stri
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dfa_kernels, CUDA, m) { m.impl("cuda_fused", TORCH_BOX(&project)); }
+STABLE_TORCH_LIBRARY_IMPL(dfa_kernels, CUDA, m) {
+  m.impl("cuda_fused", TORCH_BOX(&project));
+  m.impl("cuda_structured", TORCH_BOX(&project_structured));
+  m.impl("cuda_structured_adjoint", TORCH_BOX(&adjoint_structured));
+}
 
 // No tensor argument: there is no backend to dispatch on.
 STABLE_TORCH_LIBRARY_IMPL(dfa_kernels, CompositeExplicitAutograd, m) {

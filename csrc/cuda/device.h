@@ -94,6 +94,16 @@ DFA_DEVICE uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
 DFA_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 DFA_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }
 
+// Products that are rounded before anything is added to them.
+DFA_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+DFA_DEVICE double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+
+DFA_DEVICE float half_value(uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+
 // Rounds both to nearest even and packs them, `low` in the lower half.
 DFA_DEVICE uint32_t pack_bf16(float low, float high) {
   uint32_t pair;

@@ -1,5 +1,4 @@
-// What runs before the projection: it makes the error into operands, and uploads a layer table that
-// is too long for kernel arguments.
+// What runs before the projection: it makes the error into operands.
 #pragma once
 
 #include "../projection.h"
@@ -55,19 +54,6 @@ DFA_KERNEL(256, 1) prepare(DFA_ARGUMENT PrepareParameters p) {
       *reinterpret_cast<Words16*>(p.out + (t * p.batch * pieces + i) * 8) = words;
     }
   }
-}
-
-constexpr int kUploadWords = 500;
-
-struct UploadParameters {
-  uint64_t* to;
-  int32_t count;
-  uint64_t words[kUploadWords];
-};
-static_assert(sizeof(UploadParameters) <= 4096, "the limit of kernel arguments on every GPU");
-
-DFA_KERNEL(256, 1) upload(DFA_ARGUMENT UploadParameters p) {
-  for (int i = device::thread(); i < p.count; i += 256) p.to[i] = p.words[i];
 }
 
 }  // namespace dfa

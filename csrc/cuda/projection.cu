@@ -102,26 +102,6 @@ void set_error(const StridedMatrix& error, int64_t head, const FusedKernel& kern
   p.term_stride = error.batch * p.columns;
 }
 
-void set_table(const RowPlan& plan, const Allocate& allocate, void* stream, LayerTable& table) {
-  const std::vector<uint64_t> words = table_words(plan);
-  table.layers = static_cast<int32_t>(plan.layers().size());
-  table.intervals = static_cast<int32_t>(plan.intervals().size());
-  table.far = nullptr;
-  if (words.size() <= kNearWords) {
-    std::copy(words.begin(), words.end(), table.near);
-    return;
-  }
-  auto* far = static_cast<uint64_t*>(allocate(static_cast<int64_t>(8 * words.size())));
-  for (size_t done = 0; done < words.size(); done += kUploadWords) {
-    UploadParameters part{};
-    part.to = far + done;
-    part.count = static_cast<int32_t>(std::min<size_t>(kUploadWords, words.size() - done));
-    std::copy_n(words.begin() + static_cast<std::ptrdiff_t>(done), part.count, part.words);
-    launch(upload, part, 1, 256, 0, stream);
-  }
-  table.far = far;
-}
-
 }  // namespace
 
 void project_cuda(const Stream& stream, const StridedMatrix& error, std::vector<Layer> layers,
@@ -146,7 +126,7 @@ void project_cuda(const Stream& stream, const StridedMatrix& error, std::vector<
   plan.cut(choice.kernel.rows);
   p.row_tiles = plan.tasks();
   p.items = p.row_tiles * divide_up(p.batch, choice.kernel.batch);
-  set_table(plan, allocate, cuda_stream, p.table);
+  set_table(plan, plan, allocate, cuda_stream, p.table);
   const int64_t blocks = int64_t{limits.processors} * choice.resident;
   launch(choice.kernel.kernel, p, std::min(p.items, blocks), choice.kernel.threads(),
          choice.kernel.shared_bytes(terms), cuda_stream);

@@ -8,6 +8,7 @@
 
 #include "../philox.h"
 #include "../plan.h"
+#include "../projection.h"
 
 namespace dfa {
 
@@ -59,10 +60,22 @@ struct LayerTable {
 
   // How many layers begin before `row`. They are the first in the table.
   DFA_HOST_DEVICE int layers_before(uint64_t row) const {
+    return first_without([&](int i) { return layer_row(i) < row; });
+  }
+
+  // How many layers at the beginning of the table end at `row` or before.
+  DFA_HOST_DEVICE int layers_past(uint64_t row) const {
+    return first_without([&](int i) { return reach(i) <= row; });
+  }
+
+ private:
+  // How many layers at the beginning of the table have a property that the others lack.
+  template <class Property>
+  DFA_HOST_DEVICE int first_without(const Property& property) const {
     int low = 0, high = layers;
     while (low < high) {
       const int middle = (low + high) / 2;
-      if (layer_row(middle) < row) {
+      if (property(middle)) {
         low = middle + 1;
       } else {
         high = middle;
@@ -71,16 +84,16 @@ struct LayerTable {
     return low;
   }
 
- private:
   DFA_HOST_DEVICE uint64_t interval_word(int i, int word_of_it) const {
     return word(int64_t{kLayerWords} * layers + int64_t{kIntervalWords} * i + word_of_it);
   }
 };
 
-// The words of the table, of a plan that has been cut into tiles.
-inline std::vector<uint64_t> table_words(const RowPlan& plan) {
+// The words of the table: the layers of a plan, and the intervals of one that has been cut into
+// tiles.
+inline std::vector<uint64_t> table_words(const RowPlan& plan, const RowPlan& tiles) {
   std::vector<uint64_t> words;
-  words.reserve(kLayerWords * plan.layers().size() + kIntervalWords * plan.intervals().size());
+  words.reserve(kLayerWords * plan.layers().size() + kIntervalWords * tiles.intervals().size());
   for (size_t i = 0; i < plan.layers().size(); ++i) {
     const Layer& layer = plan.layers()[i];
     uint64_t scale;
@@ -88,11 +101,15 @@ inline std::vector<uint64_t> table_words(const RowPlan& plan) {
     words.insert(words.end(), {layer.row_offset, layer.end(), plan.reach()[i], scale,
                                reinterpret_cast<uint64_t>(layer.out)});
   }
-  for (const RowPlan::Interval& interval : plan.intervals()) {
+  for (const RowPlan::Interval& interval : tiles.intervals()) {
     words.insert(words.end(), {interval.row, static_cast<uint64_t>(interval.rows),
                                static_cast<uint64_t>(interval.first_task)});
   }
   return words;
 }
+
+// Fills a table, whose words go to new memory on the device if they are many.
+void set_table(const RowPlan& plan, const RowPlan& tiles, const Allocate& allocate,
+               void* cuda_stream, LayerTable& table);
 
 }  // namespace dfa

@@ -15,8 +15,8 @@ from dfa_kernels import stream as definition
 
 DEVICES = ("cpu",)
 RANK = 0
-PROVEN = frozenset({"cpu"})
 DISTRIBUTIONS = definition.DISTRIBUTIONS
+PROVEN = {"cpu": DISTRIBUTIONS}
 TAGS: tuple[torch.Tag, ...] = ()
 
 _INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")

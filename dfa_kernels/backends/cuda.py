@@ -1,13 +1,15 @@
 """The "cuda" backend: hand-written CUDA kernels, compiled from `csrc/cuda`, for sm_80 and newer.
 
 Importing the extension registers its kernels: the fused projection as `cuda_fused`, pieces of U as
-`cuda_entries`. This module decides which of two ways a projection takes:
+`cuda_entries`, structured feedback as `cuda_structured` and its transpose. This module decides
+which of two ways a dense projection takes:
 
 - **fused**: U is made and multiplied in registers; nothing of it is ever stored.
 - **slabs**: U is made a slab at a time in a bounded workspace, and cuBLAS multiplies it.
 
 Both use tensor cores: see `tensor_cores` for how they take an fp32 error. Tensor cores multiply no
-fp64 here; an fp64 error goes through slabs in fp64.
+fp64 here; an fp64 error goes through slabs in fp64. Structured feedback multiplies nothing, and its
+kernels serve every dtype.
 """
 
 from __future__ import annotations
@@ -16,21 +18,21 @@ import functools
 import importlib
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from dfa_kernels import stream as definition
 from dfa_kernels.backends import slabs, tensor_cores
 from dfa_kernels.layers import Layers
-from dfa_kernels.stream import DENSE, Stream
+from dfa_kernels.stream import STRUCTURED, Stream
 
 DEVICES = () if torch.version.hip else ("cuda",)
 RANK = 0
-# Compute capabilities of GPUs on which all tests have run, such as (9, 0). The kernels have changed
-# since they ran on an H100.
-PROVEN: frozenset[tuple[int, int]] = frozenset()
-DISTRIBUTIONS = tuple(DENSE)
+DISTRIBUTIONS = definition.DISTRIBUTIONS
+# The kernels have changed since they ran on an H100, and those of structured feedback never ran.
+PROVEN: dict[tuple[int, int], tuple[str, ...]] = {}
 TAGS: tuple[torch.Tag, ...] = ()
 
 _log = logging.getLogger(__name__)
@@ -99,6 +101,8 @@ def prefers_slabs(
 
 def project(error: Tensor, layers: Layers, stream: Stream, dtype: torch.dtype) -> list[Tensor]:
     """The signals of an error [batch, n]: one [batch, size] per layer."""
+    if stream.distribution in STRUCTURED:
+        return _structured(error, layers, stream, dtype)
     by_slabs = error.dtype == torch.float64
     if not by_slabs:
         terms, count = tensor_cores.terms_of(error), len(layers.sizes)
@@ -118,6 +122,9 @@ def ways(error: Tensor, distribution: str) -> Iterator[tuple[str, Callable[..., 
     One for each tile of the fused kernel that fits the error's device, with so few thread blocks
     that each takes several tiles, as it does with millions of rows; and slabs, if they may serve.
     """
+    if distribution in STRUCTURED:
+        yield "structured", functools.partial(_structured, processors=1)
+        return
     if error.dtype == torch.float64:
         yield "slabs", _by_slabs
         return
@@ -143,11 +150,27 @@ def _fused(
     Launches thread blocks for `processors` multiprocessors, or with 0 for all.
     """
     forced = (tensor_cores.terms_of(error), tile, processors)
-    try:
+    with _out_of_memory(error.device):
         return torch.ops.dfa_kernels.cuda_fused.default(error, *layers, *stream, dtype, *forced)
-    except RuntimeError as failure:
-        _raise_if_out_of_memory(failure, error.device)
-        raise
+
+
+def _structured(
+    error: Tensor, layers: Layers, stream: Stream, dtype: torch.dtype, *, processors: int = 0
+) -> list[Tensor]:
+    """`project` of structured distributions; `processors` as in `_fused`."""
+    operator = torch.ops.dfa_kernels.cuda_structured.default
+    with _out_of_memory(error.device):
+        return operator(error, *layers, *stream, dtype, processors)
+
+
+def structured_adjoint(
+    signals: Sequence[Tensor], layers: Layers, stream: Stream, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """The transpose: one signal [batch, size] per layer -> [batch, columns]."""
+    operator = torch.ops.dfa_kernels.cuda_structured_adjoint.default
+    where = (layers.row_offsets, layers.scales, *stream)
+    with _out_of_memory(signals[0].device):
+        return operator(list(signals), *where, columns, dtype)
 
 
 def _by_slabs(error: Tensor, layers: Layers, stream: Stream, dtype: torch.dtype) -> list[Tensor]:
@@ -173,20 +196,27 @@ def feedback_matrix(
     """
     seed, column_offset, distribution = stream
     where = (seed, row_offset, column_offset, distribution)
-    try:
+    with _out_of_memory(device):
         return torch.ops.dfa_kernels.cuda_entries.default(
             rows, columns, *where, dtype, device, lattice
         )
-    except RuntimeError as failure:
-        _raise_if_out_of_memory(failure, device)
-        raise
 
 
-def _raise_if_out_of_memory(failure: RuntimeError, device: torch.device) -> None:
-    """If an allocation failed, raise torch's own error, which callers may handle.
+class _out_of_memory:
+    """If an allocation fails in this context, raise torch's own error, which callers may handle.
 
     It does not pass the stable ABI, so this asks torch for the same memory again.
     """
-    failed = re.search(r"cannot allocate (\d+) bytes", str(failure))
-    if failed:
-        torch.empty(int(failed[1]), dtype=torch.uint8, device=device)
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, failure: BaseException | None, trace: object) -> None:
+        if not isinstance(failure, RuntimeError):
+            return
+        failed = re.search(r"cannot allocate (\d+) bytes", str(failure))
+        if failed:
+            torch.empty(int(failed[1]), dtype=torch.uint8, device=self._device)

@@ -4,9 +4,10 @@ A backend is a module of this folder with its name in `BACKENDS`. It states:
 
     DEVICES   device types on which an automatic choice may take it
     RANK      its place in that choice, lowest first
-    PROVEN    where all its tests have run: "cpu", or compute capabilities of GPUs, such as (9, 0).
-              Elsewhere it is checked before an automatic choice takes it; see `verdicts`
     DISTRIBUTIONS   of U, those that it makes
+    PROVEN    where all tests of which distributions have run, by "cpu", or the compute capability
+              of a GPU, such as (9, 0). Elsewhere the backend is checked before an automatic choice
+              takes it; see `verdicts`
     TAGS      tags of its operator
     unavailable(device_type)    why it cannot serve a device type, or None
 
@@ -25,7 +26,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -46,7 +47,7 @@ class Backend(Protocol):
         ...
 
     @property
-    def PROVEN(self) -> Collection[Any]:  # noqa: D102
+    def PROVEN(self) -> Mapping[Any, Collection[str]]:  # noqa: D102
         ...
 
     @property
@@ -101,12 +102,13 @@ def _preferred(device_type: str) -> list[str]:
     return sorted(names, key=lambda name: BACKENDS[name].RANK)
 
 
-def _wants_check(name: str, device: torch.device) -> bool:
+def _wants_check(name: str, device: torch.device, distribution: str = "normal") -> bool:
     """Whether an automatic choice takes a backend only if it passes a check."""
     backend = BACKENDS[name]
-    if device.type not in backend.DEVICES or device.type in backend.PROVEN:
+    proven = [where for where, made in backend.PROVEN.items() if distribution in made]
+    if device.type not in backend.DEVICES or device.type in proven:
         return False
-    return not verdicts.trusted(backend.PROVEN, device)
+    return not verdicts.trusted(proven, device)
 
 
 def _first(
@@ -124,7 +126,7 @@ def _first(
         if reason is not None:
             against[name] = reason
             continue
-        if not _wants_check(name, device):
+        if not _wants_check(name, device, distribution or "normal"):
             return name, False, against
         verdict = verdict_of(name, device)
         if verdict is None or verdict.passed:
@@ -235,7 +237,7 @@ def choose_for_call(
 def keep_check(name: str, device: torch.device, failures: list[str], seconds: float) -> None:
     """Keep the result of a check by hand, if an automatic choice depends on one."""
     device = _indexed(device)
-    if _wants_check(name, device):
+    if any(_wants_check(name, device, made) for made in BACKENDS[name].DISTRIBUTIONS):
         verdicts.keep(name, device, failures, seconds)
 
 

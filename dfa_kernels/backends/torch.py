@@ -15,8 +15,8 @@ from dfa_kernels.stream import Stream
 
 DEVICES: tuple[str, ...] = ()  # it serves every device where no other backend does
 RANK = 9
-PROVEN = frozenset({"cpu"})
 DISTRIBUTIONS = definition.DISTRIBUTIONS
+PROVEN = {"cpu": DISTRIBUTIONS}
 TAGS: tuple[torch.Tag, ...] = ()
 
 

@@ -1,16 +1,22 @@
-"""Talks to the emulator of the CUDA kernels: builds requests, reads and checks answers."""
+"""Builds emulators of the CUDA kernels and talks to them: makes requests, reads, checks answers."""
 
+import hashlib
 import math
 import os
+import shutil
 import struct
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
-from tests import reference
-from tests.conftest import EPSILON
+from tests import ROOT, reference
+from tests.conftest import EPSILON, needs
 from tests.reference import DENSE
 
+HOST = Path(__file__).parent / "cuda_host"
+COMPILER = shutil.which("g++")
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # as dfa::Type
 SHARED = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}  # bytes per thread block
 UNIT = {"normal": 1.0, "uniform": math.sqrt(3), "rademacher": 1.0}
@@ -23,6 +29,41 @@ ORDERS = {
         ("DFA_EMULATE_APART", "DFA_EMULATE_LATE", "DFA_EMULATE_BACKWARDS"), "1"
     ),
 }
+
+
+def build(name, sources, tmp_path_factory, config):
+    """The emulator cuda_host/`name`.cpp with `sources` of csrc/cuda.
+
+    pytest's cache keeps it until a source changes.
+    """
+    needs("g++", COMPILER is not None)
+    folder = tmp_path_factory.mktemp("emulator")
+    flags = ["-std=c++17", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
+    flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{HOST}"]
+
+    version = subprocess.run([COMPILER, "--version"], check=True, capture_output=True).stdout
+    digest = hashlib.sha256(repr((version, flags, name, sources)).encode())
+    for path in sorted([*(ROOT / "csrc").rglob("*.*"), *HOST.iterdir()]):
+        digest.update(path.read_bytes())
+    cache = getattr(config, "cache", None)  # none with -p no:cacheprovider
+    kept = (cache.mkdir("emulator") if cache else folder) / digest.hexdigest()
+    if kept.exists():
+        return kept
+
+    def compiled(source):
+        target = folder / f"{source.name}.o"
+        subprocess.run([COMPILER, *flags, "-x", "c++", "-c", source, "-o", target], check=True)
+        return target
+
+    paths = [HOST / f"{name}.cpp", *(ROOT / "csrc" / "cuda" / f"{one}.cu" for one in sources)]
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, paths))
+    program = folder / "emulator"
+    subprocess.run([COMPILER, *flags, *objects, "-o", program], check=True)
+    unfinished = kept.with_suffix(f".{os.getpid()}")
+    shutil.copy2(program, unfinished)
+    unfinished.replace(kept)
+    return kept
 
 
 def run(emulator, request, order):

@@ -172,7 +172,7 @@ def test_the_workspace_is_bounded(batch, n, layer):
     [
         ({"distribution": "normal"}, "distribution must be structured for this operator"),
         ({"scales": []}, "row_offsets and scales must have one entry per signal"),
-        ({"signals": [torch.zeros(3)]}, "must be [3, size]"),
+        ({"signals": [torch.zeros(3)]}, "signals[0] must be [batch, size]"),
         ({"row_offsets": [-1]}, "row_offsets[0] must be in"),
     ],
 )

@@ -4,14 +4,10 @@ The kernels' own source is compiled by the host compiler with the address and un
 sanitizers; only the primitives of csrc/cuda/device.h are emulated.
 """
 
-import hashlib
 import math
 import os
-import shutil
 import struct
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -21,57 +17,31 @@ from dfa_kernels.cases import Case
 from dfa_kernels.layers import Layers
 from tests import ROOT, reference
 from tests.backends.emulation import (
+    COMPILER,
+    HOST,
     ORDERS,
     SHARED,
     TYPES,
     UNIT,
     Projection,
     as_tensors,
+    build,
     reference_project,
     run,
     run_all,
     words,
 )
-from tests.conftest import EPSILON, needs
+from tests.conftest import EPSILON
 from tests.reference import DENSE
 from tests.samples import random_error
 
-COMPILER = shutil.which("g++")
-needs("g++", COMPILER is not None)
-
-HOST = Path(__file__).parent / "cuda_host"
-SOURCES = [HOST / "main.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+SOURCES = ["fused_normal", "fused_uniform", "fused_rademacher", "feedback_matrix", "projection"]
+SOURCES += ["table"]
 
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory, pytestconfig):
-    """The compiled emulator; pytest's cache keeps it until a source changes."""
-    folder = tmp_path_factory.mktemp("emulator")
-    flags = ["-std=c++17", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
-    flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{HOST}"]
-
-    version = subprocess.run([COMPILER, "--version"], check=True, capture_output=True).stdout
-    digest = hashlib.sha256(repr((version, flags)).encode())
-    for path in sorted([*(ROOT / "csrc").rglob("*.*"), *HOST.iterdir()]):
-        digest.update(path.read_bytes())
-    cache = getattr(pytestconfig, "cache", None)  # none with -p no:cacheprovider
-    kept = (cache.mkdir("emulator") if cache else folder) / digest.hexdigest()
-    if kept.exists():
-        return kept
-
-    def build(source):
-        target = folder / f"{source.name}.o"
-        subprocess.run([COMPILER, *flags, "-x", "c++", "-c", source, "-o", target], check=True)
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(build, SOURCES))
-    program = folder / "emulator"
-    subprocess.run([COMPILER, *flags, *objects, "-o", program], check=True)
-    unfinished = kept.with_suffix(f".{os.getpid()}")
-    shutil.copy2(program, unfinished)
-    unfinished.replace(kept)
-    return kept
+    return build("dense", SOURCES, tmp_path_factory, pytestconfig)
 
 
 FAR = [2**62, 3, 20, 2**32 - 4, 2**63 - 1, 2**32 - 4, 60]  # row offsets, in no order

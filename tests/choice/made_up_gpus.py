@@ -61,7 +61,7 @@ class Machine:
         """Make the first GPU one on which "cuda" and "triton" are proven."""
         self.kinds[GPUS[0]] = H100
         for name in ("cuda", "triton"):
-            proven = frozenset({H100.capability})
+            proven = {H100.capability: registry.BACKENDS[name].DISTRIBUTIONS}
             self.monkeypatch.setattr(registry.BACKENDS[name], "PROVEN", proven)
 
     def command(self, backend, device, report):

@@ -184,7 +184,7 @@ def checked_cpu(machine, monkeypatch):
     needs("backend cpp", cpp.unavailable("cpu") is None)
     machine.kinds[torch.device("cpu")] = verdicts.Facts("CPU", (1, 0), "0")
     machine.works("torch", "cpp")
-    monkeypatch.setattr(cpp, "PROVEN", frozenset())
+    monkeypatch.setattr(cpp, "PROVEN", {})
     torch._dynamo.reset()
     yield machine
     torch._dynamo.reset()

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import dfa_kernels
-from dfa_kernels.backends import registry, trial, verdicts
-from tests.choice.made_up_gpus import GPUS, NEW, PASSED, WRONG, Machine, choose, fault
+from dfa_kernels import stream
+from dfa_kernels.backends import registry, trial, triton, verdicts
+from tests.choice.made_up_gpus import GPUS, H100, NEW, PASSED, WRONG, Machine, choose, fault
 
 
 @pytest.fixture
@@ -354,6 +355,22 @@ def test_proven_kernels_serve_unchecked(machine, backend):
     assert machine.checks() == []
     assert choose(GPUS[1])[0] == "torch"
     assert machine.checked() == [(backend, "cuda:1")]
+
+
+def test_kernels_proven_for_some_distributions_are_checked_for_the_others(machine, monkeypatch):
+    machine.proves()
+    machine.by_distribution("torch", "triton")
+    monkeypatch.setattr(triton, "PROVEN", {H100.capability: tuple(stream.DENSE)})
+    monkeypatch.setattr(triton, "DISTRIBUTIONS", stream.DISTRIBUTIONS)
+    for distribution in stream.DENSE:
+        assert choose(distribution=distribution) == ("triton", [])
+    assert machine.checks() == []
+    assert choose(distribution="hadamard") == ("triton", [])
+    assert machine.checked() == [("triton", "cuda:0")]
+    registry.keep_check("triton", GPUS[0], ["bits"], 1.0)
+    machine.restart()
+    assert choose(distribution="hadamard")[0] == "torch"
+    assert choose() == ("triton", [])
 
 
 def test_skip(machine, monkeypatch):

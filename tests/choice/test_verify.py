@@ -16,7 +16,7 @@ from tests import reference
 from tests.conftest import AVAILABLE
 from tests.samples import DTYPES
 
-CPU = torch.device("cpu")
+CPU, F32 = torch.device("cpu"), torch.float32
 # The CPU's backends other than the definition itself.
 COMPILED = [s.name for s in AVAILABLE if s.device == "cpu" and s.name != "torch"]
 
@@ -25,9 +25,8 @@ COMPILED = [s.name for s in AVAILABLE if s.device == "cpu" and s.name != "torch"
 def small(monkeypatch):
     """Fewer and smaller cases, for faults that show in any case."""
     of = cases.Case.of
-    monkeypatch.setattr(
-        verify.Case, "of", lambda *a, **k: of(*a, columns=70, unit_rows=30, **k), raising=True
-    )
+    less = {"columns": 70, "unit_rows": 30}
+    monkeypatch.setattr(verify.Case, "of", lambda *a, **k: of(*a, **(k | less)), raising=True)
     monkeypatch.setattr(verify, "_BLOCKS", verify._BLOCKS[1:3])
 
 
@@ -127,7 +126,10 @@ def test_what_is_compiled_for_the_cpu_passes(backend):
         modes = {check.what.split(", ")[-1] for check in found[1:]}
         assert modes == set(cpp.modes())
         assert "portable" in modes
-        assert sum(check.cases for check in found) == len(modes) * (1 + 4 * 4 * 4 + 4 * 2 * 7)
+        dense, structured = 3 * 2 * 7, 3 * 2 * 7
+        assert sum(check.cases for check in found) == len(modes) * (
+            1 + 4 * 4 * 4 + dense + structured
+        )
         assert torch.ops.dfa_kernels.cpu_isa(None) == torch.ops.dfa_kernels.cpu_isa("")
 
 
@@ -169,9 +171,32 @@ def test_faults_are_found_and_named(monkeypatch, fault, said):
     monkeypatch.setattr(verify, "_errors", lambda backend: [(torch.bfloat16, "highest")])
     stand_in(monkeypatch, faulty(lambda s: len(s) == 5 and fault(s), when=only))
     found = mistakes()
-    assert list(found) == ["signals, bfloat16"]
-    assert said in found["signals, bfloat16"]
+    assert list(found) == ["signals, bfloat16", "signals and transposes, hadamard"]
+    assert all(said in mistake for mistake in found.values())
     assert "the first is other, normal, torch.float32: " in found["signals, bfloat16"]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_number_of_structured_feedback_that_is_off_by_one_bit_is_found(monkeypatch):
+    off = faulty(lambda s: s[1][4, 7].nextafter_(torch.tensor(9e9)), when=lambda _, d: d == F32)
+    stand_in(monkeypatch, off)
+    assert "unit 7" in mistakes("signals and transposes")["signals and transposes, hadamard"]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_transpose_that_is_off_by_one_bit_is_found(monkeypatch):
+    true = torch.ops.dfa_kernels.structured_adjoint.torch
+
+    def off(signals, *arguments):
+        error = true(signals, *arguments)
+        if error.dtype == F32:
+            error[2, 3].nextafter_(torch.tensor(9e9))
+        return error
+
+    monkeypatch.setattr(torch.ops.dfa_kernels.structured_adjoint, "torch", off)
+    found = mistakes("signals and transposes")["signals and transposes, hadamard"]
+    assert "transpose, torch.float32 to torch.float32" in found
+    assert "1 of 3990 numbers, the first in row 2, column 3" in found
 
 
 @pytest.mark.parametrize("lost", [1, 2])
@@ -272,7 +297,7 @@ def test_what_a_caller_had_set_is_as_before(monkeypatch):
     states = []
     stand_in(monkeypatch, lambda *_: states.append(torch.get_float32_matmul_precision()) or [])
     list(verify.checks_of("torch", CPU))
-    assert set(states) == {"medium"}
+    assert set(states) == {"medium", "highest"}  # the latter where nothing is multiplied
     assert torch.get_float32_matmul_precision() == "highest"
     assert torch.are_deterministic_algorithms_enabled()  # as the tests set it
 

@@ -181,7 +181,7 @@ def test_the_environment_chooses(monkeypatch):
 
 def test_an_automatic_choice_falls_through_and_says_so_once(monkeypatch):
     class Broken:
-        DEVICES, RANK, PROVEN = ("cpu",), 0, ("cpu",)
+        DEVICES, RANK, PROVEN = ("cpu",), 0, {}
 
         @staticmethod
         def unavailable(device_type):

@@ -17,13 +17,11 @@ from torch import Tensor
 from dfa_kernels import stream as definition
 from dfa_kernels.backends import tensor_cores
 from dfa_kernels.layers import Layers
-from dfa_kernels.stream import STRUCTURED, Stream
+from dfa_kernels.stream import DENSE, STRUCTURED, Stream
 
 DEVICES = ("cuda",)  # also ROCm's name in torch
 RANK = 1
-# Compute capabilities of GPUs on which all tests have run, such as (9, 0). The kernels of
-# structured feedback have run on none.
-PROVEN: frozenset[tuple[int, int]] = frozenset()
+PROVEN = {(9, 0): tuple(DENSE)}
 DISTRIBUTIONS = definition.DISTRIBUTIONS
 # Tables on the device are kept from call to call. If torch.compile captures CUDA graphs by itself
 # (mode="reduce-overhead"), they must not lie in a graph's memory.

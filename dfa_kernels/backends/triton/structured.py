@@ -20,7 +20,7 @@ from dfa_kernels.hadamard import BLOCK, FACTOR
 from dfa_kernels.layers import Layers
 from dfa_kernels.stream import Stream, arithmetic
 
-WORKSPACE_BYTES = 2**26  # or what one row of the error takes
+WORKSPACE_BYTES = 2**25  # or what one row of the error takes
 # Rows of the error, or output blocks, of a program. A program is one warp, so more of them need
 # more registers: a row is 32 numbers a lane. Of AMD's 64 lanes two rows fill a warp. The
 # interpreter takes as long for many.

@@ -316,6 +316,9 @@ inline uint32_t as_bits(float value) {
   return bits;
 }
 
+inline float rounded_product(float a, float b) { return a * b; }
+inline double rounded_product(double a, double b) { return a * b; }
+
 inline float log2_approximate(float x) {
   return std::log2f(x) + (as_bits(x) / 8 % 2 == 0 ? 0x1p-18f : -0x1p-18f);
 }

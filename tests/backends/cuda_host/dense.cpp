@@ -1,34 +1,15 @@
 // Runs cases from standard input through the CUDA backend's own host code and emulated kernels. A
-// case is a projection or a feedback matrix; results go to standard output. Every buffer is an
-// allocation of its exact size, filled with NaN, so the address sanitizer sees any access outside.
+// case is a projection or a feedback matrix of independent entries; results go to standard output.
 #include <cstdio>
-#include <cstdlib>
-#include <memory>
 #include <vector>
 
 #include "../../../csrc/cuda/device.h"
 #include "../../../csrc/cuda/fragments.h"
 #include "../../../csrc/cuda/kernels.h"
 #include "../../../csrc/projection.h"
+#include "requests.h"
 
 namespace {
-
-int64_t next() {
-  int64_t value;
-  if (std::fread(&value, sizeof value, 1, stdin) != 1) std::exit(0);
-  return value;
-}
-
-// Begins `offset` bytes into an allocation, so that nothing is aligned by accident.
-struct Buffer {
-  explicit Buffer(int64_t bytes, int64_t offset = 0)
-      : memory(static_cast<char*>(std::malloc(static_cast<size_t>(bytes + offset))), std::free),
-        data(memory.get() + offset) {
-    std::memset(memory.get(), 0xff, static_cast<size_t>(bytes + offset));
-  }
-  std::unique_ptr<char, decltype(&std::free)> memory;
-  char* data;
-};
 
 // The index of the tile whose kernel was launched last.
 int64_t last_tile() {
@@ -44,15 +25,6 @@ int64_t last_tile() {
     }
   }
   return -1;
-}
-
-void write(const std::vector<int64_t>& numbers) {
-  std::fwrite(numbers.data(), sizeof numbers[0], numbers.size(), stdout);
-}
-
-// The made-up GPU has products of warpgroups if a block may have as much memory as on Hopper.
-dfa::DeviceLimits limits_of(int processors, int64_t shared_bytes) {
-  return {processors, static_cast<int>(shared_bytes), shared_bytes >= 227 << 10};
 }
 
 void project() {
@@ -74,9 +46,7 @@ void project() {
   dfa::emulated.limits = limits_of(dfa::emulated.limits.processors, next());
   const int64_t misaligned = next(), bytes = next();
   const Buffer input(bytes, misaligned);
-  if (std::fread(input.data, 1, static_cast<size_t>(bytes), stdin) != static_cast<size_t>(bytes)) {
-    std::exit(1);
-  }
+  read(input.data, bytes);
   error.data = input.data;
   std::vector<dfa::Layer> layers(static_cast<size_t>(next()));
   std::vector<Buffer> outputs;
@@ -98,8 +68,7 @@ void project() {
   dfa::project_cuda(stream, error, std::move(layers), out_type, terms, forced, allocate, nullptr);
   write({dfa::launches, last_tile(), dfa::last_blocks});
   for (const dfa::Layer& layer : kept) {
-    std::fwrite(layer.out, static_cast<size_t>(dfa::type_bytes(out_type)),
-                static_cast<size_t>(error.batch * layer.size), stdout);
+    write(layer.out, dfa::type_bytes(out_type) * error.batch * layer.size);
   }
 }
 
@@ -153,8 +122,7 @@ void feedback_matrix() {
   const bool lattice = next() != 0;
   const Buffer out(rows * columns * dfa::type_bytes(type), next());
   dfa::feedback_matrix_cuda(stream, row_offset, rows, columns, type, lattice, out.data, nullptr);
-  std::fwrite(out.data, static_cast<size_t>(dfa::type_bytes(type)),
-              static_cast<size_t>(rows * columns), stdout);
+  write(out.data, rows * columns * dfa::type_bytes(type));
 }
 
 // Checks the maps of fragments.h. Each column of U meets the same column of the error once, at one
@@ -191,8 +159,7 @@ void fragments() {
       holds &= loaded == 0xff && copied == 0xff;
     }
   }
-  const int64_t result = holds;
-  std::fwrite(&result, sizeof result, 1, stdout);
+  write({holds});
 }
 
 }  // namespace

@@ -77,10 +77,14 @@ def projections(name, backend, device):
 
 
 def many_layers(name, backend, device):
-    """(label, call) for every way of a bf16 error with enough layers to need an uploaded table."""
-    error = error_of(5, 77, 0, torch.bfloat16, device)
+    """(label, call) for every way of a bf16 error with enough layers to need an uploaded table.
+
+    They lie in 18 blocks of structured feedback, the second error in two of its columns.
+    """
     sizes = [1 + i % 40 for i in range(MANY)]
-    for distribution in ("normal", *structured(backend)):
+    kinds = [("normal", 77), *itertools.product(structured(backend), (77, 1088))]
+    for distribution, columns in kinds:
+        error = error_of(5, columns, 0, torch.bfloat16, device)
         given = arguments(error, range(0, 60 * MANY, 60), sizes, 0, distribution)
         for label, way in ways_of(name, backend, error, distribution):
             yield f"{label}, {MANY} layers", functools.partial(way, *given, torch.bfloat16)

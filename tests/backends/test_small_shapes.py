@@ -147,8 +147,8 @@ def test_a_way_that_fails_does_not_stop_the_next(monkeypatch):
     status, shown = run_shapes(broken)
     assert status == 1
     assert "failed: fake broken: 5 x 1088 bfloat16, normal, highest, to bfloat16: an " in shown
-    # Aligned, to one dtype; misaligned, to two; many layers, dense and structured.
-    failed = (1 + 2) * len(stream.DISTRIBUTIONS) + 2
+    # Aligned, to one dtype; misaligned, to two; many layers, dense and twice structured.
+    failed = (1 + 2) * len(stream.DISTRIBUTIONS) + 3
     assert shown.endswith(f"fake: {len(broken.calls) + failed} calls, {failed} failed\n")
     assert len([call for call in broken.calls if call[0] == "narrow"]) == failed
 

@@ -47,7 +47,7 @@ SOURCES = [HOST / "main.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
 def emulator(tmp_path_factory, pytestconfig):
     """The compiled emulator; pytest's cache keeps it until a source changes."""
     folder = tmp_path_factory.mktemp("emulator")
-    flags = ["-std=c++17", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
+    flags = ["-std=c++17", "-Og", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
     flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{HOST}"]
 
     version = subprocess.run([COMPILER, "--version"], check=True, capture_output=True).stdout

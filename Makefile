@@ -3,6 +3,7 @@
 #   make test    run the tests in PROCESSES processes; a test that hangs ends its own
 #   make coverage    the same, and say which lines no test runs; takes half as long again
 #   make test-slow    run what takes longer: all GPU kernels compiled, all pairs, the demo's accuracy
+#   make test-all    both at once, which is quicker than one after the other
 #   make bench   time the kernels against what they replace; results and figures in bench-<date>/
 #   make paper   run the paper's experiments; ARGS="table2 --quick" and the like
 #   make lint    formatting, lint and types
@@ -30,8 +31,8 @@ demo: $(VENV)/demo
 
 # Threads that wait for work sleep, because the other processes' tests need the cores. A file's tests
 # run in one process, which compiles for them once.
-test test-slow coverage: export OMP_WAIT_POLICY = PASSIVE
-test test-slow coverage: export OMP_NUM_THREADS = 1
+test test-slow test-all coverage: export OMP_WAIT_POLICY = PASSIVE
+test test-slow test-all coverage: export OMP_NUM_THREADS = 1
 pytest = $(bin)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder \
 	-o faulthandler_exit_on_timeout=true
 
@@ -43,6 +44,9 @@ coverage: $(VENV)/test
 
 test-slow: $(VENV)/test
 	$(pytest) -m slow $(ARGS)
+
+test-all: $(VENV)/test
+	$(pytest) -m 'not battery' $(ARGS)
 
 bench: $(VENV)/bench
 	$(bin)/dfa-kernels bench $(ARGS)
@@ -84,4 +88,4 @@ $(VENV)/demo $(VENV)/test $(VENV)/bench $(VENV)/paper $(VENV)/dev: $(VENV)/torch
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-.PHONY: demo test test-slow coverage bench paper lint format gpu-check clean
+.PHONY: demo test test-slow test-all coverage bench paper lint format gpu-check clean

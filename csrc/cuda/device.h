@@ -57,6 +57,9 @@ DFA_DEVICE void copy_async(void* to, const void* from, bool valid) {
 // Waits for this thread's own copies. The block sees them after a barrier.
 DFA_DEVICE void wait_copies() { asm volatile("cp.async.wait_all;\n" ::: "memory"); }
 
+// In place of a kernel that the host never launches on this GPU.
+DFA_DEVICE void trap() { __trap(); }
+
 // Lets products of warpgroups read what this thread has copied, after the next barrier.
 DFA_DEVICE void show_copies() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)

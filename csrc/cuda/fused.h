@@ -277,6 +277,10 @@ DFA_DEVICE void add_sums(const float (&one)[S::kF][S::kN][4], float (&sums)[S::k
 template <class S, Distribution kDistribution, Operand kOperand>
 DFA_KERNEL(S::kThreads, S::kBlocks)
 fused(DFA_ARGUMENT FusedParameters p) {
+  if constexpr (S::kGroups && !device::kHasWarpgroups) {
+    device::trap();
+    return;
+  }
   const int lane = device::thread() % 32, warp = device::thread() / 32;
   const int part = warp % S::kParts, of_rows = warp / S::kParts;
   const int stage_bytes = p.terms * S::kTermBytes;

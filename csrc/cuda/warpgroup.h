@@ -7,6 +7,13 @@
 namespace dfa {
 namespace device {
 
+// Whether warpgroups multiply on the GPU that is compiled for.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasWarpgroups = true;
+#else
+constexpr bool kHasWarpgroups = false;
+#endif
+
 // How a warpgroup finds rows of 128 bytes in shared memory, from a row that begins at a multiple of
 // 1024 on: 8 rows lie together, and a row's 16-byte pieces are permuted by its number (the swizzle
 // of 128 bytes).
@@ -80,9 +87,7 @@ __device__ __forceinline__ void multiply_group(float (&c)[N][4], const uint32_t 
                                 DFA_16_SUMS(0), DFA_16_SUMS(4), DFA_16_SUMS(8), DFA_16_SUMS(12),
                                 DFA_16_SUMS(16), DFA_16_SUMS(20), DFA_16_SUMS(24), DFA_16_SUMS(28));
   }
-#else
-  __trap();  // the host does not launch such a kernel on this GPU
-#endif
+#endif  // nothing on other GPUs, where a kernel with such products is a trap
 }
 
 #undef DFA_GROUP_PRODUCT_OF_EITHER

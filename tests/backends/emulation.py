@@ -38,7 +38,7 @@ def build(name, sources, tmp_path_factory, config):
     """
     needs("g++", COMPILER is not None)
     folder = tmp_path_factory.mktemp("emulator")
-    flags = ["-std=c++17", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
+    flags = ["-std=c++17", "-Og", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
     flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{HOST}"]
 
     version = subprocess.run([COMPILER, "--version"], check=True, capture_output=True).stdout

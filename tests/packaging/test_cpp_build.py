@@ -75,6 +75,13 @@ def checkout(tmp_path):
     return tmp_path
 
 
+def empty_sources(checkout):
+    """For speed: a build still compiles all of them."""
+    for source in checkout.glob("csrc/**/*.c*"):
+        if source.suffix in (".cpp", ".cu"):
+            source.write_text("")
+
+
 def build_wheel(checkout, **environment):
     """Build as an installer does, with these variables set: the wheel's path and the output."""
     command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
@@ -109,6 +116,7 @@ def test_without_torch_the_wheel_is_pure_python(checkout):
 
 @pytest.mark.slow
 def test_a_failed_build_leaves_a_working_package(extension, checkout):
+    empty_sources(checkout)
     (checkout / "csrc" / "cpu" / "broken.cpp").write_text("#error broken on purpose\n")
     wheel, printed = build_wheel(checkout)
     assert "left out the compiled kernels" in printed
@@ -150,9 +158,7 @@ ONLY_VERSION = '[ "$1" = --version ] && echo "Cuda compilation tools, release 13
 def cuda_build(checkout, nvcc, architectures):
     """Build from emptied sources with this script as nvcc, if any, for these architectures."""
     needs("c++", COMPILER is not None)
-    for source in checkout.glob("csrc/**/*.c*"):
-        if source.suffix in (".cpp", ".cu"):
-            source.write_text("")
+    empty_sources(checkout)
     if nvcc is not None:
         (checkout / "bin").mkdir()
         (checkout / "bin" / "nvcc").write_text(f"#!/bin/sh\n{nvcc}\n")
@@ -180,7 +186,6 @@ def cuda_build(checkout, nvcc, architectures):
     ids=["no-toolkit", "no-version", "compiles-nothing", "no-such-architecture"],
 )
 def test_a_failed_cuda_build_leaves_the_cpu_kernels(checkout, nvcc, architectures, reason):
-    """The sources are emptied for speed; the build still compiles all of them."""
     done = cuda_build(checkout, nvcc, architectures)
     lines = [line for line in done.stderr.splitlines() if "dfa_kernels: left out" in line]
     assert len(lines) == 1, done.stderr

@@ -129,33 +129,53 @@ torch.cuda.get_device_capability = lambda *device: (9, 0)
 """
 
 
-@pytest.mark.parametrize(
-    ("stage", "name", "words", "others"),
-    [
-        ("A", "tests-cuda", {"cuda", "torch", "cuda-cuda", "torch-cuda"}, "triton"),
-        ("B", "tests-triton", {"triton", "triton-cuda"}, "cuda-cuda"),
-    ],
-)
-def test_the_marks_select_the_tests_of_a_gpu(tmp_path, stage, name, words, others):
-    """As collected where there is a GPU: by their parameters, or a whole file."""
-    (tmp_path / "fake_gpu.py").write_text(FAKE_GPU)
-    (tests,) = (step for step in STAGES[stage] if step.name == name)
-    marks = re.search(r"-m '(.*)'", tests.command)[1]
+# Collects once for each selection, in one process: the imports take the longest.
+COLLECT = """
+import sys, pytest
+files, *selections = (line.split("\\t") for line in sys.argv[1:])
+for selection in selections:
+    options = ["--collect-only", "-q", "-p", "fake_gpu", "-p", "no:cacheprovider", "-m", *selection]
+    assert pytest.main([*options, *files]) == 0
+    print("end of a selection")
+"""
+SELECTIONS = [
+    ("A", "tests-cuda", {"cuda", "torch", "cuda-cuda", "torch-cuda"}, "triton"),
+    ("B", "tests-triton", {"triton", "triton-cuda"}, "cuda-cuda"),
+]
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory):
+    """What pytest lists for the marks of each of SELECTIONS where there is a GPU."""
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / "fake_gpu.py").write_text(FAKE_GPU)
+    marks = []
+    for stage, name, *_ in SELECTIONS:
+        (tests,) = (step for step in STAGES[stage] if step.name == name)
+        marks.append(re.search(r"-m '(.*)'", tests.command)[1])
     files = (
         "packaging/test_gpu_check",
         "projection/test_ops",
         "choice/test_verify",
         *(f"backends/test_{name}" for name in ("gpu", "cuda_backend", *TRITON)),
     )
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "fake_gpu"]
-    command += ["-p", "no:cacheprovider", "-m", marks, *(f"tests/{file}.py" for file in files)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    command = [sys.executable, "-c", COLLECT, "\t".join(f"tests/{file}.py" for file in files)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
     environment.pop("TRITON_INTERPRET", None)
-    collected = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    done = subprocess.run(
+        [*command, *marks], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
+    lists = done.stdout.split("end of a selection\n")[:-1]
+    return {one[0]: listed for one, listed in zip(SELECTIONS, lists, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("stage", "words", "others"), [(stage, *rest) for stage, _, *rest in SELECTIONS]
+)
+def test_the_marks_select_the_tests_of_a_gpu(collected, stage, words, others):
+    """As collected where there is a GPU: by their parameters, or a whole file."""
     found = set()
-    for line in collected.stdout.splitlines():
+    for line in collected[stage].splitlines():
         node = re.match(r"tests/\w+/test_(\w+)\.py::\w+(?:\[(.*)\])?$", line)
         if node and node[1] in TRITON:
             assert stage == "B"
@@ -167,9 +187,9 @@ def test_the_marks_select_the_tests_of_a_gpu(tmp_path, stage, name, words, other
             assert others not in {*parameters} | pairs, line
             found |= seen
     assert found >= words, found
-    assert "test_gpu.py::" in collected.stdout
+    assert "test_gpu.py::" in collected[stage]
     for file in TRITON:
-        assert (f"test_{file}.py::" in collected.stdout) == (stage == "B")
+        assert (f"test_{file}.py::" in collected[stage]) == (stage == "B")
 
 
 # --- a run ---

@@ -1,5 +1,6 @@
 """Memory: the workspace is bounded, and outputs may be larger than 2^31 elements."""
 
+import json
 import subprocess
 import sys
 
@@ -11,30 +12,49 @@ from dfa_kernels.backends import slabs
 from tests import reference
 from tests.conftest import definition_is_slow
 
-# Runs in its own process, because resident memory is measured per process.
+# Runs in its own process, because resident memory is measured per process: for each request, in a
+# child that has imported torch already.
 PROGRAM = """
-import sys, torch, dfa_kernels
-batch, layer, n = map(int, sys.argv[1:4])
-distribution, backend = sys.argv[4:]
-error = torch.randn(batch, n)
-dfa_kernels.project(error[:1, :1], [8], distribution=distribution, backend=backend)
+import json, os, sys, torch, dfa_kernels
 def status(key):
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-before = status("VmRSS")
-(signal,) = dfa_kernels.project(error, [layer], distribution=distribution, backend=backend)
-print(status("VmHWM") - before - signal.nbytes)
+def extra_bytes(batch, layer, n, distribution, backend):
+    error = torch.randn(batch, n)
+    options = {"distribution": distribution, "backend": backend}
+    dfa_kernels.project(error[:1, :1], [8], **options)
+    before = status("VmRSS")
+    (signal,) = dfa_kernels.project(error, [layer], **options)
+    return status("VmHWM") - before - signal.nbytes
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        print(extra_bytes(*json.loads(line)), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 """
 
 
-def extra_bytes(backend, layer, n, distribution="normal", batch=4):
-    numbers = map(str, (batch, layer, n))
-    command = [sys.executable, "-c", PROGRAM, *numbers, distribution, backend]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+@pytest.fixture(scope="module")
+def program():
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", PROGRAM], **pipes) as process:
+        yield process
+    assert process.returncode == 0
+
+
+@pytest.fixture
+def extra_bytes(program):
+    def of(backend, layer, n, distribution="normal", batch=4):
+        request = json.dumps([batch, layer, n, distribution, backend])
+        print(request, file=program.stdin, flush=True)
+        return int(program.stdout.readline())
+
+    return of
 
 
 @definition_is_slow
-def test_extra_memory_is_bounded_and_does_not_grow_with_the_layer(backend):
+def test_extra_memory_is_bounded_and_does_not_grow_with_the_layer(extra_bytes, backend):
     small, large = extra_bytes(backend, 200_000, 10), extra_bytes(backend, 3_211_264, 10)
     assert small <= slabs.WORKSPACE_BYTES
     assert large <= slabs.WORKSPACE_BYTES
@@ -43,19 +63,19 @@ def test_extra_memory_is_bounded_and_does_not_grow_with_the_layer(backend):
 
 @definition_is_slow
 @pytest.mark.parametrize(("layer", "n"), [(20_000, 1000), (300, 200_000)])
-def test_extra_memory_is_bounded_for_long_errors(backend, layer, n):
+def test_extra_memory_is_bounded_for_long_errors(extra_bytes, backend, layer, n):
     assert extra_bytes(backend, layer, n) <= slabs.WORKSPACE_BYTES  # 80 and 240 MB of entries
 
 
 @definition_is_slow
-def test_extra_memory_is_bounded_for_short_errors_and_long_blocks(backend):
+def test_extra_memory_is_bounded_for_short_errors_and_long_blocks(extra_bytes, backend):
     """One column of rademacher entries takes a block of 128 to make."""
     assert extra_bytes(backend, 200_000, 1, "rademacher") <= slabs.WORKSPACE_BYTES
 
 
 @definition_is_slow
 @pytest.mark.parametrize(("layer", "n"), [(3_211_264, 10), (20_000, 1000), (300, 200_000)])
-def test_extra_memory_of_structured_feedback_is_bounded(backend, layer, n):
+def test_extra_memory_of_structured_feedback_is_bounded(extra_bytes, backend, layer, n):
     assert extra_bytes(backend, layer, n, "hadamard") <= slabs.WORKSPACE_BYTES
 
 

@@ -265,6 +265,9 @@ inline void multiply_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, ui
 
 inline void show_copies() {}
 
+constexpr bool kHasWarpgroups = true;
+inline void trap() { fail("a kernel that is not for this GPU"); }
+
 // As the hardware reads them: rows of 128 bytes whose pieces of 16 are permuted by the row's
 // number. All four warps must come, though each has rows of its own.
 template <int N>

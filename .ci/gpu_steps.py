@@ -209,12 +209,12 @@ STAGES: dict[str, tuple[Step, ...]] = {
         tests("tests-cuda", "gpu and not triton", 90, 180),
     ),
     "B": (
-        Step("compile-triton", COMPILE, 25, 60, modules=("triton",)),
-        verify("triton", 55, 80),
+        Step("compile-triton", COMPILE, 45, 70, modules=("triton",)),
+        verify("triton", 60, 85),
         tests("tests-triton", "triton", 85, 120, "triton"),
         sanitize("memcheck", 25, 50, "triton"),
         sanitize("synccheck", 30, 50),
-        sanitize("racecheck", 100, 140),
+        sanitize("racecheck", 100, 125),
     ),
     "C": (
         Step(

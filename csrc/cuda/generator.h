@@ -27,6 +27,22 @@ DFA_DEVICE uint64_t product(uint32_t a, uint32_t b) { return static_cast<uint64_
 DFA_DEVICE uint32_t upper(uint64_t x) { return static_cast<uint32_t>(x >> 32); }
 DFA_DEVICE uint32_t lower(uint64_t x) { return static_cast<uint32_t>(x); }
 
+// The rounds from one on, of four counter words.
+template <int kFirst>
+DFA_DEVICE Words4 rounds_from(const RoundKeys& keys, uint32_t c0, uint32_t c1, uint32_t c2,
+                              uint32_t c3) {
+#pragma unroll
+  for (int round = kFirst; round < Philox::kRounds; ++round) {
+    const uint64_t p0 = product(Philox::kMultiplier0, c0);
+    const uint64_t p1 = product(Philox::kMultiplier1, c2);
+    c0 = upper(p1) ^ c1 ^ keys.even[round];
+    c1 = lower(p1);
+    c2 = upper(p0) ^ c3 ^ keys.odd[round];
+    c3 = lower(p0);
+  }
+  return {{c0, c1, c2, c3}};
+}
+
 // The first two rounds split into two parts, which two XORs join. One depends on the lower half of
 // the row alone; a thread keeps it for each of its rows. The other depends on the column block and
 // the upper half of the row; a thread's rows share it.
@@ -55,17 +71,7 @@ struct ColumnState {
 };
 
 DFA_DEVICE Words4 join(const RoundKeys& keys, const RowState& row, const ColumnState& column) {
-  uint32_t c0 = row.c0 ^ column.c0, c1 = column.c1, c2 = row.c2 ^ column.c2, c3 = row.c3;
-#pragma unroll
-  for (int round = 2; round < Philox::kRounds; ++round) {
-    const uint64_t p0 = product(Philox::kMultiplier0, c0);
-    const uint64_t p1 = product(Philox::kMultiplier1, c2);
-    c0 = upper(p1) ^ c1 ^ keys.even[round];
-    c1 = lower(p1);
-    c2 = upper(p0) ^ c3 ^ keys.odd[round];
-    c3 = lower(p0);
-  }
-  return {{c0, c1, c2, c3}};
+  return rounds_from<2>(keys, row.c0 ^ column.c0, column.c1, row.c2 ^ column.c2, row.c3);
 }
 
 // The formula of `codebook` before its rounding to bf16. k is bits 4..15 of `bits`; the others are

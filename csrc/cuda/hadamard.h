@@ -109,7 +109,7 @@ DFA_DEVICE void butterflies(Real (&v)[kOwn]) {
   }
 }
 
-// From rows to columns. Nobody reads the square afterwards.
+// From rows to columns. The square is free afterwards.
 template <class Real>
 DFA_DEVICE void transform(Real (&v)[kOwn], const Square<Real>& square) {
   butterflies<1, kOwn>(v);
@@ -141,26 +141,13 @@ struct Signs {
   }
 };
 
-DFA_DEVICE Words4 philox_block(const RoundKeys& keys, uint32_t c0, uint32_t c1, uint64_t high) {
-  uint32_t c2 = lower(high), c3 = upper(high);
-#pragma unroll
-  for (int round = 0; round < Philox::kRounds; ++round) {
-    const uint64_t p0 = product(Philox::kMultiplier0, c0);
-    const uint64_t p1 = product(Philox::kMultiplier1, c2);
-    c0 = upper(p1) ^ c1 ^ keys.even[round];
-    c1 = lower(p1);
-    c2 = upper(p0) ^ c3 ^ keys.odd[round];
-    c3 = lower(p0);
-  }
-  return {{c0, c1, c2, c3}};
-}
-
 constexpr int kGroups = 8;  // Philox blocks of a diagonal
 
 // D_domain(B, b), a Philox block of it: B is 0 in domains 1 and 2.
 DFA_DEVICE Words4 sign_block(const RoundKeys& keys, uint32_t domain, uint64_t output,
                              uint32_t input, int group) {
-  return philox_block(keys, kGroups * input + static_cast<uint32_t>(group), domain, output);
+  return rounds_from<0>(keys, kGroups * input + static_cast<uint32_t>(group), domain, lower(output),
+                        upper(output));
 }
 
 // The signs of a lane's numbers in rows.

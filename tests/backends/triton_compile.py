@@ -177,7 +177,8 @@ def structured(gpu, name, wide, dtype, outputs):
         "LAST": True,
     }
     constants = [values[p.name] for p in kernel.params if p.name in values]
-    binary = compiled(kernel, pointers, constants, 1, target, enable_fp_fusion=False)
+    options = host.options(kernel, wide, target.backend)
+    binary = compiled(kernel, pointers, constants, 1, target, **options)
     if target.backend == "hip":
         spills = re.findall(r"(?:sgpr|vgpr)_spill_count: *(\d+)", binary.asm["amdgcn"])
         fused = re.findall(r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)_f(?:32|64)\b", binary.asm["amdgcn"])

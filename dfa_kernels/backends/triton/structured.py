@@ -32,9 +32,20 @@ _PROGRAMS = 2**13
 BLOCKS = {torch.float32: 4, torch.float64: 1}
 
 
-def _launch(kernel: object, grid: int, *constants: object) -> Launch:
-    """One warp a program. A product is rounded before it is added."""
-    return Launch(kernel, grid, constants, 1, enable_fp_fusion=False)
+def options(kernel: object, wide: torch.dtype, target: str) -> dict[str, object]:
+    """What a kernel is compiled with. A product is rounded before it is added.
+
+    ptxas limits itself to 168 registers, with which an output block in fp64 would spill.
+    """
+    spills = kernel is kernels.outer_kernel and wide == torch.float64 and target == "cuda"
+    return {"enable_fp_fusion": False, **({"maxnreg": 255} if spills else {})}
+
+
+def _launch(
+    kernel: object, grid: int, *constants: object, wide: torch.dtype = torch.float32
+) -> Launch:
+    """One warp a program."""
+    return Launch(kernel, grid, constants, 1, **options(kernel, wide, TARGET))
 
 
 def _quad(dtype: torch.dtype) -> int:
@@ -109,6 +120,7 @@ class Structured:
                     *constants,
                     quad,
                     together,
+                    wide=wide,
                 ),
             )
             for first, count in _cut(batch, blocks * BLOCK * wide.itemsize)

@@ -1,8 +1,11 @@
 """Shared by the tests: the backends to run on, fixtures, and the error bound of a projection."""
 
 import functools
+import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -85,6 +88,44 @@ def structured(request):
 def gpu_backend(request):
     """Every backend that serves the GPU; none where there is no GPU."""
     return request.param
+
+
+# Runs in its own process, because resident memory is measured per process: for each request, in a
+# child that has imported torch already.
+MEMORY = """
+import json, os, sys, torch, dfa_kernels
+def status(key):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+def extra_bytes(batch, layer, n, distribution, backend):
+    error = torch.randn(batch, n)
+    options = {"distribution": distribution, "backend": backend}
+    dfa_kernels.project(error[:1, :1], [8], **options)
+    before = status("VmRSS")
+    (signal,) = dfa_kernels.project(error, [layer], **options)
+    return status("VmHWM") - before - signal.nbytes
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        print(extra_bytes(*json.loads(line)), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.fixture(scope="session")
+def extra_bytes():
+    """Measures what one projection takes beyond its signal, at its peak."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", MEMORY], **pipes) as process:
+
+        def of(backend, layer, n, distribution="normal", batch=4):
+            request = json.dumps([batch, layer, n, distribution, backend])
+            print(request, file=process.stdin, flush=True)
+            return int(process.stdout.readline())
+
+        yield of
+    assert process.returncode == 0
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from dfa_kernels.stream import Stream
 from tests import ROOT
 from tests.backends.test_cpp_kernels import available, cpu_isa
 from tests.conftest import COMPILER, needs
-from tests.projection.test_memory import extra_bytes
 from tests.samples import DTYPES
 
 needs("the compiled extension", cpp.unavailable("cpu") is None)
@@ -162,7 +161,7 @@ def test_equal_layers_are_summed_in_the_given_order(place):
 
 
 @pytest.mark.parametrize(("batch", "n", "layer"), [(600, 50_257, 10), (4, 1000, 3_211_264)])
-def test_the_workspace_is_bounded(batch, n, layer):
+def test_the_workspace_is_bounded(extra_bytes, batch, n, layer):
     extra = extra_bytes("cpp", layer, n, "hadamard", batch)
     assert extra <= slabs.WORKSPACE_BYTES / 2  # transformed at once, the first would take 123 MB
 

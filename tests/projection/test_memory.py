@@ -1,9 +1,5 @@
 """Memory: the workspace is bounded, and outputs may be larger than 2^31 elements."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -11,46 +7,6 @@ from dfa_kernels import project
 from dfa_kernels.backends import slabs
 from tests import reference
 from tests.conftest import definition_is_slow
-
-# Runs in its own process, because resident memory is measured per process: for each request, in a
-# child that has imported torch already.
-PROGRAM = """
-import json, os, sys, torch, dfa_kernels
-def status(key):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-def extra_bytes(batch, layer, n, distribution, backend):
-    error = torch.randn(batch, n)
-    options = {"distribution": distribution, "backend": backend}
-    dfa_kernels.project(error[:1, :1], [8], **options)
-    before = status("VmRSS")
-    (signal,) = dfa_kernels.project(error, [layer], **options)
-    return status("VmHWM") - before - signal.nbytes
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        print(extra_bytes(*json.loads(line)), flush=True)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
-"""
-
-
-@pytest.fixture(scope="module")
-def program():
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", PROGRAM], **pipes) as process:
-        yield process
-    assert process.returncode == 0
-
-
-@pytest.fixture
-def extra_bytes(program):
-    def of(backend, layer, n, distribution="normal", batch=4):
-        request = json.dumps([batch, layer, n, distribution, backend])
-        print(request, file=program.stdin, flush=True)
-        return int(program.stdout.readline())
-
-    return of
 
 
 @definition_is_slow

@@ -27,8 +27,13 @@ LAYERS = Layers(
     sizes=(301, 77, 77, 33, 9),
     scales=(1.0, -0.5, 4.0, 2.0, 1.0),
 )
-# Of structured feedback, more blocks than a kernel makes at once.
-MANY_BLOCKS = Layers(row_offsets=(900, 10_000), sizes=(8_000, 2_048), scales=(1.0, -0.37))
+# Of structured feedback, more blocks than a kernel makes at once. They are as many layers as above,
+# for which Triton compiles nothing new.
+MANY_BLOCKS = Layers(
+    row_offsets=(900, 10_000, 900, 5, 10_300),
+    sizes=(8_000, 2_048, 40, 77, 300),
+    scales=(1.0, -0.37, 2.0, 0.11, -1.0),
+)
 LONE_LAYER = Layers(LAYERS.row_offsets[:1], LAYERS.sizes[:1], LAYERS.scales[:1])
 _SEED = -0x61C8864680B583EB  # both halves of the key have their upper bit set
 _COLUMN_OFFSET = 2**20 + 77

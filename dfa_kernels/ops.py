@@ -48,13 +48,16 @@ _library = torch.library.Library("dfa_kernels", "DEF")
 # An operator that chooses its backend when it runs has the tags of all of them.
 _TAGS = tuple({tag for backend in BACKENDS.values() for tag in backend.TAGS})
 _library.define(f"project{_SCHEMAS['project']}, str backend) -> Tensor[]", tags=_TAGS)
-_library.define(f"project_adjoint{_SCHEMAS['project_adjoint']}, str backend) -> Tensor")
+_library.define(f"project_adjoint{_SCHEMAS['project_adjoint']}, str backend) -> Tensor", tags=_TAGS)
 for _name, _backend in BACKENDS.items():
     _library.define(f"project.{_name}{_SCHEMAS['project']}) -> Tensor[]", tags=_backend.TAGS)
     _library.define(f"feedback_matrix.{_name}{_SCHEMAS['feedback_matrix']}) -> Tensor")
 _STRUCTURED = [name for name, one in BACKENDS.items() if {*STRUCTURED} & {*one.DISTRIBUTIONS}]
 for _name in _STRUCTURED:
-    _library.define(f"structured_adjoint.{_name}{_SCHEMAS['project_adjoint']}) -> Tensor")
+    _library.define(
+        f"structured_adjoint.{_name}{_SCHEMAS['project_adjoint']}) -> Tensor",
+        tags=BACKENDS[_name].TAGS,
+    )
 _library.define("cpu_isa(str? force) -> str")
 _library.define("pool_bytes() -> int[]")
 _library.define("empty_pool() -> int")

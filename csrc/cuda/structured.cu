@@ -1,7 +1,8 @@
 // Structured feedback: the projection, its transpose and the matrix, by the transforms of
 // hadamard.h. U is made of blocks of 1024 x 1024; see dfa_kernels/hadamard.py.
 //
-// If the error lies in one block of columns, `walk` does all in one launch: a block of threads
+// If the error lies in one block of columns, `walk` does all in one launch, but for the upload of a
+// long table: a block of threads
 // transforms a row of the error and makes a chunk of the output blocks from it.
 //
 // Otherwise `gather` adds up transformed source blocks with the signs of their targets: a block of
@@ -470,7 +471,7 @@ DFA_KERNEL(kThreads, 3) fill_structured(DFA_ARGUMENT MatrixParameters p) {
 template <class P>
 int64_t resident(void (*kernel)(P), int shared_bytes, const Forced& forced) {
   const int64_t processors = forced.processors > 0 ? forced.processors : device_limits().processors;
-  return processors * resident_blocks(kernel, kThreads, shared_bytes);
+  return std::max<int64_t>(1, processors * resident_blocks(kernel, kThreads, shared_bytes));
 }
 
 // Launches as many, which take the items in turn.

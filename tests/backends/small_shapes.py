@@ -90,6 +90,17 @@ def many_layers(name, backend, device):
             yield f"{label}, {MANY} layers", functools.partial(way, *given, torch.bfloat16)
 
 
+def few_blocks(name, backend, device):
+    """(label, call) of structured feedback where rows of the error share what makes a block."""
+    for distribution, dtype, size in itertools.product(
+        structured(backend), (torch.float32, torch.float64), (1000, 2000, 4000, 6000)
+    ):
+        error = error_of(9, 1088 if size == 6000 else 77, 0, dtype, device)
+        given = arguments(error, (3,), (size,), 0, distribution)
+        for label, way in ways_of(name, backend, error, distribution):
+            yield f"{label}, a layer of {size}", functools.partial(way, *given, dtype)
+
+
 def structured(backend):
     """The structured distributions that a backend makes."""
     return [name for name in stream.STRUCTURED if name in backend.DISTRIBUTIONS]
@@ -128,7 +139,7 @@ def blocks(name, backend, device):
 
 def small(name, backend, device):
     """(label, call) for everything a backend can do."""
-    for part in (projections, many_layers, terms_made_ahead, transposes, blocks):
+    for part in (projections, many_layers, few_blocks, terms_made_ahead, transposes, blocks):
         yield from part(name, backend, device)
 
 

@@ -12,7 +12,7 @@ import torch
 from dfa_kernels import hadamard
 from dfa_kernels.layers import Layers
 from dfa_kernels.stream import Stream
-from tests.backends.emulation import ORDERS, TYPES, as_tensors, build, run, words
+from tests.backends.emulation import ORDERS, SHARED, TYPES, as_tensors, build, run, words
 from tests.projection.test_hadamard import LAYERS, PLACES, assert_same
 from tests.samples import random_error
 
@@ -47,15 +47,15 @@ def project(
     dtype=None,
     processors=0,
     workspace=32 << 20,
+    shared=SHARED["sm_86"],
     misaligned=0,
     order="late",
 ):
     """The signals, and (launches, thread blocks of the last one, bytes of workspace)."""
     storage, dtype = error.untyped_storage(), dtype or error.dtype
     request = words(0, seed, column_offset, *error.shape, *error.stride())
-    request += words(
-        TYPES.index(error.dtype), TYPES.index(dtype), processors, workspace, misaligned
-    )
+    request += words(TYPES.index(error.dtype), TYPES.index(dtype))
+    request += words(processors, workspace, shared, misaligned)
     request += words(storage.nbytes())
     request += torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes()
     request += words(len(layers.sizes))
@@ -112,6 +112,17 @@ def test_every_number_of_rows_and_blocks(emulator, outputs, batch, columns, orde
     layers = Layers.of([1024 * 3], [1024 * outputs - 5], [0.5])
     for processors in (0, 1):
         check(emulator, random_error(batch, columns), layers, processors=processors, order=order)
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+@pytest.mark.parametrize("shared", ["sm_86", "sm_90"])
+def test_the_memory_of_a_block_limits_how_many_rows_share_it(emulator, shared, outputs):
+    """In fp64 up to eight rows of the error, if a block of threads may have as much memory."""
+    layers = Layers.of([0], [1024 * outputs], [0.5])
+    error = random_error(9, 300, dtype=torch.float64)
+    _, blocks, _ = check(emulator, error, layers, shared=SHARED[shared], processors=1)
+    if outputs == 1:
+        assert blocks == (5 if shared == "sm_86" else 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

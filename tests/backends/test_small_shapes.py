@@ -142,7 +142,8 @@ def test_a_way_that_fails_does_not_stop_the_next(monkeypatch):
             raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(small_shapes, "DTYPES", (torch.bfloat16,))
-    monkeypatch.setattr(small_shapes, "terms_made_ahead", lambda *_: ())
+    for part in ("terms_made_ahead", "few_blocks"):
+        monkeypatch.setattr(small_shapes, part, lambda *_: ())
     broken = Broken()
     status, shown = run_shapes(broken)
     assert status == 1

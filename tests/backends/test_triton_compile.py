@@ -178,7 +178,7 @@ STRUCTURED = [
 STRUCTURED += [
     (gpu, name, wide, dtype, 1)
     for gpu in (100, 120, "gfx942")
-    for name in ("project", "outer", "collect")
+    for name in ("project", "outer", "spread", "collect")
     for wide, dtype in (("float32", "bfloat16"), ("float64", "float64"))
 ]
 STRUCTURED += [

@@ -289,9 +289,21 @@ def test_offsets_have_64_bits_where_a_signal_needs_them():
 
 def test_operators_that_keep_tables_are_left_out_of_captured_graphs():
     """If torch.compile captured them, the tables would lie in a graph's memory."""
-    for name, keeps in (("triton", True), ("default", True), ("cuda", False)):
-        tags = getattr(torch.ops.dfa_kernels.project, name).tags
-        assert (torch.Tag.cudagraph_unsafe in tags) == keeps
+    operators = torch.ops.dfa_kernels
+    for operator, keeps in (
+        (operators.project.triton, True),
+        (operators.project.default, True),
+        (operators.project.cuda, False),
+        (operators.project_adjoint.default, True),
+        (operators.structured_adjoint.triton, True),
+        (operators.structured_adjoint.cuda, False),
+    ):
+        assert (torch.Tag.cudagraph_unsafe in operator.tags) == keeps
+
+
+def test_a_device_without_an_index_is_the_current_one():
+    with launch.on(torch.device("cuda")):
+        pass
 
 
 def test_a_compiled_call_is_one_graph():

@@ -173,7 +173,7 @@ def test_faults_are_found_and_named(monkeypatch, fault, said):
     found = mistakes()
     structured = "signals and transposes, hadamard, bfloat16"
     assert list(found) == ["signals, bfloat16", structured]
-    assert all(said in mistake for mistake in found.values())
+    assert said in found["signals, bfloat16"]
     assert "the first is other, normal, torch.float32: " in found["signals, bfloat16"]
 
 

@@ -91,7 +91,7 @@ def test_additions_are_rounded_by_themselves(kernels):
         # Divisions of integers, which the compiler makes of these, have constants.
         fused = [t for _, t in kernel.sass if re.match(r"(@\S+ )?[FD]FMA", t)]
         assert fused == [], kernel.symbol
-        flushed = [t for _, t in kernel.sass if re.search(r"\bFADD\S*\.FTZ", t)]
+        flushed = [t for _, t in kernel.sass if re.search(r"\b(FADD|FMUL|F2F|F2FP)\.\S*FTZ", t)]
         assert flushed == [], kernel.symbol
 
 

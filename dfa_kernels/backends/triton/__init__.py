@@ -82,12 +82,10 @@ def feedback_matrix(
 ) -> Tensor:
     """`rows` rows of U from `row_offset` on, and `columns` of its columns."""
     launch, structured = _kernels().launch, _kernels().structured  # type: ignore[union-attr]
-    if stream.distribution in STRUCTURED:
-        with launch.on(device):
-            return structured.feedback_matrix(rows, columns, row_offset, stream, dtype, device)
     matrix = torch.empty(rows, columns, dtype=dtype, device=device)
+    fill = structured.fill if stream.distribution in STRUCTURED else launch.fill
     with launch.on(matrix.device):
-        return launch.fill(matrix, row_offset, stream)
+        return fill(matrix, row_offset, stream)
 
 
 def structured_adjoint(

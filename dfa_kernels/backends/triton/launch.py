@@ -133,7 +133,7 @@ def is_current(index: int) -> bool:
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:
     """A context in which a tensor's device is the current one."""
-    if device.type == "cpu" or is_current(device.index):
+    if device.type == "cpu" or device.index is None or is_current(device.index):
         return contextlib.nullcontext()
     return torch.cuda.device(device)
 

@@ -154,8 +154,7 @@ class Structured:
         z = error.new_empty(most, blocks, BLOCK, dtype=self._wide)
         for first, count, inner, outer in self._passes:
             if blocks:
-                part = error[first : first + count]
-                inner(stream_id, part, z, count, *where, blocks, seed, *self._strides)
+                inner(stream_id, error, z, first, count, *where, blocks, seed, *self._strides)
             outer(stream_id, z, outputs, *self._tables, first, self._first_block, blocks, seed)
         return signals
 
@@ -172,13 +171,14 @@ def project_adjoint(
     first_block, shift = divmod(stream.column_offset, BLOCK)
     blocks = -(-(shift + columns) // BLOCK)
     capturing = launch.capturing()
-    key = device, layers, batch, columns, dtype, stream.column_offset, signals[0].dtype
-    if capturing and key not in _adjoints:
+    layout = tuple((one.dtype, one.is_contiguous(), one.data_ptr() % 16) for one in signals)
+    key = device, layers, batch, columns, dtype, stream.column_offset, layout
+    plan = _adjoints.get(key) if capturing else _plan(layers, wide, device)
+    if plan is None:
         raise RuntimeError(
             "project_adjoint: call it once with such signals before capturing a CUDA graph, so "
             "that what runs is compiled and what it reads is on the device"
         )
-    plan = _plan(layers, wide, device)
     tiles = plan.tiles.shape[0]
     stream_id = launch.stream_of(device)()
     plan.read_by(stream_id, capturing)
@@ -215,35 +215,29 @@ def project_adjoint(
             )
             where = columns, shift, first_block, blocks, stream.seed
             collect(stream_id, v, sums, error[first:], plan.tiles, tile, those, some, *where)
-    _adjoints.keep(key, True)
+    _adjoints.keep(key, plan)
     return error
 
 
-def feedback_matrix(
-    rows: int,
-    columns: int,
-    row_offset: int,
-    stream: Stream,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """`rows` rows of U from `row_offset` on, and `columns` of its columns."""
-    matrix = torch.empty(rows, columns, dtype=dtype, device=device)
+def fill(matrix: Tensor, row_offset: int, stream: Stream) -> Tensor:
+    """Fill a contiguous matrix with U from row `row_offset` on, and return it."""
     if matrix.numel() == 0:
         return matrix
+    rows, columns = matrix.shape
     first_block, shift = divmod(stream.column_offset, BLOCK)
     blocks = -(-(shift + columns) // BLOCK)
     grid = -(-rows // ROWS) * blocks
-    fill = _kept(matrix.device, kernels.matrix_kernel, grid, (DTYPES[dtype], TARGET, ROWS))
+    constants = (DTYPES[matrix.dtype], TARGET, ROWS)
+    write = _kept(matrix.device, kernels.matrix_kernel, grid, constants)
     unit = matrix.new_zeros(2 * BLOCK - 1, dtype=torch.float32)
     unit[BLOCK - 1 : BLOCK].fill_(1.0)
     numbers = (rows, row_offset, columns, shift, first_block, blocks, stream.seed, columns)
-    fill(launch.stream_of(matrix.device)(), unit, matrix, *numbers)
+    write(launch.stream_of(matrix.device)(), unit, matrix, *numbers)
     return matrix
 
 
 _launches = Kept()
-_adjoints = Kept()  # what has been called, so that a CUDA graph can hold it
+_adjoints = Kept()  # the plans of what has been called, so that a CUDA graph can hold it
 
 
 def _kept(

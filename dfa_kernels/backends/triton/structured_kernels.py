@@ -310,6 +310,7 @@ def project_kernel(
 def inner_kernel(
     error,
     z,
+    first_m: tl.int64,
     batch: tl.int64,
     columns: tl.int64,
     shift: tl.int64,
@@ -322,14 +323,14 @@ def inner_kernel(
     QUAD: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """z [batch, block_count, 1024] of an error [batch, columns]."""
+    """z [batch, block_count, 1024] of the rows of an error [.., columns] from `first_m` on."""
     program = tl.program_id(0).to(tl.int64)
     key0 = seed.to(tl.uint32)
     key1 = (seed >> 32).to(tl.uint32)
     b = program % block_count
     m = program // block_count * ROWS + tl.arange(0, ROWS)[:, None]
     x = _inner(
-        error + m * row_stride,
+        error + (first_m + m) * row_stride,
         b,
         columns,
         shift,

@@ -48,6 +48,7 @@ void project() {
   dfa::Forced forced{};
   forced.processors = next();
   forced.transformed_bytes = next();
+  dfa::emulated.limits = limits_of(dfa::emulated.limits.processors, next());
   const int64_t misaligned = next(), bytes = next();
   const Buffer input(bytes, misaligned);
   read(input.data, bytes);

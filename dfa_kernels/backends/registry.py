@@ -129,7 +129,7 @@ def _first(
         if not _wants_check(name, device, distribution or "normal"):
             return name, False, against
         verdict = verdict_of(name, device)
-        if verdict is None or verdict.passed:
+        if verdict is None or verdict.covers(distribution or "normal"):
             return name, verdict is None, against
         against[name] = verdict
     return _LAST, False, against
@@ -274,12 +274,15 @@ def statuses(devices: Sequence[torch.device]) -> list[BackendStatus]:
 
 def _check(name: str, device: torch.device, automatic: bool) -> str | None:
     """What is known of a backend's check, and what follows; None if it needs none."""
-    if not _wants_check(name, device):
+    made = BACKENDS[name].DISTRIBUTIONS
+    unproven = [one for one in made if _wants_check(name, device, one)]
+    if not unproven:
         return None
     verdict = verdicts.known(name, device)
+    whose = "" if len(unproven) == len(made) else f" for {', '.join(unproven)}"
     if verdict is None and automatic:
-        return "not checked yet; will be at its first use"
+        return f"not checked yet{whose}; will be at its first use"
     role = "chosen automatically" if automatic else "available when asked for"
     if verdict is None:
-        return f"not checked yet; {role}"
+        return f"not checked yet{whose}; {role}"
     return f"{verdict.describe()}{':' if verdict.passed else ';'} {role}"

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dfa_kernels.stream import STRUCTURED
+
 LIMIT = 600.0  # seconds that a check may take
 _DYING = 10.0  # seconds that it may take to end once it is killed
 
@@ -39,12 +41,14 @@ class Outcome(NamedTuple):
     """The outcome of a check.
 
     `lasting`: another check would have the same outcome. It might not if time ran out, the process
-    was killed, or memory or the device was missing.
+    was killed, or memory or the device was missing. `dense`: only checks of structured feedback
+    failed, if any.
     """
 
     passed: bool
     reason: str
     lasting: bool
+    dense: bool = False
 
 
 def command(backend: str, device: torch.device, report: Path) -> list[str]:
@@ -70,11 +74,14 @@ def run(backend: str, device: torch.device) -> Outcome:
 
 
 def outcome_of(failures: list[str]) -> Outcome:
-    """The outcome of a check that ran to its end."""
+    """The outcome of a check that ran to its end. A failure begins with what was checked."""
     if not failures:
-        return Outcome(True, "", lasting=True)
+        return Outcome(True, "", lasting=True, dense=True)
     more = f", and {len(failures) - 1} more" if len(failures) > 1 else ""
-    return Outcome(False, failures[0] + more, lasting=not all(map(_SCARCE.search, failures)))
+    lasting = not all(map(_SCARCE.search, failures))
+    checked = [failure.partition(":")[0] for failure in failures]
+    dense = all(any(name in what for name in STRUCTURED) for what in checked)
+    return Outcome(False, failures[0] + more, lasting, dense)
 
 
 def _run(backend: str, device: torch.device, folder: Path) -> Outcome:

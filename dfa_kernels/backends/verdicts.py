@@ -34,6 +34,7 @@ from typing import IO, NamedTuple
 import torch
 
 from dfa_kernels.backends import trial
+from dfa_kernels.stream import DENSE
 
 # Values of DFA_KERNELS_CHECK.
 MODES = {
@@ -66,8 +67,13 @@ class Verdict(NamedTuple):
     passed: bool
     reason: str
     lasting: bool
+    dense: bool
     seconds: float
     checked: float
+
+    def covers(self, distribution: str) -> bool:
+        """Whether the backend may serve a distribution."""
+        return self.passed or (self.dense and distribution in DENSE)
 
     def describe(self) -> str:
         """When the check was and how it ended."""
@@ -75,7 +81,8 @@ class Verdict(NamedTuple):
         if self.passed:
             return f"checked on {day} in {self.seconds:.0f} s"
         if self.lasting:
-            return f"failed its check on {day}: {self.reason}"
+            of = " of structured feedback" if self.dense else ""
+            return f"failed its check{of} on {day}: {self.reason}"
         return f"could not be checked on {day}: {self.reason}"
 
 
@@ -221,7 +228,7 @@ def _check(backend: str, device: torch.device, name: str, key: dict[str, str]) -
             _store(folder, name, key, verdict)
             return verdict
     except TimeoutError as error:
-        return Verdict(False, str(error), False, time.monotonic() - start, now())
+        return Verdict(False, str(error), False, False, time.monotonic() - start, now())
 
 
 @contextlib.contextmanager

@@ -346,6 +346,9 @@ def test_info_on_a_proven_gpu_knows_of_no_check(machine, monkeypatch, capsys):
     found = shown(capsys)
     assert found["cuda"] == "available, chosen automatically"
     assert found["triton"] == "available when asked for"
+    monkeypatch.setattr(registry.BACKENDS["cuda"], "PROVEN", {(9, 0): tuple(stream.DENSE)})
+    to_come = "not checked yet for hadamard; will be at its first use"
+    assert shown(capsys)["cuda"] == to_come
     monkeypatch.setenv("DFA_KERNELS_CHECK", "force")
     assert shown(capsys)["cuda"] == "not checked yet; will be at its first use"
 

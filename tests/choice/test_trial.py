@@ -26,13 +26,13 @@ def outcome(machine, check):
 @pytest.mark.parametrize("name", ["SIGSEGV", "SIGABRT", "SIGBUS"])
 def test_a_fault_lasts(machine, name):
     found = outcome(machine, fault(name))
-    assert found == (False, f"it ended with signal {name}; it last said: before", True)
+    assert found == (False, f"it ended with signal {name}; it last said: before", True, False)
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGHUP"])
 def test_being_killed_does_not_last(machine, name):
     found = outcome(machine, fault(name))
-    assert found == (False, f"it ended with signal {name}; it last said: before", False)
+    assert found == (False, f"it ended with signal {name}; it last said: before", False, False)
 
 
 def test_a_fault_under_a_shell_is_known(machine):

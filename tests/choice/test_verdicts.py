@@ -373,6 +373,23 @@ def test_kernels_proven_for_some_distributions_are_checked_for_the_others(machin
     assert choose() == ("triton", [])
 
 
+def test_a_fault_in_structured_feedback_leaves_the_dense_kernels(machine):
+    machine.by_distribution("torch", "triton")
+    faults = ["entries, hadamard: wrong", "signals and transposes, hadamard, float32: off"]
+    machine.check = WRONG.replace('["bits", "sums"]', str(faults))
+    for _ in range(2):  # from the check, and from what is kept of it
+        assert choose() == ("triton", [])
+        name, (warning,) = choose(distribution="hadamard")
+        assert name == "torch"
+        assert "failed its check of structured feedback on" in warning
+        machine.restart()
+    assert machine.checked() == [("triton", "cuda:0")]
+    for wrong in (["entries, normal: wrong", faults[0]], ["the rest: not checked: hadamard"]):
+        registry.keep_check("triton", GPUS[0], wrong, 1.0)
+        machine.restart()
+        assert choose()[0] == choose(distribution="hadamard")[0] == "torch"
+
+
 def test_skip(machine, monkeypatch):
     machine.check = WRONG
     choose()

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "plan.h"
 #include "projection.h"
 
 namespace dfa {
@@ -191,7 +192,6 @@ inline AdjointArguments check_adjoint(const std::vector<Tensor>& signals,
   checked.stream = stream_of(seed, column_offset, columns, distribution, op);
   check(checked.stream.distribution == Distribution::kHadamard, op,
         ": distribution must be structured for this operator, got '", distribution, "'");
-  const double factor = facts(checked.stream.distribution).factor;
   checked.in_type = type_of(signals[0].scalar_type(), op, "signals");
   check(signals[0].dim() == 2, op, ": signals[0] must be [batch, size], got ", signals[0].dim(),
         " dimensions");
@@ -206,10 +206,12 @@ inline AdjointArguments check_adjoint(const std::vector<Tensor>& signals,
     check_element(row_offsets[i], 0, op, "row_offsets", i);
     check_rows(row_offsets[i], signal.size(1), op, "row_offsets");
     contiguous.push_back(signal.is_contiguous() ? signal : torch::stable::contiguous(signal));
-    checked.layers.push_back({static_cast<uint64_t>(row_offsets[i]), signal.size(1),
-                              scales[i] * factor,
+    checked.layers.push_back({static_cast<uint64_t>(row_offsets[i]), signal.size(1), scales[i],
                               const_cast<void*>(contiguous.back().const_data_ptr())});
   }
+  // By the scales themselves: with the factor, subnormal ones may be equal.
+  std::stable_sort(checked.layers.begin(), checked.layers.end(), comes_before);
+  for (Layer& layer : checked.layers) layer.scale *= facts(checked.stream.distribution).factor;
   return checked;
 }
 

@@ -10,6 +10,12 @@
 
 namespace dfa {
 
+// The order of layers, which is that in which the transpose adds them up. Equal ones stay as given.
+inline bool comes_before(const Layer& a, const Layer& b) {
+  return std::make_tuple(a.row_offset, a.size, a.scale) <
+         std::make_tuple(b.row_offset, b.size, b.scale);
+}
+
 // The union of the layers' rows, cut into tasks of at most `task_rows` consecutive rows. No task
 // crosses a multiple of 2^32, so the upper half of the row number is constant within a task.
 class RowPlan {
@@ -26,10 +32,7 @@ class RowPlan {
   };
 
   explicit RowPlan(std::vector<Layer> layers) : layers_(std::move(layers)) {
-    std::stable_sort(layers_.begin(), layers_.end(), [](const Layer& a, const Layer& b) {
-      return std::make_tuple(a.row_offset, a.size, a.scale) <
-             std::make_tuple(b.row_offset, b.size, b.scale);
-    });
+    std::stable_sort(layers_.begin(), layers_.end(), comes_before);
     uint64_t reach = 0;
     for (const Layer& layer : layers_) {
       written_ += layer.size;

@@ -87,7 +87,7 @@ struct Overlap {
 
 // The place in a layer's signal of row 0 of a block, which may lie before the signal.
 DFA_DEVICE int64_t signal_place(const Layer& layer, uint64_t row, int64_t m) {
-  return m * layer.size + static_cast<int64_t>(row - layer.row_offset);
+  return static_cast<int64_t>(static_cast<uint64_t>(m * layer.size) + (row - layer.row_offset));
 }
 
 // Writes a block of sums in columns, scaled, to every layer that reads its rows: a whole block from
@@ -96,14 +96,14 @@ template <class Real>
 DFA_DEVICE void write_signals(const Parameters& p, const Readers& readers, uint64_t row, int64_t m,
                               bool valid, const Real (&v)[kOwn], const Square<Real>& square) {
   bool staged = false;
-  const int64_t bytes = type_bytes(p.signal_type);
+  const auto bytes = static_cast<uint64_t>(type_bytes(p.signal_type));
   readers.for_each(p.table, row, [&](bool is_there, const Layer& layer) {
     is_there = is_there && valid;
     const Overlap rows(layer, row);
     const Real factor = static_cast<Real>(layer.scale);
     // Of row 0 of the block, which may lie before the layer's first.
     const uint64_t address = reinterpret_cast<uint64_t>(layer.out) +
-                             static_cast<uint64_t>(signal_place(layer, row, m) * bytes);
+                             static_cast<uint64_t>(signal_place(layer, row, m)) * bytes;
     const bool aligned = address % (bytes == 2 ? 8 : 16) == 0;
     const bool whole = aligned && rows.end - rows.begin == kHadamardBlock;
     if (!staged && device::ballot(is_there && !whole) != 0) {

@@ -143,6 +143,13 @@ def test_any_number_of_layers(emulator, layers):
     assert launches == 1 + (layers > 87) * -(-(5 * layers + 3) // 500)
 
 
+@pytest.mark.parametrize("columns", [10, 1500])
+def test_half_a_warp_without_a_layer_forms_no_address(emulator, columns):
+    """The others of its warp have one, and the first layer is as far away as can be."""
+    for rows, sizes in (([0, 0, 2**62], [1, 2, 1]), ([0, 2**63 - 2, 2**63 - 2], [2000, 2, 1])):
+        check(emulator, random_error(5, columns), Layers.of(rows, sizes, [1.0, 0.5, 0.25]))
+
+
 def test_extreme_errors(emulator):
     """Infinities, NaN, huge and subnormal numbers: what the definition's additions give."""
     for columns in (90, 1500):

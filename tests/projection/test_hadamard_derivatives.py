@@ -50,6 +50,15 @@ def test_a_batch_is_its_rows(structured, count):
         assert_same([whole[i : i + 1]], [one])
 
 
+def test_layers_are_added_in_the_order_of_their_scales(structured):
+    """Also if these are so small that, times 2^-10, two become equal."""
+    signals = [torch.tensor([[value]], dtype=torch.float64) for value in (1e305, 3e289, 1e305)]
+    small, large = 202_402 * 5e-324, 202_403 * 5e-324
+    scales, where = [large, small, -small], {"row_offsets": [0] * 3, "column_offset": 0}
+    found = adjoint_of(structured, signals, scales, 1, torch.float64, seed=0, **where)
+    assert found.item() == float.fromhex("-0x1.44p-95")
+
+
 def test_the_order_of_the_layers_and_the_threads_do_not_show(structured):
     signals = [random_error(7, size, seed=i) for i, size in enumerate(SIZES)]
     expected = reference.structured_adjoint(

@@ -179,7 +179,7 @@ DFA_DEVICE void make_input(const Parameters& p, int64_t m, int64_t input,
   transform_input(v, square, p.keys, p.first_input + static_cast<uint32_t>(input));
 }
 
-// Those of its transpose: the layers' signals, scaled and added up in the order of the table.
+// The sources of its transpose: the layers' signals, scaled and added up in the table's order.
 template <class Real>
 DFA_DEVICE void read_signals(const Parameters& p, int64_t m, uint64_t row,
                              const Square<Real>& square) {

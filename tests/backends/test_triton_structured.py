@@ -24,7 +24,7 @@ from dfa_kernels.layers import Layers
 from dfa_kernels.stream import Stream
 
 # What shows the same again is slow in the interpreter.
-again = pytest.mark.slow if not torch.cuda.is_available() else pytest.mark.gpu
+again = pytest.mark.battery if not torch.cuda.is_available() else pytest.mark.gpu
 pytestmark = [
     pytest.mark.triton,
     pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),

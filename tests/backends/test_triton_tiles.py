@@ -27,11 +27,11 @@ ERRORS = [
     (torch.float32, "high"),
     (torch.float32, "medium"),
 ]
-# The interpreter multiplies everything in fp32, so these show there what the others would.
+# The interpreter multiplies everything in fp32, so there these show what the others would.
 QUICK = [("normal", *ERRORS[0]), ("rademacher", *ERRORS[0]), ("uniform", *ERRORS[4])]
 QUICK += [("normal", *ERRORS[2])]
 WAYS = [
-    pytest.param(*way, marks=[pytest.mark.slow] * (DEVICE == "cpu" and way not in QUICK))
+    pytest.param(*way, marks=[pytest.mark.battery] * (DEVICE == "cpu" and way not in QUICK))
     for way in ((distribution, *error) for distribution in DENSE for error in ERRORS)
 ]
 

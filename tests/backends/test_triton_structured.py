@@ -23,7 +23,7 @@ from dfa_kernels.backends.triton import launch, plan, projection, structured
 from dfa_kernels.layers import Layers
 from dfa_kernels.stream import Stream
 
-# What shows the same again is slow in the interpreter.
+# In the interpreter, what shows the same again is tested on request.
 again = pytest.mark.battery if not torch.cuda.is_available() else pytest.mark.gpu
 pytestmark = [
     pytest.mark.triton,

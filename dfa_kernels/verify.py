@@ -193,17 +193,23 @@ def _entries(
     found = ops.feedback_matrix(*piece, device, backend).cpu()
     with _one_thread():
         expected = ops.feedback_matrix(*piece, torch.device("cpu"), "torch")
+    return _difference(found, expected, "entries, the first at", row_offset, column_offset)
+
+
+def _difference(
+    found: Tensor, expected: Tensor, which: str, first_row: int = 0, first_column: int = 0
+) -> str | None:
+    """How a matrix differs from the expected one, or None. Rows and columns count from these."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return f"{found.dtype} of shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
     wrong = found != expected  # NaN counts as wrong
-    if wrong.any():
-        row, column = (int(i) for i in wrong.nonzero()[0])
-        return (
-            f"{int(wrong.sum())} of {wrong.numel()} entries, the first at row "
-            f"{row_offset + row}, column {column_offset + column}: {found[row, column]:.9g} "
-            f"instead of {expected[row, column]:.9g}"
-        )
-    return None
+    if not wrong.any():
+        return None
+    row, column = (int(i) for i in wrong.nonzero()[0])
+    return (
+        f"{int(wrong.sum())} of {wrong.numel()} {which} row {first_row + row}, column "
+        f"{first_column + column}: {found[row, column]:.9g} instead of {expected[row, column]:.9g}"
+    )
 
 
 def _signals(
@@ -266,16 +272,7 @@ def _transposed(
     found = operator(there, *where, columns, dtype).cpu()
     with _one_thread():
         expected = hadamard.project_adjoint(signals, case.layers, case.stream, columns, dtype)
-    if found.shape != expected.shape or found.dtype != dtype:
-        return f"{found.dtype} of shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
-    wrong = found != expected  # NaN counts as wrong
-    if wrong.any():
-        row, column = (int(i) for i in wrong.nonzero()[0])
-        return (
-            f"{int(wrong.sum())} of {wrong.numel()} numbers, the first in row {row}, column "
-            f"{column}: {found[row, column]:.9g} instead of {expected[row, column]:.9g}"
-        )
-    return None
+    return _difference(found, expected, "numbers, the first in")
 
 
 def ways_of(backend: str, error: Tensor, distribution: str) -> list[tuple[str, Callable]]:

@@ -482,6 +482,16 @@ void start(void (*kernel)(P), const P& parameters, int64_t items, int shared_byt
   launch(kernel, parameters, blocks, kThreads, shared_bytes, cuda_stream);
 }
 
+// Calls use() with a null pointer to the type of sums for numbers of this one.
+template <class Use>
+void for_arithmetic(Type type, const Use& use) {
+  if (type == Type::kFloat64) {
+    use(static_cast<double*>(nullptr));
+  } else {
+    use(static_cast<float*>(nullptr));
+  }
+}
+
 Parameters parameters_of(const Stream& stream, const StridedMatrix& error, Type signal_type,
                          const OutputBlocks& outputs, const Allocate& allocate, void* cuda_stream) {
   Parameters p{};
@@ -569,19 +579,14 @@ void project_structured_cuda(const Stream& stream, const StridedMatrix& error,
   if (layers.empty() || error.batch == 0) return;
   const OutputBlocks outputs(layers);
   Parameters p = parameters_of(stream, error, out_type, outputs, allocate, cuda_stream);
-  const auto start_by = [&](auto* real) {
+  for_arithmetic(error.type, [&](auto* real) {
     using Real = std::remove_pointer_t<decltype(real)>;
     if (p.inputs == 1) {
       start_walk<Real>(p, forced, cuda_stream);
     } else {
       start_gather<Real>(p, forced, allocate, cuda_stream);
     }
-  };
-  if (error.type == Type::kFloat64) {
-    start_by(static_cast<double*>(nullptr));
-  } else {
-    start_by(static_cast<float*>(nullptr));
-  }
+  });
 }
 
 void adjoint_structured_cuda(const Stream& stream, const std::vector<Layer>& layers, Type in_type,
@@ -591,16 +596,11 @@ void adjoint_structured_cuda(const Stream& stream, const std::vector<Layer>& lay
   const OutputBlocks outputs(layers);
   const Parameters p = parameters_of(stream, {out, batch, columns, columns, 1, out_type}, in_type,
                                      outputs, allocate, cuda_stream);
-  const auto start_by = [&](auto* real) {
+  for_arithmetic(out_type, [&](auto* real) {
     using Real = std::remove_pointer_t<decltype(real)>;
     start(&gather<Real, true>, p, batch * divide_up(p.inputs, kTargets<Real>), kGatherBytes<Real>,
           {}, cuda_stream);
-  };
-  if (out_type == Type::kFloat64) {
-    start_by(static_cast<double*>(nullptr));
-  } else {
-    start_by(static_cast<float*>(nullptr));
-  }
+  });
 }
 
 void feedback_matrix_structured_cuda(const Stream& stream, uint64_t row_offset, int64_t rows,

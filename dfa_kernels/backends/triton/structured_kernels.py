@@ -133,6 +133,24 @@ def _with_signs(x, words):
 
 
 @triton.jit
+def _zeros(ROWS: tl.constexpr, DTYPE: tl.constexpr):
+    """A block of zeros."""
+    x = ()
+    for _ in tl.static_range(32):
+        x += (tl.zeros([ROWS, 32], DTYPE),)
+    return x
+
+
+@triton.jit
+def _plus_with_signs(sums, x, words):
+    """The sums of blocks by lane, plus another times a diagonal."""
+    y = ()
+    for i in tl.static_range(32):
+        y += (sums[i] + _signed(x[i], words, i),)
+    return y
+
+
+@triton.jit
 def _passed(x, words, STEPS: tl.constexpr, BARE: tl.constexpr, FIRST: tl.constexpr):
     """A block after STEPS turns, with five stages before each but turn BARE.
 
@@ -377,16 +395,10 @@ def outer_kernel(
     tile = tiles + 4 * tl.minimum(place, tile_count - 1)
     first_row = tl.load(tile)
     at = z + (m * block_count * _BLOCK + tl.zeros([1, 1], tl.int64))
-    sums = ()
-    for _ in tl.static_range(32):
-        sums += (tl.zeros([ROWS, 32], ARITHMETIC),)
+    sums = _zeros(ROWS, ARITHMETIC)
     for b in range(end(block_count, TARGET)):
         words = _words(first_row // _BLOCK, first_block + b, key0, key1, 3)
-        x = _loaded(at + b * _BLOCK, QUAD)
-        added = ()
-        for i in tl.static_range(32):
-            added += (sums[i] + _signed(x[i], words, i),)
-        sums = added
+        sums = _plus_with_signs(sums, _loaded(at + b * _BLOCK, QUAD), words)
     first_layer = tl.min(tl.load(tile + 2))
     last_layer = tl.max(tl.load(tile + 3))
     _write(
@@ -434,9 +446,7 @@ def spread_kernel(
     m = program // tile_count * ROWS + tl.arange(0, ROWS)[:, None]
     lane = tl.arange(0, 32)[None, :]
     first_row = tl.load(tile)
-    w = ()
-    for _ in tl.static_range(32):
-        w += (tl.zeros([ROWS, 32], ARITHMETIC),)
+    w = _zeros(ROWS, ARITHMETIC)
     for layer in range(end(tl.load(tile + 2), TARGET), end(tl.load(tile + 3), TARGET)):
         size = tl.load(layers + 2 * layer + 1)
         before = tl.load(layers + 2 * layer) - first_row
@@ -485,20 +495,15 @@ def collect_kernel(
     b = program % block_count
     m = program // block_count * ROWS + tl.arange(0, ROWS)[:, None]
     row = tl.minimum(m, batch - 1)
-    x = ()
     if FIRST:
-        for _ in tl.static_range(32):
-            x += (tl.zeros([ROWS, 32], ARITHMETIC),)
+        x = _zeros(ROWS, ARITHMETIC)
     else:
         x = _loaded(sums + (row * block_count + b) * _BLOCK, QUAD)
     for place in range(end(tile_count, TARGET)):
         first_row = tl.load(tiles + 4 * (first_tile + place) + tl.zeros([1, 1], tl.int32))
         words = _words(first_row // _BLOCK, first_block + b, key0, key1, 3)
         y = _loaded(v + (row * tile_count + place) * _BLOCK, QUAD)
-        added = ()
-        for i in tl.static_range(32):
-            added += (x[i] + _signed(y[i], words, i),)
-        x = added
+        x = _plus_with_signs(x, y, words)
     if LAST:
         second = _inner_words(first_block + b, key0, key1, 2)
         first = _inner_words(first_block + b, key0, key1, 1)

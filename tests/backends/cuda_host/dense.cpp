@@ -32,12 +32,7 @@ void project() {
   stream.seed = static_cast<uint64_t>(next());
   stream.distribution = static_cast<dfa::Distribution>(next());
   stream.column_offset = next();
-  dfa::StridedMatrix error{};
-  error.batch = next();
-  error.columns = next();
-  error.batch_stride = next();
-  error.column_stride = next();
-  error.type = static_cast<dfa::Type>(next());
+  dfa::StridedMatrix error = next_error();
   const auto out_type = static_cast<dfa::Type>(next());
   const int terms = static_cast<int>(next());
   dfa::Forced forced{};
@@ -48,16 +43,8 @@ void project() {
   const Buffer input(bytes, misaligned);
   read(input.data, bytes);
   error.data = input.data;
-  std::vector<dfa::Layer> layers(static_cast<size_t>(next()));
   std::vector<Buffer> outputs;
-  for (dfa::Layer& layer : layers) {
-    layer.row_offset = static_cast<uint64_t>(next());
-    layer.size = next();
-    const int64_t scale = next();
-    std::memcpy(&layer.scale, &scale, sizeof scale);
-    outputs.emplace_back(error.batch * layer.size * dfa::type_bytes(out_type));
-    layer.out = outputs.back().data;
-  }
+  std::vector<dfa::Layer> layers = next_layers(error.batch, out_type, 0, outputs);
   std::vector<Buffer> workspace;
   const auto allocate = [&](int64_t size) -> void* {
     workspace.emplace_back(size);

@@ -49,4 +49,30 @@ inline dfa::DeviceLimits limits_of(int processors, int64_t shared_bytes) {
   return {processors, static_cast<int>(shared_bytes), shared_bytes >= 227 << 10};
 }
 
+// The shape, strides and type of an error. Its numbers come later.
+inline dfa::StridedMatrix next_error() {
+  dfa::StridedMatrix error{};
+  error.batch = next();
+  error.columns = next();
+  error.batch_stride = next();
+  error.column_stride = next();
+  error.type = static_cast<dfa::Type>(next());
+  return error;
+}
+
+// The layers, each with `batch` rows of numbers of this type in a buffer.
+inline std::vector<dfa::Layer> next_layers(int64_t batch, dfa::Type type, int64_t misaligned,
+                                           std::vector<Buffer>& signals) {
+  std::vector<dfa::Layer> layers(static_cast<size_t>(next()));
+  for (dfa::Layer& layer : layers) {
+    layer.row_offset = static_cast<uint64_t>(next());
+    layer.size = next();
+    const int64_t scale = next();
+    std::memcpy(&layer.scale, &scale, sizeof scale);
+    signals.emplace_back(batch * layer.size * dfa::type_bytes(type), misaligned);
+    layer.out = signals.back().data;
+  }
+  return layers;
+}
+
 }  // namespace

@@ -21,29 +21,9 @@ dfa::Stream next_stream() {
   return stream;
 }
 
-// The layers, each with `batch` rows of numbers of this type in a buffer.
-std::vector<dfa::Layer> next_layers(int64_t batch, dfa::Type type, int64_t misaligned,
-                                    std::vector<Buffer>& signals) {
-  std::vector<dfa::Layer> layers(static_cast<size_t>(next()));
-  for (dfa::Layer& layer : layers) {
-    layer.row_offset = static_cast<uint64_t>(next());
-    layer.size = next();
-    const int64_t scale = next();
-    std::memcpy(&layer.scale, &scale, sizeof scale);
-    signals.emplace_back(batch * layer.size * dfa::type_bytes(type), misaligned);
-    layer.out = signals.back().data;
-  }
-  return layers;
-}
-
 void project() {
   const dfa::Stream stream = next_stream();
-  dfa::StridedMatrix error{};
-  error.batch = next();
-  error.columns = next();
-  error.batch_stride = next();
-  error.column_stride = next();
-  error.type = static_cast<dfa::Type>(next());
+  dfa::StridedMatrix error = next_error();
   const auto out_type = static_cast<dfa::Type>(next());
   dfa::Forced forced{};
   forced.processors = next();

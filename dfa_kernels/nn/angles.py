@@ -53,7 +53,7 @@ def alignment(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Alignme
     eager = torch.compiler.set_stance("force_eager")
     with torch.enable_grad(), eager, _undisturbed(model), dfa.recording() as record:
         value = loss()
-        if record.output is None:
+        if record.output is None or record.plan is None:
             raise ValueError(
                 "alignment: loss must run the model's forward pass to its DFA, gradients enabled"
             )
@@ -67,9 +67,10 @@ def alignment(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Alignme
         )
     cosines: dict[str, list[Tensor]] = {}
     with torch.no_grad():
-        signals = dfa.signals(record.layers, record.places, error)
+        plan = record.plan
+        signals = dfa.signals(plan, error)
         for index, place, signal, gradient in zip(
-            record.indices, record.places, signals, gradients, strict=True
+            plan.indices, plan.places, signals, gradients, strict=True
         ):
             ours, theirs = (
                 to_rows(tensor, place.batch_dims, "alignment").double()

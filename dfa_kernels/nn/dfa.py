@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -24,12 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dfa_kernels import checks
+from dfa_kernels import checks, stream
 from dfa_kernels.backends import registry
 from dfa_kernels.layers import Layers
+from dfa_kernels.nn import guards, state
 from dfa_kernels.nn import signals as delivery
-from dfa_kernels.nn import state
-from dfa_kernels.nn.functions import Feedback
+from dfa_kernels.nn.functions import Factor, Feedback, Signals
 from dfa_kernels.nn.layer import (
     DFALayer,
     FeedbackPointsHandling,
@@ -39,8 +38,9 @@ from dfa_kernels.nn.layer import (
     check_dims,
     recomputing,
 )
-from dfa_kernels.nn.rows import beside_rows, row_ratio, split_shape, to_rows
-from dfa_kernels.nn.signals import Place, check_masks
+from dfa_kernels.nn.plan import Plan, Target, make_plan
+from dfa_kernels.nn.rows import to_rows
+from dfa_kernels.nn.signals import check_masks
 from dfa_kernels.nn.sources import (
     INDEPENDENT_ROWS,
     Scales,
@@ -50,6 +50,7 @@ from dfa_kernels.nn.sources import (
     Stored,
     check_matrix,
     check_normalization,
+    matrix_of,
 )
 
 MODES = ("dfa", "backprop", "shallow")
@@ -130,16 +131,19 @@ class DFA(nn.Module):
         normalization: bool | str | float | Scales = True,
         rp_device: torch.device | str | None = None,
         no_training: bool = False,
-        feedback_points_handling: FeedbackPointsHandling = FeedbackPointsHandling.LAST,
-        batch_dims: Sequence[int] = (0,),
+        feedback_points_handling: FeedbackPointsHandling | str | None = None,
+        batch_dims: Sequence[int] | None = None,
         *,
         seed: int = 0,
         distribution: str = "normal",
         shared: bool = True,
         matrix: Tensor | Sequence[Tensor] | Source | None = None,
         error_transform: Callable[[Tensor], Tensor] | None = None,
+        signal_transform: Callable[[Tensor, DFALayer], Tensor] | None = None,
         mask: Mapping[str | int, Tensor] | Sequence[Tensor | None] | None = None,
+        scale_repeats: bool = True,
         lean: bool = False,
+        requires_grad: bool = False,
         backend: str | None = None,
     ):
         super().__init__()
@@ -148,8 +152,8 @@ class DFA(nn.Module):
         if backend not in (None, *registry.BACKENDS):
             known = ", ".join(map(repr, registry.BACKENDS))
             raise ValueError(f"DFA: backend must be one of {known} or None, got {backend!r}")
-        if error_transform is not None and not callable(error_transform):
-            raise TypeError(f"DFA: error_transform must be a function, got {error_transform!r}")
+        _check_function("error_transform", error_transform)
+        _check_function("signal_transform", signal_transform)
         layers = checks.listed(dfa_layers)
         if layers is None:
             got = type(dfa_layers).__name__
@@ -158,13 +162,20 @@ class DFA(nn.Module):
         normalization = check_normalization(normalization)
         self.rp_device = None if rp_device is None else torch.device(rp_device)
         self.error_transform = error_transform
+        self.signal_transform = signal_transform
+        self.scale_repeats = scale_repeats
+        seen: set[DFALayer] = set()
         for index, layer in enumerate(self.dfa_layers):
             if not isinstance(layer, DFALayer):
                 raise TypeError(
                     f"DFA: dfa_layers[{index}] must be a DFALayer, got {type(layer).__name__}"
                 )
-            if layer._group is not None or layer in self.dfa_layers[:index]:
-                raise ValueError(f"DFA: dfa_layers[{index}] already belongs to a DFA")
+            if layer._group is not None or layer in seen:
+                raise ValueError(
+                    f"DFA: dfa_layers[{index}] already belongs to a DFA, whose release() would "
+                    "give it back"
+                )
+            seen.add(layer)
         names = [layer.name or str(index) for index, layer in enumerate(self.dfa_layers)]
         if len(set(names)) < len(names):
             raise ValueError(f"DFA: dfa_layers must have distinct names, got {names}")
@@ -180,11 +191,15 @@ class DFA(nn.Module):
             self._modules["normalization"] = normalization  # the property is in setattr's way
         self.masks = check_masks(mask, [layer.name for layer in self.dfa_layers])
         mode = "shallow" if no_training else "dfa"
-        self._group = Group(mode, FeedbackPointsHandling.LAST, (0,), lean)
-        self.feedback_points_handling = feedback_points_handling
-        self.batch_dims = batch_dims
+        self._group = Group(mode, None, None, lean, requires_grad)
+        if feedback_points_handling is not None:
+            self.feedback_points_handling = feedback_points_handling
+        if batch_dims is not None:
+            self.batch_dims = batch_dims
         for index, layer in enumerate(self.dfa_layers):
             layer._group, layer._index = self._group, index
+        self._error_size: int | None = None  # in the last forward pass that trained
+        self._all_called = False
 
     @property
     def seed(self) -> int | None:
@@ -244,21 +259,25 @@ class DFA(nn.Module):
 
     @property
     def feedback_points_handling(self) -> FeedbackPointsHandling:
-        """As given; a change takes effect with the next forward pass."""
-        return self._group.handling
+        """As given, or LAST; a change takes effect with the next forward pass."""
+        return self._group.handling or FeedbackPointsHandling.LAST
 
     @feedback_points_handling.setter
-    def feedback_points_handling(self, handling: FeedbackPointsHandling) -> None:
+    def feedback_points_handling(self, handling: FeedbackPointsHandling | str) -> None:
+        if isinstance(handling, str) and handling in FeedbackPointsHandling.__members__:
+            handling = FeedbackPointsHandling[handling]
         if not isinstance(handling, FeedbackPointsHandling):
+            names = ", ".join(map(repr, FeedbackPointsHandling.__members__))
             raise TypeError(
-                f"DFA: feedback_points_handling must be a FeedbackPointsHandling, got {handling!r}"
+                f"DFA: feedback_points_handling must be a FeedbackPointsHandling or one of {names},"
+                f" got {handling!r}"
             )
         self._group.handling = handling
 
     @property
     def batch_dims(self) -> tuple[int, ...]:
-        """As given; a change takes effect with the next forward pass."""
-        return self._group.batch_dims
+        """As given, or (0,); a change takes effect with the next forward pass."""
+        return (0,) if self._group.batch_dims is None else self._group.batch_dims
 
     @batch_dims.setter
     def batch_dims(self, dims: Sequence[int]) -> None:
@@ -281,45 +300,151 @@ class DFA(nn.Module):
         """`output`, tied to the activations that wait for it."""
         if not isinstance(output, Tensor):
             raise TypeError(f"DFA: output must be a tensor, got {type(output).__name__}")
-        waiting = self._group.take()
+        waiting, idle = self._group.take()
         record = self._group.record
         if not torch.is_grad_enabled() or (record is None and self.mode != "dfa"):
             return output
-        if recomputing("DFA") or not waiting:
+        if recomputing("DFA"):
             return output
-        layers, places = self._places(waiting, output)
+        if record is None and output.requires_grad:
+            self._warn(waiting, idle, output)
+        if not waiting:
+            return output
+        indices = [item.layer for item in waiting]
         activations = [item.activation for item in waiting]
+        plan = self._plan(indices, activations, output)
         if record is not None:
-            record.output, record.activations = output, activations
-            record.indices = [item.layer for item in waiting]
-            record.layers, record.places = layers, places
+            record.output, record.plan = output, plan
+            record.activations = activations
             return output
-        if any(item.factor is not None for item in waiting):
-            longest = self._longest(waiting, layers, places)
-            signals = functools.partial(self.lean_signals, layers, places, longest)
+        for index, size in plan.own_sizes.items():
+            self.dfa_layers[index].size = size
+        self._error_size = plan.error_size
+        source, device = self.source, self.rp_device or output.device
+        if isinstance(source, Stored):
+            source.check(plan.layers, plan.error_size)
+            if any(matrix.device != device for matrix in source.matrices):
+                self.source = source.to(device)
+        signals: Signals
+        # Inside a transform of torch.func nothing can be kept for its shape while tracing.
+        keep = torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+        if keep:
+            signals = functools.partial(self._traced_signals, indices)
+        elif any(item.factor is not None for item in waiting):
+            signals = self._lean(plan, waiting)
         else:
-            signals = functools.partial(self.signals, layers, places)
-        return Feedback.apply(signals, output, *activations)
+            signals = functools.partial(self._planned_signals, plan)
+        return Feedback.apply(signals, keep, output, *activations)
 
-    def signals(self, layers: Layers, places: Sequence[Place], error: Tensor) -> list[Tensor]:
+    def signals(self, plan: Plan, error: Tensor) -> list[Tensor]:
         """B_i e for every place, by one projection, each of its activation's shape and dtype."""
-        return delivery.deliver(self.source, self._rows(error), layers, places, self.masks)
+        rows = self._rows(error)
+        signals = delivery.deliver(self.source, rows, plan.layers, plan.places, self.masks)
+        if self.signal_transform is None:
+            return signals
+        # Equal places share a tensor, which a transform may change.
+        shared = len({id(signal) for signal in signals}) < len(signals)
+        copies = [signal.clone() for signal in signals] if shared else signals
+        return [
+            self._transformed(index, copy) for index, copy in zip(plan.indices, copies, strict=True)
+        ]
 
-    def lean_signals(
-        self, layers: Layers, places: Sequence[Place], longest: Layers, error: Tensor
+    def _planned_signals(self, plan: Plan, error: Tensor, _: Sequence[Tensor]) -> list[Tensor]:
+        return self.signals(plan, error)
+
+    def _traced_signals(
+        self, indices: Sequence[int], error: Tensor, activations: Sequence[Tensor]
     ) -> list[Tensor]:
-        """The same before each layer's own scale and mask, as views of one signal."""
-        return delivery.deliver_views(self.source, self._rows(error), layers, places, longest)
+        return self.signals(self._plan(indices, activations, error), error)
+
+    def _lean(self, plan: Plan, waiting: Sequence[Waiting]) -> Signals:
+        """The same, where each activation scales and masks its view of one signal by its factor.
+
+        An activation that a compiled part of the model passed on has no factor.
+        """
+        layers, places, indices, *_ = plan
+        scale = max(abs(scale) for scale in layers.scales) or 1.0
+        longest = Layers(layers.row_offsets[:1], (max(layers.sizes),), (scale,))
+        own = {}
+        for index, (item, place) in enumerate(zip(waiting, places, strict=True)):
+            factor = item.factor or Factor()
+            ratio = layers.scales[place.layer] / scale
+            factor.value = (
+                ratio if place.mask is None else delivery.mask_for(place, self.masks) * ratio
+            )
+            if self.signal_transform is not None:
+                factor.transform = functools.partial(self._transformed, indices[index])
+            if item.factor is None:
+                own[index] = factor.apply
+        return lambda error, _: delivery.deliver_views(
+            self.source, self._rows(error), layers, places, longest, own
+        )
+
+    def _transformed(self, index: int, signal: Tensor) -> Tensor:
+        """A layer's signal through `signal_transform`."""
+        assert self.signal_transform is not None
+        transformed = self.signal_transform(signal, self.dfa_layers[index])
+        if not isinstance(transformed, Tensor) or transformed.shape != signal.shape:
+            raise _other_shape("signal_transform", signal, transformed)
+        return transformed
+
+    def feedback_matrix(
+        self,
+        layer: int | str | DFALayer,
+        error_size: int | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """A layer's B_i, scaled as in its signals: [l_i, n], for inspection or for other code.
+
+        A row of the signals is `error @ B_i.T`. It is made anew with each call, in full.
+
+        Args:
+            layer: the layer, its index or its name.
+            error_size: n. None: that of the last forward pass that trained.
+            dtype, device: as for `dfa_kernels.feedback_matrix`.
+
+        Raises:
+            TypeError, ValueError: the DFA has no such layer, or sizes are not known before a first
+                forward pass.
+        """
+        index = self._position(layer)
+        error_size = self._error_size if error_size is None else error_size
+        size = self.dfa_layers[index].size
+        if size is None or error_size is None:
+            raise ValueError(
+                f"DFA.feedback_matrix: the sizes of layer {layer!r} and of the error are not known "
+                "before a forward pass that trains"
+            )
+        error_size = checks.integer(
+            "DFA.feedback_matrix", "error_size", error_size, low=1, high=stream.COLUMNS
+        )
+        scale = self._slicing.scales([one.size or 1 for one in self.dfa_layers], error_size)[index]
+        layers = Layers((self._slicing.row_offsets[index],), (size,), (scale,))
+        return matrix_of(self.source, layers, error_size, dtype, device)
+
+    def release(self) -> tuple[DFALayer, ...]:
+        """Gives the layers back, so that another `DFA` may take them. This one then trains none."""
+        layers, self.dfa_layers = self.dfa_layers, ()
+        for layer in layers:
+            layer._group, layer._index = None, 0
+        self._group.forget()
+        self.masks = {}
+        self._slicing = Slicing((), self._slicing.normalization)
+        return layers
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[Record]:
         """Runs forward passes as backpropagation does; the record keeps the last."""
-        waiting = self._group.take()
-        self._group.record = Record()
+        group = self._group
+        waiting, idle = group.waiting, group.idle
+        group.forget()
+        group.record = Record()
         try:
-            yield self._group.record
+            yield group.record
         finally:
-            self._group.record, self._group.waiting = None, waiting
+            group.record, group.waiting, group.idle = None, waiting, idle
 
     def get_extra_state(self) -> Tensor:
         """What makes the same signals again, in a few bytes; see `state`."""
@@ -356,96 +481,74 @@ class DFA(nn.Module):
 
     def _rows(self, error: Tensor) -> Tensor:
         """The error as it is projected: [batch, n], transformed, where the projection runs."""
-        rows = to_rows(error, self._group.batch_dims, "DFA")
+        rows = to_rows(error, self.batch_dims, "DFA")
         if self.error_transform is not None:
-            transformed = self.error_transform(rows)
+            # A copy: one that works in place would change the last layer's gradient.
+            transformed = self.error_transform(rows.clone())
             if not isinstance(transformed, Tensor) or transformed.shape != rows.shape:
-                got = tuple(getattr(transformed, "shape", ())) or type(transformed).__name__
-                raise ValueError(
-                    f"DFA: error_transform must keep the error's shape {tuple(rows.shape)}, "
-                    f"got {got}"
-                )
+                raise _other_shape("error_transform", rows, transformed)
             rows = transformed
         return rows.to(self.rp_device)
 
-    def _places(self, waiting: Sequence[Waiting], output: Tensor) -> tuple[Layers, list[Place]]:
-        """The distinct layers of a forward pass, and where the signal of each activation goes."""
-        batch, rest = split_shape(output.shape, self.batch_dims, "DFA")
-        error_size = math.prod(rest)
-        if error_size == 0:
-            raise ValueError(
-                f"DFA: output must have at least one element a row, got {tuple(output.shape)}"
-            )
-        split = [self._split(item) for item in waiting]
-        own = {item.layer: size for item, (_, size) in zip(waiting, split, strict=True)}
-        if self._group.record is None:
-            for index, size in own.items():
-                self.dfa_layers[index].size = size
-        sizes = [own.get(i, layer.size or 1) for i, layer in enumerate(self.dfa_layers)]
-        scales = self._slicing.scales(sizes, error_size)
-        wanted: list[tuple[int, int, float]] = []
+    def _plan(self, indices: Sequence[int], activations: Sequence[Tensor], output: Tensor) -> Plan:
+        """Which layer's signal goes to which activation. Moves masks to their activations."""
         targets = []
-        for (index, activation, _), (own_batch, size) in zip(waiting, split, strict=True):
-            shape, dtype, device = activation.shape, activation.dtype, activation.device
+        for index, activation in zip(indices, activations, strict=True):
+            device = activation.device
             if self.rp_device is None and device != output.device:
                 raise ValueError(
-                    f"DFA: dfa_layers[{index}] is on {device}, the output on "
-                    f"{output.device}; give rp_device to say where to project"
+                    f"DFA: dfa_layers[{index}] is on {device}, the output on {output.device}; "
+                    "give rp_device to say where to project"
                 )
-            repeats = row_ratio(own_batch, batch, f"DFA: dfa_layers[{index}]")
-            scale = scales[index]
-            if size != sizes[index]:  # the layer was called again, with another size
-                others = [*sizes[:index], size, *sizes[index + 1 :]]
-                scale = self._slicing.scales(others, error_size)[index]
-            wanted.append((self._slicing.row_offsets[index], size, scale / math.sqrt(repeats)))
+            if index in self.masks and self.masks[index].device != device:
+                self.masks[index] = self.masks[index].to(device)
             dims = self.dfa_layers[index].row_dims
-            mask = index if index in self.masks else None
-            if mask is not None:
-                beside_rows(self.masks[mask], shape, dims, f"DFA: mask[{index}]")
-                if self.masks[mask].device != device:
-                    self.masks[mask] = self.masks[mask].to(device)
-            targets.append((shape, dims, dtype, device, mask))
-        layers, positions = Layers.distinct(*zip(*wanted, strict=True))
-        places = [
-            Place(position, *target) for position, target in zip(positions, targets, strict=True)
-        ]
-        self._check_stored(layers, error_size, self.rp_device or output.device)
-        return layers, places
+            targets.append(Target(index, activation.shape, dims, activation.dtype, device))
+        return make_plan(
+            targets,
+            output.shape,
+            self.batch_dims,
+            self._slicing,
+            [layer.size for layer in self.dfa_layers],
+            self.masks,
+            self.scale_repeats,
+        )
 
-    def _check_stored(self, layers: Layers, error_size: int, device: torch.device) -> None:
-        """Check stored matrices against a pass, and move them to where it projects."""
-        source = self.source
-        if isinstance(source, Stored):
-            source.check(layers, error_size)
-            if any(matrix.device != device for matrix in source.matrices):
-                self.source = source.to(device)
+    def _warn(self, waiting: Sequence[Waiting], idle: Mapping[int, str], output: Tensor) -> None:
+        """Say what a training pass will not train, or not as asked."""
+        group = self._group
+        uncalled = []
+        if not self._all_called:
+            called = {item.layer for item in waiting} | set(idle)
+            uncalled = [
+                index
+                for index, layer in enumerate(self.dfa_layers)
+                if index not in called and layer.size is None and not layer.passthrough
+            ]
+            self._all_called = not uncalled
+        if not all(layer.passthrough for layer in self.dfa_layers):
+            guards.warn_of_layers_without_signals(group.said, idle, uncalled, len(waiting))
+        if group.batch_dims is None and output.dim() == 3 and waiting:
+            guards.warn_of_tokens(group.said)
 
-    def _split(self, item: Waiting) -> tuple[list[int], int]:
-        """The batch sizes and l_i of an activation, which must have units beside its batch.
+    def _position(self, layer: int | str | DFALayer) -> int:
+        """The index of a layer that is given by itself, its name or its index."""
+        if isinstance(layer, (str, DFALayer)):
+            for index, one in enumerate(self.dfa_layers):
+                if layer is one or (isinstance(layer, str) and layer == one.name):
+                    return index
+            got = repr(layer) if isinstance(layer, str) else type(layer).__name__
+            names = [one.name for one in self.dfa_layers]
+            raise ValueError(f"DFA: layer must be one of the DFA's, of names {names}, got {got}")
+        last = len(self.dfa_layers) - 1
+        return checks.integer("DFA", "layer", layer, low=0, high=last)
 
-        Without any it most likely is one sample in a model for batches. Its units would count as
-        its batch, and could even line up with the output's.
-        """
-        dims, shape = self.dfa_layers[item.layer].row_dims, item.activation.shape
-        where = f"DFA: dfa_layers[{item.layer}]"
-        batch, rest = split_shape(shape, dims, where)
-        size = math.prod(rest)
-        if size == 0 or not rest:
-            raise ValueError(
-                f"{where} must have units beside its batch_dims {dims}, got shape {tuple(shape)}; "
-                "unsqueeze(-1) is for a layer of one unit, batch_dims=() for one sample alone"
-            )
-        return batch, size
 
-    def _longest(
-        self, waiting: Sequence[Waiting], layers: Layers, places: Sequence[Place]
-    ) -> Layers:
-        """The one layer whose signal serves all places, each by its own factor, set here."""
-        scale = max(abs(scale) for scale in layers.scales) or 1.0
-        for item, place in zip(waiting, places, strict=True):
-            assert item.factor is not None
-            ratio = layers.scales[place.layer] / scale
-            item.factor.value = (
-                ratio if place.mask is None else delivery.mask_for(place, self.masks) * ratio
-            )
-        return Layers(layers.row_offsets[:1], (max(layers.sizes),), (scale,))
+def _check_function(argument: str, value: object) -> None:
+    if value is not None and not callable(value):
+        raise TypeError(f"DFA: {argument} must be a function, got {value!r}")
+
+
+def _other_shape(argument: str, given: Tensor, got: object) -> ValueError:
+    what = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
+    return ValueError(f"DFA: {argument} must keep the shape {tuple(given.shape)}, got {what}")

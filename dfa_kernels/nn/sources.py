@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeGuard
 import torch
 from torch import Tensor
 
-from dfa_kernels import checks, ops
+from dfa_kernels import checks, functional, ops
 from dfa_kernels.backends import registry
 from dfa_kernels.layers import Layers
 from dfa_kernels.stream import Stream
@@ -169,6 +169,36 @@ class Slicing(NamedTuple):
         if callable(normalization):
             normalization = normalization(sizes, error_size)
         return checks.scales("DFA", normalization, sizes, error_size)
+
+
+def matrix_of(
+    source: Source,
+    layers: Layers,
+    error_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+) -> Tensor:
+    """The scaled feedback matrix [size, error_size] of the one layer in `layers`."""
+    (row_offset,), (size,), (scale,) = layers
+    if isinstance(source, Seeded):
+        matrix = functional.feedback_matrix(
+            size,
+            error_size,
+            seed=source.seed,
+            distribution=source.distribution,
+            row_offset=row_offset,
+            dtype=dtype,
+            device=device,
+            backend=source.backend,
+        )
+        return matrix.mul_(scale)
+    if isinstance(source, Stored):
+        source.check(layers, error_size)
+        matrix = source.matrices[row_offset // INDEPENDENT_ROWS][:size]
+        return (matrix * scale).to(device, dtype)
+    checks.dtype("DFA.feedback_matrix", "dtype", dtype)
+    (signal,) = source.project(torch.eye(error_size, dtype=dtype, device=device), layers, dtype)
+    return signal.T
 
 
 def tinydfa_scales(sizes: list[int], error_size: int) -> list[float]:

@@ -243,7 +243,8 @@ def test_a_measuring_pass_is_normalized_by_its_own_sizes():
             model(torch.randn(6, 2, 12, 12)).sum().backward()
         with model.dfa.recording() as record:
             model(images)
-        scales.append([record.layers.scales[place.layer] for place in record.places])
+        plan = record.plan
+        scales.append([plan.layers.scales[place.layer] for place in plan.places])
     assert scales[0] == scales[1] == [1 / (3 * 7 * 7 * 5) ** 0.5] * 2
 
 
@@ -323,7 +324,7 @@ def test_copies_after_a_forward_pass_train_alone(copied, watch):
     expected = backward(model, x, y)
     model.points[0](torch.zeros(6, 16, requires_grad=True))  # left waiting
     twin = copied(model)
-    assert twin.dfa._group.waiting == []
+    assert not twin.dfa._group.waiting
     model.dfa.mode = "shallow"
     assert_equal(backward(twin, x, y), expected)
 

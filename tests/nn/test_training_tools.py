@@ -111,7 +111,7 @@ def test_checkpointing_recomputes_and_registers_nothing_twice(with_points, handl
     expected = backward(perceptron(), x, y)
     for _ in range(2):
         assert_equal(backward(model, x, y), expected)
-        assert model.dfa._group.waiting == []
+        assert not model.dfa._group.waiting
 
 
 def test_whole_model_checkpointed():
@@ -120,7 +120,7 @@ def test_whole_model_checkpointed():
     for _ in range(2):
         call = functools.partial(checkpoint, model, use_reentrant=False)
         assert_equal(backward(model, x, y, call=call), backward(perceptron(), x, y))
-        assert model.dfa._group.waiting == []
+        assert not model.dfa._group.waiting
 
 
 def test_reentrant_checkpointing_between_points():

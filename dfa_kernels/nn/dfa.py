@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from dfa_kernels import checks, stream
 from dfa_kernels.backends import registry
 from dfa_kernels.layers import Layers
-from dfa_kernels.nn import guards, state
+from dfa_kernels.nn import guards, ranks, state
 from dfa_kernels.nn import signals as delivery
 from dfa_kernels.nn.functions import Factor, Feedback, Signals
 from dfa_kernels.nn.layer import (
@@ -509,25 +509,31 @@ class DFA(nn.Module):
             output.shape,
             self.batch_dims,
             self._slicing,
-            [layer.size for layer in self.dfa_layers],
+            len(self.dfa_layers),
+            lambda index: self.dfa_layers[index].size,
             self.masks,
             self.scale_repeats,
         )
 
     def _warn(self, waiting: Sequence[Waiting], idle: Mapping[int, str], output: Tensor) -> None:
-        """Say what a training pass will not train, or not as asked."""
+        """Say what a training pass will not train, or not as asked. Once, compare the ranks."""
         group = self._group
         uncalled = []
-        if not self._all_called:
+        tracing = torch.compiler.is_compiling()
+        if tracing or not self._all_called:
             called = {item.layer for item in waiting} | set(idle)
             uncalled = [
                 index
                 for index, layer in enumerate(self.dfa_layers)
                 if index not in called and layer.size is None and not layer.passthrough
             ]
-            self._all_called = not uncalled
+            if not tracing:  # a graph that read what it wrote would be made twice
+                self._all_called = not uncalled
         if not all(layer.passthrough for layer in self.dfa_layers):
             guards.warn_of_layers_without_signals(group.said, idle, uncalled, len(waiting))
+        if not tracing and "ranks" not in group.said and ranks.inside_data_parallel():
+            group.said.add("ranks")
+            ranks.check_equal(self.get_extra_state(), self.extra_repr())
         if group.batch_dims is None and output.dim() == 3 and waiting:
             guards.warn_of_tokens(group.said)
 

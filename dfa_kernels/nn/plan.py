@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,14 +43,16 @@ def make_plan(
     output_shape: torch.Size,
     output_dims: Sequence[int],
     slicing: Slicing,
-    sizes: Sequence[int | None],
+    count: int,
+    known_size: Callable[[int], int | None],
     masks: Mapping[int, Tensor],
     scale_repeats: bool,
 ) -> Plan:
     """Lines the targets up with the rows of the output. Raises where they do not fit.
 
-    `sizes` are those that all `DFALayer`s had before this pass: laws of normalization may depend on
-    the sizes of layers that a pass skips.
+    `known_size` gives the size that a `DFALayer` had before this pass, of `count`: laws of
+    normalization may depend on the sizes of layers that a pass skips. It is not asked for others,
+    because torch.compile would compile anew whenever their sizes change.
     """
     batch, rest = split_shape(output_shape, output_dims, "DFA")
     error_size = math.prod(rest)
@@ -60,7 +62,7 @@ def make_plan(
         )
     split = [_split(target) for target in targets]
     own = {target.dfa_layer: size for target, (_, size) in zip(targets, split, strict=True)}
-    all_sizes = [own.get(index, size or 1) for index, size in enumerate(sizes)]
+    all_sizes = [own[index] if index in own else known_size(index) or 1 for index in range(count)]
     scales = slicing.scales(all_sizes, error_size)
     wanted = []
     for target, (own_batch, size) in zip(targets, split, strict=True):

@@ -16,11 +16,9 @@ from tests.nn.networks import (
     BATCH,
     CLASSES,
     INPUTS,
-    Perceptron,
     assert_equal,
     backward,
     batch,
-    gradients,
     perceptron,
 )
 
@@ -176,11 +174,11 @@ def test_frozen_layers_say_so():
 def test_layers_called_without_gradients_say_so():
     x, y = batch()
     model = perceptron()
+    with torch.no_grad():
+        h = model.points[0](torch.tanh(model.linears[0](x)))
+    for linear, point in zip(model.linears[1:], model.points[1:], strict=True):
+        h = point(torch.tanh(linear(h)))
     with pytest.warns(UserWarning, match=r"DFA: dfa_layers \[0\] were called with gradients dis"):
-        with torch.no_grad():
-            h = model.points[0](torch.tanh(model.linears[0](x)))
-        for linear, point in zip(model.linears[1:], model.points[1:], strict=True):
-            h = point(torch.tanh(linear(h)))
         F.cross_entropy(model.dfa(model.output(h)), y).backward()
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -25,10 +24,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dfa_kernels import checks
-from dfa_kernels.backends import registry
 from dfa_kernels.layers import Layers
+from dfa_kernels.nn import loading, state
 from dfa_kernels.nn import signals as delivery
-from dfa_kernels.nn import state
 from dfa_kernels.nn.functions import Feedback
 from dfa_kernels.nn.layer import (
     DFALayer,
@@ -40,22 +38,22 @@ from dfa_kernels.nn.layer import (
     recomputing,
 )
 from dfa_kernels.nn.rows import beside_rows, row_ratio, split_shape, to_rows
-from dfa_kernels.nn.signals import Place, check_masks
+from dfa_kernels.nn.settings import Settings
+from dfa_kernels.nn.signals import Place
 from dfa_kernels.nn.sources import (
-    INDEPENDENT_ROWS,
     Scales,
     Seeded,
     Slicing,
     Source,
     Stored,
     check_matrix,
-    check_normalization,
+    check_seeded,
 )
 
 MODES = ("dfa", "backprop", "shallow")
 
 
-class DFA(nn.Module):
+class DFA(Settings):
     """Trains the given layers by Direct Feedback Alignment; goes after the network's last layer.
 
     In the backward pass every marked activation gets B_i e as its gradient (Launay, Poli, Krzakala
@@ -79,12 +77,13 @@ class DFA(nn.Module):
             [time, batch, features] beside an output of [batch, time, n] or [batch, n]. A layer may
             have k consecutive rows for each of the error, as [batch, k, features] beside
             [batch, n]: each row of the error then serves k, scaled by 1/sqrt(k).
-        seed, distribution, backend: as for `dfa_kernels.project`. Beside `matrix` they make
-            nothing. "normal" is the paper's law. "hadamard" is by far the cheapest for errors of
-            some tens of numbers and more, and its signals are the same bits everywhere.
-            "rademacher" is the cheapest with independent entries. They learn alike.
-        shared: True: one matrix, sliced for every layer (eq. 8). False: rows of its own for every
-            layer. Stored matrices decide it by their number.
+        seed, distribution, backend: as for `dfa_kernels.project`; None: 0, "normal", and a choice
+            for each call. Beside `matrix` they make nothing. "normal" is the paper's law.
+            "hadamard" is by far the cheapest for errors of some tens of numbers and more, and its
+            signals are the same bits everywhere. "rademacher" is the cheapest with independent
+            entries. They learn alike.
+        shared: True or None: one matrix, sliced for every layer (eq. 8). False: rows of its own for
+            every layer. Stored matrices decide it by their number.
         matrix: what makes the signals instead of a seed. Stored matrices of unit variance: one
             [at least l_max, n], sliced for every layer, or a sequence with one [at least l_i, n]
             for each. They are normalized like a seed's, move once to where the projection runs, and
@@ -103,11 +102,23 @@ class DFA(nn.Module):
             torch.compile, which plans memory itself.
 
     Attributes:
-        source: the `Source` of the signals; another one takes effect with the next signal. One that
-            is an `nn.Module` gives way to another module only: `del dfa.source` first.
-        seed, distribution, backend, matrices, row_offsets, normalization: as they are in force;
-            read-only.
-        mode, no_training, feedback_points_handling, batch_dims: may be set between passes.
+        Every argument is an attribute, which takes what the argument takes, checked at once; only
+        `dfa_layers` stays. Set them between training steps.
+        seed, distribution, backend, matrix, error_transform, rp_device: take effect with the next
+            signal. The first three belong to a seed: beside `matrix` setting them is an
+            AttributeError.
+        normalization, shared, mask, lean, mode, no_training, feedback_points_handling, batch_dims:
+            with the next forward pass. Stored matrices decide `shared` by their number.
+        source: the `Source` of the signals, which `matrix` reads and sets too; `masks`: those of
+            `mask`, by index.
+        matrices, row_offsets: as they are in force; read-only.
+
+    A loaded state puts its own seed, distribution, normalization and rows in force, so that a
+    resumed run goes on as before. It warns where that changes a seed, distribution, normalization
+    or `shared` that was given, here or by setting the attribute. To keep your own, set it after
+    loading: `dfa.seed = 5`. None gives the default, like leaving it out, and so does
+    `normalization=True`. A state that does not fit is reported by load_state_dict once everything
+    else is loaded: as an error or, with strict=False, as an unexpected key and a warning.
 
     Raises:
         TypeError, ValueError, RuntimeError: naming the argument and what was got, when built or in
@@ -133,9 +144,9 @@ class DFA(nn.Module):
         feedback_points_handling: FeedbackPointsHandling = FeedbackPointsHandling.LAST,
         batch_dims: Sequence[int] = (0,),
         *,
-        seed: int = 0,
-        distribution: str = "normal",
-        shared: bool = True,
+        seed: int | None = None,
+        distribution: str | None = None,
+        shared: bool | None = None,
         matrix: Tensor | Sequence[Tensor] | Source | None = None,
         error_transform: Callable[[Tensor], Tensor] | None = None,
         mask: Mapping[str | int, Tensor] | Sequence[Tensor | None] | None = None,
@@ -143,21 +154,16 @@ class DFA(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
-        checks.seed("DFA", seed)
-        checks.distribution("DFA", distribution)
-        if backend not in (None, *registry.BACKENDS):
-            known = ", ".join(map(repr, registry.BACKENDS))
-            raise ValueError(f"DFA: backend must be one of {known} or None, got {backend!r}")
-        if error_transform is not None and not callable(error_transform):
-            raise TypeError(f"DFA: error_transform must be a function, got {error_transform!r}")
+        self._refusals: list[str] | None = None
+        seeded = check_seeded(seed, distribution, backend)
+        self.error_transform = error_transform
         layers = checks.listed(dfa_layers)
         if layers is None:
             got = type(dfa_layers).__name__
             raise TypeError(f"DFA: dfa_layers must be a sequence of DFALayers, got {got}")
-        self.dfa_layers = tuple(layers)
-        normalization = check_normalization(normalization)
-        self.rp_device = None if rp_device is None else torch.device(rp_device)
-        self.error_transform = error_transform
+        self._layers = tuple(layers)
+        self._source = seeded
+        self.rp_device = rp_device
         for index, layer in enumerate(self.dfa_layers):
             if not isinstance(layer, DFALayer):
                 raise TypeError(
@@ -169,52 +175,24 @@ class DFA(nn.Module):
         if len(set(names)) < len(names):
             raise ValueError(f"DFA: dfa_layers must have distinct names, got {names}")
         count = len(self.dfa_layers)
-        seeded = Seeded(operator.index(seed), distribution, backend)  # numpy's ints are no JSON
-        source, shared = check_matrix(matrix, shared, seeded, count, self.rp_device)
-        self.source = source
-        if lean and not shared:
-            raise ValueError("DFA: lean needs one matrix for all layers, got independent ones")
-        row_offsets = tuple(0 if shared else index * INDEPENDENT_ROWS for index in range(count))
-        self._slicing = Slicing(row_offsets, normalization)
-        if isinstance(normalization, nn.Module):
-            self._modules["normalization"] = normalization  # the property is in setattr's way
-        self.masks = check_masks(mask, [layer.name for layer in self.dfa_layers])
         mode = "shallow" if no_training else "dfa"
-        self._group = Group(mode, FeedbackPointsHandling.LAST, (0,), lean)
+        self._group = Group(mode, FeedbackPointsHandling.LAST, (0,), False)
+        self._slicing = Slicing((0,) * count, "layer")
+        self._chosen = {}
+        source, share = check_matrix(
+            matrix, shared is None or bool(shared), seeded, count, self.rp_device
+        )
+        self._hold("source", source)
+        self._share(share)
+        self.lean = lean
+        self.normalization = normalization
+        self.masks = mask
+        for name, given in (("seed", seed), ("distribution", distribution), ("shared", shared)):
+            self._choose(name, given is not None or isinstance(matrix, Seeded))
         self.feedback_points_handling = feedback_points_handling
         self.batch_dims = batch_dims
         for index, layer in enumerate(self.dfa_layers):
             layer._group, layer._index = self._group, index
-
-    @property
-    def seed(self) -> int | None:
-        """The source's, if it has one; a loaded state changes it."""
-        return getattr(self.source, "seed", None)
-
-    @property
-    def distribution(self) -> str | None:
-        """The source's, if it has one; a loaded state changes it."""
-        return getattr(self.source, "distribution", None)
-
-    @property
-    def backend(self) -> str | None:
-        """As given, where a seed makes the signals."""
-        return getattr(self.source, "backend", None)
-
-    @property
-    def matrices(self) -> tuple[Tensor, ...]:
-        """The stored matrices, if those make the signals."""
-        return self.source.matrices if isinstance(self.source, Stored) else ()
-
-    @property
-    def row_offsets(self) -> tuple[int, ...]:
-        """Where each layer's rows of U begin; a loaded state changes it."""
-        return self._slicing.row_offsets
-
-    @property
-    def normalization(self) -> str | float | Scales:
-        """The law's name, the scale or the function; a loaded state changes it."""
-        return self._slicing.normalization
 
     @property
     def mode(self) -> str:
@@ -326,23 +304,54 @@ class DFA(nn.Module):
         return state.pack(self._facts())
 
     def set_extra_state(self, packed: Tensor) -> None:
-        """Take the seed, distribution, normalization and row offsets of a state; see `state`."""
+        """Take the seed, distribution, normalization and row offsets of a state; see `state`.
+
+        Warns where they are others than were given; see `DFA`. One that is refused changes nothing.
+        """
         fixed = self._group.lean or not isinstance(self.source, Seeded)
-        facts = state.unpack(packed, self._facts(), rows_are_fixed=fixed)
+        try:
+            facts = state.unpack(packed, self._facts(), rows_are_fixed=fixed)
+        except (TypeError, ValueError) as refusal:
+            if self._refusals is None:
+                raise
+            self._refusals.append(str(refusal))
+            return
         if isinstance(self.source, (Seeded, Stored)):
-            self.source = self.source._replace(
-                seed=facts.source["seed"], distribution=facts.source["distribution"]
+            self._hold(
+                "source",
+                self.source._replace(
+                    seed=facts.source["seed"], distribution=facts.source["distribution"]
+                ),
             )
         self._slicing = Slicing(tuple(facts.row_offsets), facts.normalization)
+        self._submodule("normalization", facts.normalization)
+        self._group.error_size = facts.error_size
         for layer, (_, size) in zip(self.dfa_layers, facts.layers, strict=True):
-            layer.size = size
+            layer._size = size
+        loading.warn_of_other_choices(self, self._chosen)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
+    ) -> None:
+        """As torch does, but a state that is refused is reported with the keys, at the end."""
+        self._refusals = []
+        try:
+            super()._load_from_state_dict(
+                state_dict, prefix, metadata, strict, missing, unexpected, errors
+            )
+            refusals = self._refusals
+        finally:
+            self._refusals = None
+        for refusal in refusals:
+            loading.report(refusal, prefix + "_extra_state", unexpected, errors)
 
     def _facts(self) -> state.Facts:
         source = self.source.describe()
         if not isinstance(self.source, (Seeded, Stored)):
             source = {"source": source}
         layers = [[layer.name, layer.size] for layer in self.dfa_layers]
-        return state.Facts(source, self.row_offsets, self.normalization, layers)
+        error_size = self._group.error_size
+        return state.Facts(source, self.row_offsets, self.normalization, layers, error_size)
 
     def extra_repr(self) -> str:
         """The number of layers and the source of the signals."""
@@ -380,7 +389,8 @@ class DFA(nn.Module):
         own = {item.layer: size for item, (_, size) in zip(waiting, split, strict=True)}
         if self._group.record is None:
             for index, size in own.items():
-                self.dfa_layers[index].size = size
+                self.dfa_layers[index]._size = size
+            self._group.error_size = error_size
         sizes = [own.get(i, layer.size or 1) for i, layer in enumerate(self.dfa_layers)]
         scales = self._slicing.scales(sizes, error_size)
         wanted: list[tuple[int, int, float]] = []
@@ -418,7 +428,7 @@ class DFA(nn.Module):
         if isinstance(source, Stored):
             source.check(layers, error_size)
             if any(matrix.device != device for matrix in source.matrices):
-                self.source = source.to(device)
+                self._source = source.to(device)
 
     def _split(self, item: Waiting) -> tuple[list[int], int]:
         """The batch sizes and l_i of an activation, which must have units beside its batch.

@@ -61,6 +61,7 @@ class Group:
     handling: FeedbackPointsHandling
     batch_dims: tuple[int, ...]
     lean: bool
+    error_size: int | None = None  # n in the last forward pass that trained, or in a loaded state
     record: Record | None = None
     waiting: list[Waiting] = dataclasses.field(default_factory=list)
 
@@ -110,7 +111,9 @@ class DFALayer(nn.Module):
 
     Attributes:
         size: l_i in the last forward pass that trained the layer, or in a loaded state. None before
-            both.
+            both. Read-only.
+        name, batch_dims, passthrough: as given. A change takes effect with the next forward pass;
+            the name stays once a `DFA` has the layer.
     """
 
     def __init__(
@@ -120,12 +123,50 @@ class DFALayer(nn.Module):
         passthrough: bool = False,
     ):
         super().__init__()
-        self.name = name
-        self.batch_dims = None if batch_dims is None else check_dims("DFALayer", batch_dims)
-        self.passthrough = passthrough
-        self.size: int | None = None
         self._group: Group | None = None
         self._index = 0
+        self._size: int | None = None
+        self.name = name
+        self.batch_dims = batch_dims
+        self.passthrough = passthrough
+
+    @property
+    def name(self) -> str | None:
+        """As given. It may be set until a `DFA` has the layer."""
+        return self._name
+
+    @name.setter
+    def name(self, name: str | None) -> None:
+        if self._group is not None:
+            raise AttributeError(
+                f"DFALayer: name must be set before the layer is given to a DFA, got {name!r}"
+            )
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"DFALayer: name must be a str or None, got {name!r}")
+        self._name = name
+
+    @property
+    def batch_dims(self) -> tuple[int, ...] | None:
+        """As given; a change takes effect with the next forward pass."""
+        return self._batch_dims
+
+    @batch_dims.setter
+    def batch_dims(self, dims: Sequence[int] | None) -> None:
+        self._batch_dims = None if dims is None else check_dims("DFALayer", dims)
+
+    @property
+    def passthrough(self) -> bool:
+        """As given; a change takes effect with the next forward pass."""
+        return self._passthrough
+
+    @passthrough.setter
+    def passthrough(self, passthrough: bool) -> None:
+        self._passthrough = bool(passthrough)
+
+    @property
+    def size(self) -> int | None:
+        """l_i in the last forward pass that trained the layer, or in a loaded state. Read-only."""
+        return self._size
 
     def forward(self, activation: Tensor) -> Tensor:
         """`activation`, detached unless backpropagation is to pass."""

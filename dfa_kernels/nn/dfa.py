@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -24,9 +23,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dfa_kernels import checks, stream
-from dfa_kernels.backends import registry
 from dfa_kernels.layers import Layers
-from dfa_kernels.nn import guards, ranks, state
+from dfa_kernels.nn import guards, loading, ranks, state
 from dfa_kernels.nn import signals as delivery
 from dfa_kernels.nn.functions import Factor, Feedback, Signals
 from dfa_kernels.nn.layer import (
@@ -40,23 +38,22 @@ from dfa_kernels.nn.layer import (
 )
 from dfa_kernels.nn.plan import Plan, Target, make_plan
 from dfa_kernels.nn.rows import to_rows
-from dfa_kernels.nn.signals import check_masks
+from dfa_kernels.nn.settings import Settings
 from dfa_kernels.nn.sources import (
-    INDEPENDENT_ROWS,
     Scales,
     Seeded,
     Slicing,
     Source,
     Stored,
     check_matrix,
-    check_normalization,
+    check_seeded,
     matrix_of,
 )
 
 MODES = ("dfa", "backprop", "shallow")
 
 
-class DFA(nn.Module):
+class DFA(Settings):
     """Trains the given layers by Direct Feedback Alignment; goes after the network's last layer.
 
     In the backward pass every marked activation gets B_i e as its gradient (Launay, Poli, Krzakala
@@ -80,12 +77,13 @@ class DFA(nn.Module):
             [time, batch, features] beside an output of [batch, time, n] or [batch, n]. A layer may
             have k consecutive rows for each of the error, as [batch, k, features] beside
             [batch, n]: each row of the error then serves k, scaled by 1/sqrt(k).
-        seed, distribution, backend: as for `dfa_kernels.project`. Beside `matrix` they make
-            nothing. "normal" is the paper's law. "hadamard" is by far the cheapest for errors of
-            some tens of numbers and more, and its signals are the same bits everywhere.
-            "rademacher" is the cheapest with independent entries. They learn alike.
-        shared: True: one matrix, sliced for every layer (eq. 8). False: rows of its own for every
-            layer. Stored matrices decide it by their number.
+        seed, distribution, backend: as for `dfa_kernels.project`; None: 0, "normal", and a choice
+            for each call. Beside `matrix` they make nothing. "normal" is the paper's law.
+            "hadamard" is by far the cheapest for errors of some tens of numbers and more, and its
+            signals are the same bits everywhere. "rademacher" is the cheapest with independent
+            entries. They learn alike.
+        shared: True or None: one matrix, sliced for every layer (eq. 8). False: rows of its own for
+            every layer. Stored matrices decide it by their number.
         matrix: what makes the signals instead of a seed. Stored matrices of unit variance: one
             [at least l_max, n], sliced for every layer, or a sequence with one [at least l_i, n]
             for each. They are normalized like a seed's, move once to where the projection runs, and
@@ -104,11 +102,23 @@ class DFA(nn.Module):
             torch.compile, which plans memory itself.
 
     Attributes:
-        source: the `Source` of the signals; another one takes effect with the next signal. One that
-            is an `nn.Module` gives way to another module only: `del dfa.source` first.
-        seed, distribution, backend, matrices, row_offsets, normalization: as they are in force;
-            read-only.
-        mode, no_training, feedback_points_handling, batch_dims: may be set between passes.
+        Every argument is an attribute, which takes what the argument takes, checked at once; only
+        `dfa_layers` stays. Set them between training steps.
+        seed, distribution, backend, matrix, error_transform, rp_device: take effect with the next
+            signal. The first three belong to a seed: beside `matrix` setting them is an
+            AttributeError.
+        normalization, shared, mask, lean, mode, no_training, feedback_points_handling, batch_dims:
+            with the next forward pass. Stored matrices decide `shared` by their number.
+        source: the `Source` of the signals, which `matrix` reads and sets too; `masks`: those of
+            `mask`, by index.
+        matrices, row_offsets: as they are in force; read-only.
+
+    A loaded state puts its own seed, distribution, normalization and rows in force, so that a
+    resumed run goes on as before. It warns where that changes a seed, distribution, normalization
+    or `shared` that was given, here or by setting the attribute. To keep your own, set it after
+    loading: `dfa.seed = 5`. None gives the default, like leaving it out, and so does
+    `normalization=True`. A state that does not fit is reported by load_state_dict once everything
+    else is loaded: as an error or, with strict=False, as an unexpected key and a warning.
 
     Raises:
         TypeError, ValueError, RuntimeError: naming the argument and what was got, when built or in
@@ -134,9 +144,9 @@ class DFA(nn.Module):
         feedback_points_handling: FeedbackPointsHandling | str | None = None,
         batch_dims: Sequence[int] | None = None,
         *,
-        seed: int = 0,
-        distribution: str = "normal",
-        shared: bool = True,
+        seed: int | None = None,
+        distribution: str | None = None,
+        shared: bool | None = None,
         matrix: Tensor | Sequence[Tensor] | Source | None = None,
         error_transform: Callable[[Tensor], Tensor] | None = None,
         signal_transform: Callable[[Tensor, DFALayer], Tensor] | None = None,
@@ -147,23 +157,18 @@ class DFA(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
-        checks.seed("DFA", seed)
-        checks.distribution("DFA", distribution)
-        if backend not in (None, *registry.BACKENDS):
-            known = ", ".join(map(repr, registry.BACKENDS))
-            raise ValueError(f"DFA: backend must be one of {known} or None, got {backend!r}")
-        _check_function("error_transform", error_transform)
-        _check_function("signal_transform", signal_transform)
+        self._refusals: list[str] | None = None
+        seeded = check_seeded(seed, distribution, backend)
+        self.error_transform = error_transform
+        self.signal_transform = signal_transform
+        self.scale_repeats = scale_repeats
         layers = checks.listed(dfa_layers)
         if layers is None:
             got = type(dfa_layers).__name__
             raise TypeError(f"DFA: dfa_layers must be a sequence of DFALayers, got {got}")
-        self.dfa_layers = tuple(layers)
-        normalization = check_normalization(normalization)
-        self.rp_device = None if rp_device is None else torch.device(rp_device)
-        self.error_transform = error_transform
-        self.signal_transform = signal_transform
-        self.scale_repeats = scale_repeats
+        self._layers = tuple(layers)
+        self._source = seeded
+        self.rp_device = rp_device
         seen: set[DFALayer] = set()
         for index, layer in enumerate(self.dfa_layers):
             if not isinstance(layer, DFALayer):
@@ -180,56 +185,26 @@ class DFA(nn.Module):
         if len(set(names)) < len(names):
             raise ValueError(f"DFA: dfa_layers must have distinct names, got {names}")
         count = len(self.dfa_layers)
-        seeded = Seeded(operator.index(seed), distribution, backend)  # numpy's ints are no JSON
-        source, shared = check_matrix(matrix, shared, seeded, count, self.rp_device)
-        self.source = source
-        if lean and not shared:
-            raise ValueError("DFA: lean needs one matrix for all layers, got independent ones")
-        row_offsets = tuple(0 if shared else index * INDEPENDENT_ROWS for index in range(count))
-        self._slicing = Slicing(row_offsets, normalization)
-        if isinstance(normalization, nn.Module):
-            self._modules["normalization"] = normalization  # the property is in setattr's way
-        self.masks = check_masks(mask, [layer.name for layer in self.dfa_layers])
         mode = "shallow" if no_training else "dfa"
-        self._group = Group(mode, None, None, lean, requires_grad)
-        if feedback_points_handling is not None:
-            self.feedback_points_handling = feedback_points_handling
-        if batch_dims is not None:
-            self.batch_dims = batch_dims
+        self._group = Group(mode, None, None, False, False)
+        self._slicing = Slicing((0,) * count, "layer")
+        self._chosen = {}
+        source, share = check_matrix(
+            matrix, shared is None or bool(shared), seeded, count, self.rp_device
+        )
+        self._hold("source", source)
+        self._share(share)
+        self.lean = lean
+        self.requires_grad = requires_grad
+        self.normalization = normalization
+        self.masks = mask
+        for name, given in (("seed", seed), ("distribution", distribution), ("shared", shared)):
+            self._choose(name, given is not None or isinstance(matrix, Seeded))
+        self.feedback_points_handling = feedback_points_handling
+        self.batch_dims = batch_dims
         for index, layer in enumerate(self.dfa_layers):
             layer._group, layer._index = self._group, index
-        self._error_size: int | None = None  # in the last forward pass that trained
         self._all_called = False
-
-    @property
-    def seed(self) -> int | None:
-        """The source's, if it has one; a loaded state changes it."""
-        return getattr(self.source, "seed", None)
-
-    @property
-    def distribution(self) -> str | None:
-        """The source's, if it has one; a loaded state changes it."""
-        return getattr(self.source, "distribution", None)
-
-    @property
-    def backend(self) -> str | None:
-        """As given, where a seed makes the signals."""
-        return getattr(self.source, "backend", None)
-
-    @property
-    def matrices(self) -> tuple[Tensor, ...]:
-        """The stored matrices, if those make the signals."""
-        return self.source.matrices if isinstance(self.source, Stored) else ()
-
-    @property
-    def row_offsets(self) -> tuple[int, ...]:
-        """Where each layer's rows of U begin; a loaded state changes it."""
-        return self._slicing.row_offsets
-
-    @property
-    def normalization(self) -> str | float | Scales:
-        """The law's name, the scale or the function; a loaded state changes it."""
-        return self._slicing.normalization
 
     @property
     def mode(self) -> str:
@@ -263,7 +238,10 @@ class DFA(nn.Module):
         return self._group.handling or FeedbackPointsHandling.LAST
 
     @feedback_points_handling.setter
-    def feedback_points_handling(self, handling: FeedbackPointsHandling | str) -> None:
+    def feedback_points_handling(self, handling: FeedbackPointsHandling | str | None) -> None:
+        if handling is None:
+            self._group.handling = None
+            return
         if isinstance(handling, str) and handling in FeedbackPointsHandling.__members__:
             handling = FeedbackPointsHandling[handling]
         if not isinstance(handling, FeedbackPointsHandling):
@@ -280,8 +258,8 @@ class DFA(nn.Module):
         return (0,) if self._group.batch_dims is None else self._group.batch_dims
 
     @batch_dims.setter
-    def batch_dims(self, dims: Sequence[int]) -> None:
-        self._group.batch_dims = check_dims("DFA", dims)
+    def batch_dims(self, dims: Sequence[int] | None) -> None:
+        self._group.batch_dims = None if dims is None else check_dims("DFA", dims)
 
     def watch(self, model: nn.Module) -> tuple[RemovableHandle, ...]:
         """Drop what an aborted forward pass of `model` left, before and after every pass.
@@ -318,13 +296,13 @@ class DFA(nn.Module):
             record.activations = activations
             return output
         for index, size in plan.own_sizes.items():
-            self.dfa_layers[index].size = size
-        self._error_size = plan.error_size
+            self.dfa_layers[index]._size = size
+        self._group.error_size = plan.error_size
         source, device = self.source, self.rp_device or output.device
         if isinstance(source, Stored):
             source.check(plan.layers, plan.error_size)
             if any(matrix.device != device for matrix in source.matrices):
-                self.source = source.to(device)
+                self._source = source.to(device)
         signals: Signals
         # Inside a transform of torch.func nothing can be kept for its shape while tracing.
         keep = torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
@@ -410,7 +388,7 @@ class DFA(nn.Module):
                 forward pass.
         """
         index = self._position(layer)
-        error_size = self._error_size if error_size is None else error_size
+        error_size = self._group.error_size if error_size is None else error_size
         size = self.dfa_layers[index].size
         if size is None or error_size is None:
             raise ValueError(
@@ -426,11 +404,10 @@ class DFA(nn.Module):
 
     def release(self) -> tuple[DFALayer, ...]:
         """Gives the layers back, so that another `DFA` may take them. This one then trains none."""
-        layers, self.dfa_layers = self.dfa_layers, ()
+        layers, self._layers, self._masks = self._layers, (), {}
         for layer in layers:
             layer._group, layer._index = None, 0
         self._group.forget()
-        self.masks = {}
         self._slicing = Slicing((), self._slicing.normalization)
         return layers
 
@@ -451,23 +428,54 @@ class DFA(nn.Module):
         return state.pack(self._facts())
 
     def set_extra_state(self, packed: Tensor) -> None:
-        """Take the seed, distribution, normalization and row offsets of a state; see `state`."""
+        """Take the seed, distribution, normalization and row offsets of a state; see `state`.
+
+        Warns where they are others than were given; see `DFA`. One that is refused changes nothing.
+        """
         fixed = self._group.lean or not isinstance(self.source, Seeded)
-        facts = state.unpack(packed, self._facts(), rows_are_fixed=fixed)
+        try:
+            facts = state.unpack(packed, self._facts(), rows_are_fixed=fixed)
+        except (TypeError, ValueError) as refusal:
+            if self._refusals is None:
+                raise
+            self._refusals.append(str(refusal))
+            return
         if isinstance(self.source, (Seeded, Stored)):
-            self.source = self.source._replace(
-                seed=facts.source["seed"], distribution=facts.source["distribution"]
+            self._hold(
+                "source",
+                self.source._replace(
+                    seed=facts.source["seed"], distribution=facts.source["distribution"]
+                ),
             )
         self._slicing = Slicing(tuple(facts.row_offsets), facts.normalization)
+        self._submodule("normalization", facts.normalization)
+        self._group.error_size = facts.error_size
         for layer, (_, size) in zip(self.dfa_layers, facts.layers, strict=True):
-            layer.size = size
+            layer._size = size
+        loading.warn_of_other_choices(self, self._chosen)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
+    ) -> None:
+        """As torch does, but a state that is refused is reported with the keys, at the end."""
+        self._refusals = []
+        try:
+            super()._load_from_state_dict(
+                state_dict, prefix, metadata, strict, missing, unexpected, errors
+            )
+            refusals = self._refusals
+        finally:
+            self._refusals = None
+        for refusal in refusals:
+            loading.report(refusal, prefix + "_extra_state", unexpected, errors)
 
     def _facts(self) -> state.Facts:
         source = self.source.describe()
         if not isinstance(self.source, (Seeded, Stored)):
             source = {"source": source}
         layers = [[layer.name, layer.size] for layer in self.dfa_layers]
-        return state.Facts(source, self.row_offsets, self.normalization, layers)
+        error_size = self._group.error_size
+        return state.Facts(source, self.row_offsets, self.normalization, layers, error_size)
 
     def extra_repr(self) -> str:
         """The number of layers and the source of the signals."""
@@ -548,11 +556,6 @@ class DFA(nn.Module):
             raise ValueError(f"DFA: layer must be one of the DFA's, of names {names}, got {got}")
         last = len(self.dfa_layers) - 1
         return checks.integer("DFA", "layer", layer, low=0, high=last)
-
-
-def _check_function(argument: str, value: object) -> None:
-    if value is not None and not callable(value):
-        raise TypeError(f"DFA: {argument} must be a function, got {value!r}")
 
 
 def _other_shape(argument: str, given: Tensor, got: object) -> ValueError:

@@ -60,6 +60,7 @@ class Group:
     batch_dims: tuple[int, ...] | None
     lean: bool
     requires_grad: bool
+    error_size: int | None = None  # n in the last forward pass that trained, or in a loaded state
     record: Record | None = None
     waiting: dict[int, list[Waiting]] = dataclasses.field(default_factory=dict)
     idle: dict[int, str] = dataclasses.field(default_factory=dict)
@@ -125,7 +126,9 @@ class DFALayer(nn.Module):
 
     Attributes:
         size: l_i in the last forward pass that trained the layer, or in a loaded state. None before
-            both.
+            both. Read-only.
+        name, batch_dims, passthrough: as given. A change takes effect with the next forward pass;
+            the name stays once a `DFA` has the layer.
     """
 
     def __init__(
@@ -137,14 +140,61 @@ class DFALayer(nn.Module):
         requires_grad: bool | None = None,
     ):
         super().__init__()
-        self.name = name
-        self.batch_dims = None if batch_dims is None else check_dims("DFALayer", batch_dims)
-        self.passthrough = passthrough
-        self.requires_grad = requires_grad
-        self.size: int | None = None
         self._group: Group | None = None
         self._index = 0
+        self._size: int | None = None
         self._said: set[str] = set()
+        self.name = name
+        self.batch_dims = batch_dims
+        self.passthrough = passthrough
+        self.requires_grad = requires_grad
+
+    @property
+    def name(self) -> str | None:
+        """As given. It may be set until a `DFA` has the layer."""
+        return self._name
+
+    @name.setter
+    def name(self, name: str | None) -> None:
+        if self._group is not None:
+            raise AttributeError(
+                f"DFALayer: name must be set before the layer is given to a DFA, got {name!r}"
+            )
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"DFALayer: name must be a str or None, got {name!r}")
+        self._name = name
+
+    @property
+    def batch_dims(self) -> tuple[int, ...] | None:
+        """As given; a change takes effect with the next forward pass."""
+        return self._batch_dims
+
+    @batch_dims.setter
+    def batch_dims(self, dims: Sequence[int] | None) -> None:
+        self._batch_dims = None if dims is None else check_dims("DFALayer", dims)
+
+    @property
+    def passthrough(self) -> bool:
+        """As given; a change takes effect with the next forward pass."""
+        return self._passthrough
+
+    @passthrough.setter
+    def passthrough(self, passthrough: bool) -> None:
+        self._passthrough = bool(passthrough)
+
+    @property
+    def requires_grad(self) -> bool | None:
+        """As given; a change takes effect with the next forward pass."""
+        return self._requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, requires_grad: bool | None) -> None:
+        self._requires_grad = None if requires_grad is None else bool(requires_grad)
+
+    @property
+    def size(self) -> int | None:
+        """l_i in the last forward pass that trained the layer, or in a loaded state. Read-only."""
+        return self._size
 
     def forward(self, activation: Tensor) -> Tensor:
         """`activation`, detached unless backpropagation is to pass."""

@@ -8,18 +8,6 @@ from torch import nn
 from dfa_kernels import DFA, DFALayer, attach
 from tests.nn.networks import CLASSES, INPUTS, assert_equal, backward, batch, perceptron
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*should not be instantiated:DeprecationWarning",
-    "ignore:Dynamo detected a call to",
-)
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
 
 class Plain(nn.Module):
     """Calls plain submodules in its forward."""

@@ -250,7 +250,6 @@ def test_points_inside_reentrant_checkpoints_say_that_nothing_is_trained():
 # --- activations that require a gradient ---
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("of", ["DFA", "DFALayer"])
 @pytest.mark.parametrize("arguments", [{}, {"lean": True}])
 def test_activations_that_require_a_gradient_change_no_gradient(of, arguments):

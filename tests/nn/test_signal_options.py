@@ -21,10 +21,6 @@ from tests.nn.networks import (
     signals,
 )
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*should not be instantiated:DeprecationWarning"  # torch.compile's own
-)
-
 # --- the error ---
 
 

@@ -71,12 +71,14 @@ class DFA(Settings):
         rp_device: where to project; signals go to their activations' devices. None: where the error
             and all activations are.
         no_training: True starts in mode "shallow".
-        feedback_points_handling: see `FeedbackPointsHandling`.
+        feedback_points_handling: see `FeedbackPointsHandling`; a member or its name. None: LAST, and
+            a warning where that discards an activation.
         batch_dims: the output's batch dimensions; its others, flattened, are the error. The layers'
             default too. They count in the order given, in which a layer's must follow: (1, 0) for
             [time, batch, features] beside an output of [batch, time, n] or [batch, n]. A layer may
             have k consecutive rows for each of the error, as [batch, k, features] beside
-            [batch, n]: each row of the error then serves k, scaled by 1/sqrt(k).
+            [batch, n]: each row of the error then serves k, scaled by 1/sqrt(k). None: (0,), and a
+            warning for an output of three dimensions, which most likely are tokens.
         seed, distribution, backend: as for `dfa_kernels.project`; None: 0, "normal", and a choice
             for each call. Beside `matrix` they make nothing. "normal" is the paper's law.
             "hadamard" is by far the cheapest for errors of some tens of numbers and more, and its
@@ -93,13 +95,23 @@ class DFA(Settings):
             a submodule.
         error_transform: function of the error [batch, n] before projection, of its shape:
             torch.sign, a ternary rounding, or for cross-entropy `lambda e: -(e < 0).to(e.dtype)`,
-            the target. The last layer gets the error itself.
+            the target. It gets a copy, so it may keep or change it; the last layer gets the error
+            itself.
+        signal_transform: function (signal, layer) of the signal that an activation is to get, of
+            its shape, and its `DFALayer`; returns what it gets instead, of that shape. For noise
+            and for feedback that is learned. It may change the signal in place.
         mask: fixed tensors to multiply signals by: a mapping from layers' names or indices, or a
             sequence with a tensor or None for each. Each broadcasts to the activation's dimensions
             that are not batch dimensions, and moves once to the activation's device.
+        scale_repeats: False leaves out the 1/sqrt(k) of k rows for each of the error, as spiking
+            networks want it, which sum over time.
         lean: False makes all signals at once. True keeps one [batch, l_max] signal, which it scales
-            for each layer when autograd gets there; needs one shared matrix. Without effect under
-            torch.compile, which plans memory itself.
+            for each layer when autograd gets there; needs one shared matrix. Without effect on
+            what torch.compile compiles, which plans memory itself.
+        requires_grad: True passes on activations that require a gradient, although none is sent
+            back. Reentrant checkpoints need it, which train nothing where no input requires one,
+            and so does whatever else waits for gradients of inputs. It costs the product for that
+            gradient, one of three in each layer, unless the next layer detaches its input.
 
     Attributes:
         Every argument is an attribute, which takes what the argument takes, checked at once; only

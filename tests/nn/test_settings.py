@@ -243,6 +243,7 @@ def test_a_layers_size_and_dimensions_are_checked():
             layer.batch_dims = dims
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_attributes_take_effect_in_compiled_models():
     x, y = batch()
     model = perceptron()

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dfa_kernels.nn.attachment import find_dfas
 from dfa_kernels.nn.dfa import DFA
-from dfa_kernels.nn.hooks import find_dfas
 from dfa_kernels.nn.rows import to_rows
 
 

@@ -71,8 +71,8 @@ class DFA(Settings):
         rp_device: where to project; signals go to their activations' devices. None: where the error
             and all activations are.
         no_training: True starts in mode "shallow".
-        feedback_points_handling: see `FeedbackPointsHandling`; a member or its name. None: LAST, and
-            a warning where that discards an activation.
+        feedback_points_handling: a `FeedbackPointsHandling` or its name. None: LAST, and a warning
+            where that discards an activation.
         batch_dims: the output's batch dimensions; its others, flattened, are the error. The layers'
             default too. They count in the order given, in which a layer's must follow: (1, 0) for
             [time, batch, features] beside an output of [batch, time, n] or [batch, n]. A layer may
@@ -272,6 +272,11 @@ class DFA(Settings):
     @batch_dims.setter
     def batch_dims(self, dims: Sequence[int] | None) -> None:
         self._group.batch_dims = None if dims is None else check_dims("DFA", dims)
+
+    @property
+    def sends_signals(self) -> bool:
+        """Whether a forward pass that begins now trains layers by signals."""
+        return self._group.mode == "dfa" and self._group.record is None
 
     def watch(self, model: nn.Module) -> tuple[RemovableHandle, ...]:
         """Drop what an aborted forward pass of `model` left, before and after every pass.

@@ -1,22 +1,24 @@
-"""`attach` trains a model by Direct Feedback Alignment without editing it, by forward hooks."""
+"""The hooks by which `attach` trains a model that it does not edit.
+
+They are objects, not closures: a copied or pickled model gets hooks of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from dfa_kernels import checks
 from dfa_kernels.nn.dfa import DFA
 from dfa_kernels.nn.layer import DFALayer
 
 
-class Hook:
-    """A forward hook that passes a module's output through a `DFALayer` or a `DFA`.
-
-    An object, not a closure: a copied or pickled model gets hooks of its own.
-    """
+class OutputHook:
+    """A forward hook that passes a module's output through a `DFALayer` or a `DFA`."""
 
     def __init__(self, name: str, target: DFALayer | DFA):
         self.name = name
@@ -32,11 +34,102 @@ class Hook:
         return through(self.target, output, self.name)
 
 
+class InputHook:
+    """A forward pre-hook that passes a module's first tensor through a `DFALayer`."""
+
+    def __init__(self, name: str, layer: DFALayer):
+        self.name = name
+        self.layer = layer
+
+    def __call__(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        """The arguments with that tensor replaced."""
+        for index, value in enumerate(args):
+            if isinstance(value, Tensor):
+                return (*args[:index], self.layer(value), *args[index + 1 :]), kwargs
+        for key, value in kwargs.items():
+            if isinstance(value, Tensor):
+                return args, {**kwargs, key: self.layer(value)}
+        got = ", ".join(type(value).__name__ for value in (*args, *kwargs.values()))
+        raise TypeError(f"attach: {self.name!r} must be called with a tensor, got ({got})")
+
+
+class CutHook:
+    """A forward pre-hook that detaches a module's tensors while the `DFA` trains."""
+
+    def __init__(self, dfa: DFA):
+        self.dfa = dfa
+
+    def __call__(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        """The arguments, with tensors that require no gradient."""
+        if not self.dfa.sends_signals:
+            return None
+        detached = tuple(map(_detached, args))
+        return detached, {key: _detached(value) for key, value in kwargs.items()}
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+class SaveHook:
+    """A hook after `state_dict`, which adds the state of a `DFA` that is no submodule."""
+
+    def __init__(self, name: str, dfa: DFA):
+        self.name = name
+        self.dfa = dfa
+
+    def __call__(self, module: nn.Module, state: dict, prefix: str, metadata: Any) -> None:
+        """Adds its entries under the name."""
+        self.dfa.state_dict(destination=state, prefix=f"{prefix}{self.name}.")
+
+
+class LoadHook:
+    """A hook before `load_state_dict`, which takes out what `SaveHook` added, and loads it.
+
+    A state without it leaves the `DFA` as it is.
+    """
+
+    def __init__(self, name: str, dfa: DFA):
+        self.name = name
+        self.dfa = dfa
+
+    def __call__(
+        self,
+        module: nn.Module,
+        state: dict,
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        """Reports as torch does: through the lists."""
+        whole = f"{prefix}{self.name}."
+        ours = {key: state[key] for key in state if key.startswith(whole)}
+        if not ours or module._modules.get(self.name) is self.dfa:  # then torch loads it
+            return
+
+        def load(part: nn.Module, prefix: str) -> None:
+            part._load_from_state_dict(ours, prefix, {}, strict, missing, unexpected, errors)
+            for name, child in part._modules.items():
+                if child is not None:
+                    load(child, f"{prefix}{name}.")
+
+        load(self.dfa, whole)
+        for key in ours:
+            del state[key]
+
+
 def through(function: Callable[[Tensor], Tensor], output: Any, name: str) -> Any:
     """`output` with the tensor in it passed through `function`.
 
     The tensor is the output itself, the first element of a tuple or list (transformer blocks), or
-    the entry "logits" of a mapping (Hugging Face).
+    the entry "logits" of a mapping or the field of a dataclass (Hugging Face).
     """
     if isinstance(output, Tensor):
         return function(output)
@@ -44,143 +137,43 @@ def through(function: Callable[[Tensor], Tensor], output: Any, name: str) -> Any
         elements = [function(output[0]), *output[1:]]
         named = hasattr(output, "_fields")
         return type(output)(*elements) if named else type(output)(elements)
-    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
-        replaced = type(output)(**output)
-        replaced["logits"] = function(output["logits"])  # type: ignore[index]
-        return replaced
+    logits = _entry(output, "logits")
+    if isinstance(logits, Tensor):
+        return _with_logits(output, function(logits))
     raise TypeError(
         f"attach: {name!r} must return a tensor, a tuple or list that begins with one, or a "
-        f"mapping with 'logits', got {type(output).__name__}"
+        f"mapping or dataclass with 'logits', got {type(output).__name__}"
     )
+
+
+def _entry(output: Any, name: str) -> Any:
+    """An entry of a mapping, or a field of a dataclass, or None."""
+    if isinstance(output, Mapping):
+        return output.get(name)
+    return getattr(output, name, None) if dataclasses.is_dataclass(output) else None
+
+
+def _with_logits(output: Any, logits: Tensor) -> Any:
+    """A copy of a mapping or dataclass with other logits."""
+    kind: Any = type(output)
+    if not isinstance(output, Mapping):
+        return dataclasses.replace(output, logits=logits)
+    if kind in (dict, OrderedDict):
+        replaced = kind(output)
+    elif dataclasses.is_dataclass(output):  # a mapping too: Hugging Face's
+        replaced = kind(**output)
+    else:
+        replaced = copy.copy(output)
+    replaced["logits"] = logits
+    return replaced
 
 
 def holds_loss(output: Any) -> bool:
     """Whether a model's output is, or begins with, a loss to run backward."""
-    if isinstance(output, Mapping):
-        first = output.get("loss")
+    if isinstance(output, Mapping) or dataclasses.is_dataclass(output):
+        first = _entry(output, "loss")
     else:
         first = output[0] if isinstance(output, (tuple, list)) and output else output
         if isinstance(first, Tensor) and first.dim() > 0:
             return False
     return isinstance(first, Tensor) and first.requires_grad
-
-
-class Attachment:
-    """A model trained by Direct Feedback Alignment until `detach()`.
-
-    Attributes:
-        dfa: the `DFA`. It is no part of the model, whose state_dict stays as it is; it has its own.
-    """
-
-    def __init__(
-        self, model: nn.Module, points: Mapping[str, DFALayer], output: str | None, dfa: DFA
-    ):
-        self.dfa = dfa
-        modules = dict(model.named_modules())
-        self._handles = [
-            modules[name].register_forward_hook(Hook(name, layer)) for name, layer in points.items()
-        ]
-        ends = model if output is None else modules[output]
-        hook = Hook(output or type(model).__name__, dfa)
-        self._handles += [ends.register_forward_hook(hook), *dfa.watch(model)]
-
-    @property
-    def mode(self) -> str:
-        """How the next forward passes train; see `DFA.mode`."""
-        return self.dfa.mode
-
-    @mode.setter
-    def mode(self, mode: str) -> None:
-        self.dfa.mode = mode
-
-    def detach(self) -> None:
-        """Undo `attach`; the model keeps what it has learned."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-
-def attach(
-    model: nn.Module,
-    points: Sequence[str | nn.Module] | Mapping[str, Sequence[int] | None],
-    output: str | nn.Module | None = None,
-    **arguments: Any,
-) -> Attachment:
-    """Train a model by Direct Feedback Alignment without editing it.
-
-        handle = attach(model, ["layer1", "layer2", "layer3"], seed=1)
-        ...  # train as ever
-        handle.detach()
-
-    Args:
-        model: any module, before its first compiled call. One that already ran compiled needs
-            `torch.compiler.reset()` first, or it goes on as before.
-        points: the submodules whose outputs are trained by a signal, by name or as modules, in any
-            order. Each should end in its non-linearity or residual sum, and returns a tensor, or a
-            tuple or list that begins with it. Gradients end there: what lies between two points is
-            trained by backpropagation from the signal of the second. A mapping gives each name the
-            batch dimensions of its output. For one that is called several times in a forward pass
-            see `FeedbackPointsHandling`.
-        output: the submodule that makes the output whose gradient is the error, such as the last
-            linear layer of a model that returns its loss. It runs after all points. None: the model
-            itself, which returns a tensor, a tuple or list that begins with it, or a mapping with
-            "logits".
-        arguments: those of `DFA` from `normalization` on. `mask` goes by the points' names.
-
-    Raises:
-        TypeError, ValueError: naming the argument and what was got; also where the model already
-            has a DFA, and where it returns its loss and `output` is not given.
-
-    Warns where a forward pass ends with points that no `output` came after.
-
-    A copy of the model alone has its hooks but no handle to detach them: copy or pickle (model,
-    handle) together.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"attach: model must be a module, got {type(model).__name__}")
-    if find_dfas(model):
-        raise ValueError("attach: model must have no DFA yet; detach the other one first")
-    given = list(points) if isinstance(points, Mapping) else checks.listed(points)
-    is_module = isinstance(points, nn.Module) and not isinstance(points, nn.ModuleList)
-    if given is None or is_module:  # a Sequential could be listed
-        got = repr(points) if isinstance(points, str) else type(points).__name__
-        raise TypeError(
-            f"attach: points must be a sequence of submodules or of their names, got {got}"
-        )
-    names = [_name(model, "points", point) for point in given]
-    if not names or len(set(names)) != len(names):
-        raise ValueError(
-            f"attach: points must be one or more distinct submodules, got {names} (of several "
-            "names of one module, the first)"
-        )
-    end = None if output is None else _name(model, "output", output)
-    if end in names:
-        raise ValueError(f"attach: output must not be one of the points, got {end!r}")
-    dims = points.values() if isinstance(points, Mapping) else [None] * len(names)
-    layers = {name: DFALayer(name, of) for name, of in zip(names, dims, strict=True)}
-    return Attachment(model, layers, end, DFA(layers.values(), **arguments))
-
-
-def find_dfas(model: nn.Module) -> list[DFA]:
-    """The `DFA`s that train a model, as submodules or attached."""
-    found: dict[DFA, None] = {}
-    for module in model.modules():
-        if isinstance(module, DFA):
-            found[module] = None
-        for hook in module._forward_hooks.values():
-            if isinstance(hook, Hook) and isinstance(hook.target, DFA):
-                found[hook.target] = None
-    return list(found)
-
-
-def _name(model: nn.Module, argument: str, point: str | nn.Module) -> str:
-    """The name of a submodule in its model; the first if it has several."""
-    module = point
-    if isinstance(point, str) and point:
-        module = dict(model.named_modules(remove_duplicate=False)).get(point, point)
-    for name, other in model.named_modules():
-        if name and module is other:
-            return name
-    got = repr(point) if isinstance(point, str) else type(point).__name__
-    names = ", ".join(name for name, _ in model.named_modules() if name)
-    raise ValueError(f"attach: {argument} must be submodules of the model ({names}), got {got}")

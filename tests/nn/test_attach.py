@@ -72,10 +72,14 @@ def test_attach_leaves_the_models_keys_and_detach_the_model():
     model = plain()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     handle = attach(model, POINTS)
-    assert list(model.state_dict()) == list(before)
+    assert list(model.state_dict()) == [*before, "dfa._extra_state"]
+    assert [name for name, _ in model.named_parameters()] == [
+        n for n, _ in plain().named_parameters()
+    ]
     assert [name for name, _ in model.named_modules()] == [n for n, _ in plain().named_modules()]
     handle.detach()
     handle.detach()
+    assert list(model.state_dict()) == list(before)
     assert all(not module._forward_hooks for module in model.modules())
     assert all(not module._forward_pre_hooks for module in model.modules())
     assert_equal(backward(model, x, y), backward(plain(), x, y))
@@ -275,7 +279,9 @@ def test_bad_arguments():
     model = plain()
     with pytest.raises(TypeError, match="attach: model must be a module, got function"):
         attach(batch, ["1"])
-    with pytest.raises(ValueError, match=r"points must be submodules of the model \(0, .* got 'x'"):
+    with pytest.raises(
+        ValueError, match=r"points must be submodules of the model, got 'x'; it has 7: "
+    ):
         attach(model, ["x"])
     with pytest.raises(ValueError, match=r"points must be submodules .* got Linear"):
         attach(model, [nn.Linear(2, 2)])

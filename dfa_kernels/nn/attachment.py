@@ -1,0 +1,280 @@
+"""`attach` trains a model by Direct Feedback Alignment without editing it."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dfa_kernels import checks
+from dfa_kernels.nn.dfa import DFA
+from dfa_kernels.nn.hooks import CutHook, InputHook, LoadHook, OutputHook, SaveHook
+from dfa_kernels.nn.layer import DFALayer, FeedbackPointsHandling
+from dfa_kernels.nn.sources import Scales, Source
+
+# Submodules by name or as modules; a mapping gives each name its batch dimensions.
+Points = Sequence[str | nn.Module] | Mapping[str, Sequence[int] | None]
+
+
+class Attachment:
+    """A model trained by Direct Feedback Alignment until `detach()`.
+
+    Attributes:
+        dfa: the `DFA`. It is no submodule of the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        points: Mapping[str, DFALayer],
+        inputs: Mapping[str, DFALayer],
+        output: str | None,
+        cut: Sequence[str],
+        state: str | None,
+        dfa: DFA,
+    ):
+        self.dfa = dfa
+        self._model, self._state = model, state
+        modules = dict(model.named_modules())
+        self._handles: list[Any] = [
+            modules[name].register_forward_hook(OutputHook(name, layer))
+            for name, layer in points.items()
+        ]
+        before: list[tuple[str, Any]] = [(name, CutHook(dfa)) for name in cut]
+        before += [(name, InputHook(name, layer)) for name, layer in inputs.items()]
+        self._handles += [
+            modules[name].register_forward_pre_hook(hook, with_kwargs=True) for name, hook in before
+        ]
+        ends = model if output is None else modules[output]
+        hook = OutputHook(output or type(model).__name__, dfa)
+        self._handles += [ends.register_forward_hook(hook), *dfa.watch(model)]
+        if state is not None:
+            # No submodule: a Sequential would call it. What saves by names looks for the attribute.
+            model.__dict__[state] = dfa
+            self._handles += [
+                model.register_state_dict_post_hook(SaveHook(state, dfa)),
+                model.register_load_state_dict_pre_hook(LoadHook(state, dfa)),
+            ]
+
+    @property
+    def mode(self) -> str:
+        """How the next forward passes train; see `DFA.mode`."""
+        return self.dfa.mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        self.dfa.mode = mode
+
+    def detach(self) -> None:
+        """Undo `attach`; the model keeps what it has learned."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._state is not None:
+            self._model.__dict__.pop(self._state, None)
+
+
+def attach(
+    model: nn.Module,
+    points: Points = (),
+    output: str | nn.Module | None = None,
+    *,
+    inputs: Points = (),
+    cut: Sequence[str | nn.Module] = (),
+    state: str | None = "dfa",
+    normalization: bool | str | float | Scales = True,
+    rp_device: torch.device | str | None = None,
+    no_training: bool = False,
+    feedback_points_handling: FeedbackPointsHandling | str | None = None,
+    batch_dims: Sequence[int] | None = None,
+    seed: int | None = None,
+    distribution: str | None = None,
+    shared: bool | None = None,
+    matrix: Tensor | Sequence[Tensor] | Source | None = None,
+    error_transform: Callable[[Tensor], Tensor] | None = None,
+    signal_transform: Callable[[Tensor, DFALayer], Tensor] | None = None,
+    mask: Mapping[str | int, Tensor] | Sequence[Tensor | None] | None = None,
+    scale_repeats: bool = True,
+    lean: bool = False,
+    requires_grad: bool | None = None,
+    backend: str | None = None,
+) -> Attachment:
+    """Train a model by Direct Feedback Alignment without editing it.
+
+        handle = attach(model, ["layer1", "layer2", "layer3"], seed=1)
+        ...  # train as ever
+        handle.detach()
+
+    Args:
+        model: any module. Of a DistributedDataParallel or a compiled wrapper, the module inside.
+        points: the submodules whose outputs are trained by a signal, by name or as modules, in any
+            order. Each should end in its non-linearity or residual sum, and returns a tensor, or a
+            tuple or list that begins with it. Gradients end there: what lies between two points is
+            trained by backpropagation from the signal of the second. A mapping gives each name the
+            batch dimensions of its output. For one that is called several times in a forward pass
+            see `FeedbackPointsHandling`.
+        output: the submodule that makes the output whose gradient is the error, such as the last
+            linear layer of a model that returns its loss. It runs after all points. None: the model
+            itself, which returns a tensor, a tuple or list that begins with it, or a mapping or
+            dataclass with "logits".
+        inputs: the submodules whose first tensor argument is trained by a signal, as `points` are
+            by their output. So `F.relu(self.fc1(x))`, which goes to `fc2`, is a point by
+            `inputs=["fc2"]`. Their layers come after those of `points`, with names such as
+            "fc2.input".
+        cut: the submodules whose tensor arguments are detached while the `DFA` trains: those that
+            come after a point with `requires_grad`, so that they make no product for a gradient
+            that nobody needs.
+        state: the name under which the model's state_dict holds the state of the `DFA`: "dfa" adds
+            "dfa._extra_state", some hundred bytes. Loading it restores the seed. `model.dfa` is the
+            `DFA`, though it is no submodule. None: the model's state_dict stays as it is.
+        requires_grad: as for `DFA`. None: where `cut` is given.
+
+    All others are those of `DFA`; `mask` goes by the points' names.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was got; also where the model already
+            has a DFA, and where it returns its loss and `output` is not given.
+
+    Warns where a forward pass ends with points that no `output` came after.
+
+    A copy of the model alone has its hooks but no handle to detach them: copy or pickle (model,
+    handle) together.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"attach: model must be a module, got {type(model).__name__}")
+    model = _unwrapped(model)
+    if find_dfas(model):
+        raise ValueError("attach: model must have no DFA yet; detach the other one first")
+    names = _Names(model)
+    layers = names.layers("points", points, "")
+    input_layers = names.layers("inputs", inputs, ".input")
+    if not layers and not input_layers:
+        raise ValueError(
+            "attach: points must be one or more distinct submodules, got [] and no inputs"
+        )
+    end = None if output is None else names.of("output", output)
+    if end in layers:
+        raise ValueError(f"attach: output must not be one of the points, got {end!r}")
+    cuts = list(dict.fromkeys(names.listed("cut", cut)))
+    _check_state(model, state)
+    dfa = DFA(
+        [*layers.values(), *input_layers.values()],
+        normalization,
+        rp_device,
+        no_training,
+        feedback_points_handling,
+        batch_dims,
+        seed=seed,
+        distribution=distribution,
+        shared=shared,
+        matrix=matrix,
+        error_transform=error_transform,
+        signal_transform=signal_transform,
+        mask=mask,
+        scale_repeats=scale_repeats,
+        lean=lean,
+        requires_grad=bool(cuts) if requires_grad is None else requires_grad,
+        backend=backend,
+    )
+    return Attachment(model, layers, input_layers, end, cuts, state, dfa)
+
+
+def find_dfas(model: nn.Module) -> list[DFA]:
+    """The `DFA`s that train a model, as submodules or attached."""
+    found: dict[DFA, None] = {}
+    for module in model.modules():
+        if isinstance(module, DFA):
+            found[module] = None
+        for hook in module._forward_hooks.values():
+            if isinstance(hook, OutputHook) and isinstance(hook.target, DFA):
+                found[hook.target] = None
+    return list(found)
+
+
+_WRAPPERS = ("module.", "_orig_mod.")  # what wrappers put before names
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside wrappers that look for what the output depends on, or compile it."""
+    while True:
+        compiled = sys.modules.get("torch._dynamo.eval_frame")
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif compiled is not None and isinstance(model, compiled.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _check_state(model: nn.Module, state: str | None) -> None:
+    if state is None:
+        return
+    if not isinstance(state, str) or not state or "." in state:
+        raise ValueError(f"attach: state must be a name without dots or None, got {state!r}")
+    if hasattr(model, state):
+        raise ValueError(
+            f"attach: state must be a name that the model does not use, got {state!r}; choose "
+            "another, or None to leave the model's state_dict as it is"
+        )
+
+
+class _Names:
+    """The names of a model's submodules; the first of those that have several."""
+
+    def __init__(self, model: nn.Module):
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._first = {module: name for name, module in reversed(self._modules.items())}
+
+    def of(self, argument: str, point: str | nn.Module) -> str:
+        """The name of a submodule that is given by name or itself."""
+        module = point
+        if isinstance(point, str):
+            bare = point
+            while bare not in self._modules and bare.startswith(_WRAPPERS):
+                bare = bare.partition(".")[2]
+            module = self._modules.get(bare, point)
+        name = self._first.get(module) if isinstance(module, nn.Module) else None
+        if name:
+            return name
+        got = repr(point) if isinstance(point, str) else type(point).__name__
+        raise ValueError(
+            f"attach: {argument} must be submodules of the model, got {got}{self._hint(point)}"
+        )
+
+    def _hint(self, point: Any) -> str:
+        names = [name for name in self._modules if name]
+        near = difflib.get_close_matches(point, names, cutoff=0.5) if isinstance(point, str) else []
+        if near:
+            return f"; the nearest are {', '.join(map(repr, near))}"
+        shown = ", ".join(map(repr, names[:6])) + (", ..." if len(names) > 6 else "")
+        return f"; it has {len(names)}: {shown}" if names else "; it has none"
+
+    def listed(self, argument: str, points: Any) -> list[str]:
+        """The names of several."""
+        given = list(points) if isinstance(points, Mapping) else checks.listed(points)
+        # A Sequential could be listed.
+        if given is None or (
+            isinstance(points, nn.Module) and not isinstance(points, nn.ModuleList)
+        ):
+            got = repr(points) if isinstance(points, str) else type(points).__name__
+            raise TypeError(
+                f"attach: {argument} must be a sequence of submodules or of their names, got {got}"
+            )
+        return [self.of(argument, point) for point in given]
+
+    def layers(self, argument: str, points: Points, suffix: str) -> dict[str, DFALayer]:
+        """A `DFALayer` for each of the points."""
+        names = self.listed(argument, points)
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"attach: {argument} must be one or more distinct submodules, got {names} (of "
+                "several names of one module, the first)"
+            )
+        dims = points.values() if isinstance(points, Mapping) else [None] * len(names)
+        pairs = zip(names, dims, strict=True)
+        return {name: DFALayer(name + suffix, dims) for name, dims in pairs}

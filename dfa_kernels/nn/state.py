@@ -199,7 +199,7 @@ def _check_source(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
         if not isinstance(theirs["stored"], bool):
             raise TypeError(f"{_WHERE}: stored must be true or false, got {theirs['stored']!r}")
     if "source" in ours or "source" in theirs:
-        # By their text: lists stand for tuples, and nan equals nan.
+        # By their text, in which tuples are lists.
         same, got = _text(theirs) == _text(ours), _name(theirs)
     else:
         same, got = ours["stored"] == theirs["stored"], "the other one"

@@ -314,11 +314,6 @@ def test_a_states_length_does_not_change_in_training(name, scale):
     assert len(model.state_dict()[KEY]) == before
 
 
-def test_what_describes_itself_by_nan_is_itself():
-    source = Multiplied(MATRIX, name=math.nan)
-    network(matrix=source).load_state_dict(perceptron(matrix=source).state_dict())
-
-
 # --- damage ---
 
 JUNK = [

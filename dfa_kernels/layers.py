@@ -21,6 +21,11 @@ def symbolic(numbers: Iterable[Any]) -> bool:
     return not _SYMBOLS.isdisjoint(map(type, numbers))
 
 
+def overload_for(scales: Iterable[Any]) -> str:
+    """The overload of `project` and its transpose that takes these scales into a graph."""
+    return "symbolic" if symbolic(scales) else "default"
+
+
 class Layers(NamedTuple):
     """Layer i reads rows [row_offsets[i], row_offsets[i] + sizes[i]) of U, times scales[i].
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, overrides
 
 from dfa_kernels import checks, ops, stream
 from dfa_kernels.backends import registry
@@ -65,6 +65,12 @@ def project(
         TypeError, ValueError: an argument is invalid. The message names it and what it got.
         RuntimeError: the `backend` asked for cannot serve the error's device.
     """
+    if not isinstance(error, Tensor) and overrides.has_torch_function_unary(error):
+        # A tensor-like, such as the proxy by which torch.fx traces: one node of its graph.
+        options = {"seed": seed, "distribution": distribution, "normalization": normalization}
+        options |= {"row_offsets": row_offsets, "column_offset": column_offset}
+        options |= {"error_size": error_size, "dtype": dtype, "backend": backend}
+        return overrides.handle_torch_function(project, (error,), error, sizes, **options)
     checks.error("project", error)
     if error.dim() == 0:
         raise ValueError("project: error must have at least one dimension, got a scalar tensor")
@@ -111,7 +117,7 @@ def project(
     layers, places = Layers.distinct(row_offsets, sizes, scales)
     batch = error.shape[:-1]
     signals = ops.project(
-        error if error.dim() == 2 else error.reshape(batch.numel(), columns),
+        _rows(error),
         layers,
         Stream(seed, column_offset, distribution),
         dtype,
@@ -120,6 +126,13 @@ def project(
     if error.dim() != 2:
         signals = [signal.view(*batch, signal.shape[1]) for signal in signals]
     return [signals[place] for place in places]
+
+
+def _rows(error: Tensor) -> Tensor:
+    """(..., n) as [rows, n]; in a traced graph of any number of rows."""
+    if error.dim() == 2:
+        return error
+    return error.flatten(0, -2) if error.dim() > 2 else error[None]
 
 
 def feedback_matrix(

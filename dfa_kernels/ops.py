@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from dfa_kernels import derivatives
-from dfa_kernels.backends import slabs
+from dfa_kernels.backends import loading, slabs
 from dfa_kernels.backends.registry import BACKENDS, choose
 from dfa_kernels.layers import Layers, overload_for
 from dfa_kernels.stream import STRUCTURED, Stream
@@ -44,7 +44,6 @@ _SCHEMAS = {
     "project_adjoint": f"(Tensor[] signals, SymInt[] row_offsets, float[] scales, {_STREAM}, "
     "SymInt columns, ScalarType dtype",
 }
-
 
 _library = torch.library.Library("dfa_kernels", "DEF")
 # An operator that chooses its backend when it runs has the tags of all of them.
@@ -76,6 +75,12 @@ _library.define(f"cuda_entries{_SCHEMAS['feedback_matrix']}, bool lattice) -> Te
 _library.define(
     "cuda_tiles(str distribution, ScalarType dtype, int terms, Device device) -> (int[], str[])"
 )
+# Operators of no other backend, and whose extension has their kernels.
+_EXTENSIONS = {
+    **dict.fromkeys(("cpu_isa", "pool_bytes", "empty_pool"), "cpp"),
+    **dict.fromkeys(("cuda_fused", "cuda_entries", "cuda_tiles"), "cuda"),
+    **dict.fromkeys(("cuda_structured", "cuda_structured_adjoint"), "cuda"),
+}
 # To find them anew takes each call a microsecond.
 _projections = torch.ops.dfa_kernels.project
 _adjoints = torch.ops.dfa_kernels.project_adjoint
@@ -229,6 +234,10 @@ def _generate(
     stream: Stream,
     dtype: torch.dtype,
 ) -> Tensor:
+    if torch.jit.is_tracing():
+        raise NotImplementedError(
+            "feedback_matrix: torch.jit.trace cannot record it; make the matrix outside"
+        )
     seed, column_offset, distribution = stream
     kernel = getattr(_matrices, backend)
     return kernel(rows, columns, seed, row_offset, column_offset, distribution, dtype, device)
@@ -274,14 +283,17 @@ def _register() -> None:
         _project_adjoint_backward,
         _project_adjoint_setup,
     )
+    in_extensions = dict(_EXTENSIONS)
     for name, backend in BACKENDS.items():
         for function, kernel_by in (
             ("project", _project_by),
             ("feedback_matrix", _feedback_matrix_by),
             ("structured_adjoint", _adjoint_by),
         ):
-            if kernel := getattr(backend, function, None):  # otherwise its extension registers one
+            if kernel := getattr(backend, function, None):
                 _library.impl(f"{function}.{name}", kernel_by(kernel), "CompositeExplicitAutograd")
+            elif function != "structured_adjoint" or name in _STRUCTURED:
+                in_extensions[f"{function}.{name}"] = name
         torch.library.register_fake(f"dfa_kernels::project.{name}", _project_fake, lib=_library)
         torch.library.register_fake(
             f"dfa_kernels::feedback_matrix.{name}", _feedback_matrix_fake, lib=_library
@@ -297,6 +309,11 @@ def _register() -> None:
         "cuda_entries": _feedback_matrix_fake,
     }.items():
         torch.library.register_fake(f"dfa_kernels::{name}", fake, lib=_library)
+    for name, extension in in_extensions.items():
+        function, _, overload = name.partition(".")
+        operator = getattr(getattr(torch.ops.dfa_kernels, function), overload or "default")
+        load = loading.kernel(operator, function, extension)
+        _library.impl(name, load, "CompositeExplicitAutograd")
     for key, device_type in {
         "AutocastCPU": "cpu",
         "AutocastCUDA": "cuda",

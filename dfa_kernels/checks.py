@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfa_kernels import stream
+from dfa_kernels import hadamard, stream
 from dfa_kernels.layers import symbolic, tracing
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -130,6 +130,29 @@ def scales(
             f"got {len(given)}"
         )
     return [_finite(function, scale) for scale in given]
+
+
+def scale_range(
+    function: str, argument: str, values: Sequence[float], error_dtype: torch.dtype, matrix: str
+) -> None:
+    """Check that the arithmetic of such an error holds these scales of a distribution `matrix`.
+
+    It multiplies sums by the scale, or by the scale times the distribution's factor. A symbol of a
+    graph that is being traced passes.
+    """
+    arithmetic = stream.arithmetic(error_dtype)
+    if arithmetic == torch.float64 or (tracing() and symbolic(values)):
+        return
+    structured = matrix in stream.STRUCTURED
+    factor = hadamard.FACTOR if structured else stream.DENSE[matrix].factor
+    limits = torch.finfo(arithmetic)
+    low, high = limits.smallest_normal / min(factor, 1.0), limits.max / max(factor, 1.0)
+    for value in values:
+        if value != 0 and not low <= abs(value) <= high:
+            raise ValueError(
+                f"{function}: {argument} must be 0 or between {low:.3g} and {high:.3g} in size for "
+                f"an error of {error_dtype} and {matrix!r}, got {value!r}"
+            )
 
 
 def _root(sizes: Sequence[int], error_size: int) -> Callable[[int], float]:

@@ -45,7 +45,8 @@ def project(
             another, a number of a signal costs 10 additions and one for each further 1024
             columns, and signals are the same bits on every backend (see `dfa_kernels.hadamard`).
         normalization: "layer" for 1/sqrt(l_i n) (eq. 8), "shared" for 1/sqrt(max(sizes) n) (eq. 7
-            alone, the paper's "no norm"), a finite number for all layers, or one for each.
+            alone, the paper's "no norm"), a finite number for all layers, or one for each: 0 or
+            what fp32 holds as a normal number, unless the error is fp64.
         row_offsets: each layer's first row of U, which has 2**63 rows. None: 0 for all, so layers
             share slices of one matrix, as in the paper. Disjoint ranges give every layer its own.
         column_offset: the column of U for error[..., 0]. U has 2**34 columns.
@@ -111,6 +112,8 @@ def project(
     scales = checks.scales("project", normalization, sizes, error_size)
     seed = checks.seed("project", seed)
     checks.distribution("project", distribution)
+    if not isinstance(normalization, str):  # those of a law always fit
+        checks.scale_range("project", "normalization", scales, error.dtype, distribution)
     if dtype is not None:
         checks.dtype("project", "dtype", dtype)
     # Equal layers share one output.

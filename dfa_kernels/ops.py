@@ -28,7 +28,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dfa_kernels import derivatives
+from dfa_kernels import checks, derivatives
 from dfa_kernels.backends import loading, slabs
 from dfa_kernels.backends.registry import BACKENDS, choose
 from dfa_kernels.layers import Layers, overload_for
@@ -126,6 +126,7 @@ def _project_by(kernel: Callable) -> Callable:
     ) -> list[Tensor]:
         layers = Layers.of(row_offsets, sizes, scales)
         stream = Stream(seed, column_offset, distribution)
+        checks.scale_range("project", "scales", scales, error.dtype, distribution)
         return kernel(error, layers, stream, dtype or error.dtype)
 
     return project

@@ -28,7 +28,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dfa_kernels import checks, derivatives
+from dfa_kernels import batching, checks, derivatives
 from dfa_kernels.backends import loading, slabs
 from dfa_kernels.backends.registry import BACKENDS, choose
 from dfa_kernels.layers import Layers, overload_for
@@ -315,6 +315,11 @@ def _register() -> None:
         operator = getattr(getattr(torch.ops.dfa_kernels, function), overload or "default")
         load = loading.kernel(operator, function, extension)
         _library.impl(name, load, "CompositeExplicitAutograd")
+    for function in ("project", "project_adjoint"):
+        operators = getattr(torch.ops.dfa_kernels, function)
+        for overload in operators.overloads():
+            name = function if overload == "default" else f"{function}.{overload}"
+            _library.impl(name, batching.kernel(getattr(operators, overload)), "Batched")
     for key, device_type in {
         "AutocastCPU": "cpu",
         "AutocastCUDA": "cuda",

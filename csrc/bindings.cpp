@@ -148,8 +148,9 @@ STABLE_TORCH_LIBRARY_IMPL(dfa_kernels, CPU, m) {
   m.impl("structured_adjoint.cpp", TORCH_BOX(&structured_adjoint));
 }
 
-// No tensor argument: there is no backend to dispatch on.
-STABLE_TORCH_LIBRARY_IMPL(dfa_kernels, CompositeExplicitAutograd, m) {
+// No tensor argument: there is no backend to dispatch on. This key goes before
+// CompositeExplicitAutograd, where Python has the kernels that load this library.
+STABLE_TORCH_LIBRARY_IMPL(dfa_kernels, CompositeExplicitAutogradNonFunctional, m) {
   m.impl("feedback_matrix.cpp", TORCH_BOX(&feedback_matrix));
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("pool_bytes", TORCH_BOX(&pool_bytes));

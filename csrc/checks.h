@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <cmath>
 #include <limits>
 #include <optional>
 #include <sstream>
@@ -121,6 +123,18 @@ inline void check_fits(int64_t rows, int64_t columns, const char* op) {
         ", ", columns, "]");
 }
 
+// Refuses a scale that fp32 arithmetic cannot hold, by itself or with the distribution's factor.
+inline void check_scale(double scale, double factor, Type error_type, const char* op,
+                        size_t index) {
+  if (error_type == Type::kFloat64 || scale == 0) return;
+  using Limits = std::numeric_limits<float>;
+  const double low = Limits::min() / std::min(factor, 1.0);
+  const double high = Limits::max() / std::max(factor, 1.0);
+  const double size = std::abs(scale);
+  check(low <= size && size <= high, op, ": scales[", index, "] must be 0 or between ", low,
+        " and ", high, " in size unless the error is torch.float64, got ", scale);
+}
+
 // A new [rows, columns] tensor, or none if there is no memory for it.
 inline std::optional<Tensor> new_matrix(int64_t rows, int64_t columns, ScalarType dtype,
                                         torch::stable::Device device, const char* op) {
@@ -164,6 +178,7 @@ inline ProjectArguments check_project(const Tensor& error, const std::vector<int
     check_element(row_offsets[i], 0, op, "row_offsets", i);
     check_rows(row_offsets[i], sizes[i], op, "row_offsets");
     check_fits(error.size(0), sizes[i], op);
+    check_scale(scales[i], factor, checked.error_type, op, i);
     checked.layers.push_back(
         {static_cast<uint64_t>(row_offsets[i]), sizes[i], scales[i] * factor, nullptr});
   }

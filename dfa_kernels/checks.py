@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dfa_kernels import stream
-from dfa_kernels.layers import symbolic
+from dfa_kernels import hadamard, stream
+from dfa_kernels.layers import symbolic, tracing
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -84,16 +84,21 @@ def dtype(function: str, argument: str, value: torch.dtype) -> None:
         )
 
 
-def error(function: str, value: Tensor) -> None:
+def error(function: str, value: Tensor, argument: str = "error") -> None:
     """Check that this is a strided tensor of a dtype the library computes in."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{function}: error must be a tensor, got {type(value).__name__}")
-    dtype(function, "error", value.dtype)
+        way_out = ""
+        if type(value).__module__ == "numpy":
+            way_out = "; torch.from_numpy makes one, and .numpy() an array of each signal"
+        raise TypeError(
+            f"{function}: {argument} must be a tensor, got {type(value).__name__}{way_out}"
+        )
+    dtype(function, argument, value.dtype)
     # A Function's backward cannot ask for the layout while it is compiled.
     compiling = torch.compiler.is_compiling()
     if not compiling and (value.is_nested or value.layout != torch.strided):
         kind = "a nested one" if value.is_nested else value.layout
-        raise TypeError(f"{function}: error must be a strided tensor, got {kind}")
+        raise TypeError(f"{function}: {argument} must be a strided tensor, got {kind}")
 
 
 def scales(
@@ -105,10 +110,10 @@ def scales(
     """Each layer's factor of U @ e: 1/sqrt(l_i n), 1/sqrt(l_max n), or the given one."""
     if isinstance(normalization, str):
         if normalization == "layer":
-            root = _root((*sizes, error_size))
+            root = _root(sizes, error_size)
             return [1 / root(size * error_size) for size in sizes]
         if normalization == "shared":
-            root = _root((*sizes, error_size))
+            root = _root(sizes, error_size)
             return [1 / root(max(sizes) * error_size)] * len(sizes)
         raise ValueError(
             f"{function}: normalization must be 'layer', 'shared', a number or a sequence of "
@@ -127,9 +132,32 @@ def scales(
     return [_finite(function, scale) for scale in given]
 
 
-def _root(numbers: Iterable[int]) -> Callable[[int], float]:
-    """The square root that keeps symbols of a graph that is being traced, if there are any."""
-    return torch.sym_sqrt if symbolic(numbers) else math.sqrt
+def scale_range(
+    function: str, argument: str, values: Sequence[float], error_dtype: torch.dtype, matrix: str
+) -> None:
+    """Check that the arithmetic of such an error holds these scales of a distribution `matrix`.
+
+    It multiplies sums by the scale, or by the scale times the distribution's factor. A symbol of a
+    graph that is being traced passes.
+    """
+    arithmetic = stream.arithmetic(error_dtype)
+    if arithmetic == torch.float64 or (tracing() and symbolic(values)):
+        return
+    structured = matrix in stream.STRUCTURED
+    factor = hadamard.FACTOR if structured else stream.DENSE[matrix].factor
+    limits = torch.finfo(arithmetic)
+    low, high = limits.smallest_normal / min(factor, 1.0), limits.max / max(factor, 1.0)
+    for value in values:
+        if value != 0 and not low <= abs(value) <= high:
+            raise ValueError(
+                f"{function}: {argument} must be 0 or between {low:.3g} and {high:.3g} in size for "
+                f"an error of {error_dtype} and {matrix!r}, got {value!r}"
+            )
+
+
+def _root(sizes: Sequence[int], error_size: int) -> Callable[[int], float]:
+    """The square root; one that keeps symbols of a graph that is being traced, if there are any."""
+    return torch.sym_sqrt if tracing() and symbolic((*sizes, error_size)) else math.sqrt
 
 
 def _finite(function: str, scale: Any) -> float:

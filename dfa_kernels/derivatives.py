@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dfa_kernels.layers import Layers
+from dfa_kernels.layers import Layers, overload_for
 from dfa_kernels.stream import Stream
 
 
@@ -91,7 +91,7 @@ class Projection(torch.autograd.Function):
         error: Tensor, layers: Layers, stream: Stream, dtype: torch.dtype | None, backend: str
     ) -> tuple[Tensor, ...]:
         """Calls the operator."""
-        operator = torch.ops.dfa_kernels.project.default
+        operator = getattr(torch.ops.dfa_kernels.project, overload_for(layers.scales))
         return tuple(operator(error, *layers, *stream, dtype, backend))
 
     @staticmethod
@@ -138,7 +138,8 @@ class Adjoint(torch.autograd.Function):
         """Calls the operator."""
         row_offsets, _, scales = layers
         where = (row_offsets, scales, *stream)
-        return torch.ops.dfa_kernels.project_adjoint(list(signals), *where, columns, dtype, backend)
+        operator = getattr(torch.ops.dfa_kernels.project_adjoint, overload_for(scales))
+        return operator(list(signals), *where, columns, dtype, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

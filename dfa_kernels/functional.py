@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, overrides
 
 from dfa_kernels import checks, ops, stream
 from dfa_kernels.backends import registry
@@ -45,7 +45,8 @@ def project(
             another, a number of a signal costs 10 additions and one for each further 1024
             columns, and signals are the same bits on every backend (see `dfa_kernels.hadamard`).
         normalization: "layer" for 1/sqrt(l_i n) (eq. 8), "shared" for 1/sqrt(max(sizes) n) (eq. 7
-            alone, the paper's "no norm"), a finite number for all layers, or one for each.
+            alone, the paper's "no norm"), a finite number for all layers, or one for each: 0 or
+            what fp32 holds as a normal number, unless the error is fp64.
         row_offsets: each layer's first row of U, which has 2**63 rows. None: 0 for all, so layers
             share slices of one matrix, as in the paper. Disjoint ranges give every layer its own.
         column_offset: the column of U for error[..., 0]. U has 2**34 columns.
@@ -65,6 +66,12 @@ def project(
         TypeError, ValueError: an argument is invalid. The message names it and what it got.
         RuntimeError: the `backend` asked for cannot serve the error's device.
     """
+    if not isinstance(error, Tensor) and overrides.has_torch_function_unary(error):
+        # A tensor-like, such as the proxy by which torch.fx traces: one node of its graph.
+        options = {"seed": seed, "distribution": distribution, "normalization": normalization}
+        options |= {"row_offsets": row_offsets, "column_offset": column_offset}
+        options |= {"error_size": error_size, "dtype": dtype, "backend": backend}
+        return overrides.handle_torch_function(project, (error,), error, sizes, **options)
     checks.error("project", error)
     if error.dim() == 0:
         raise ValueError("project: error must have at least one dimension, got a scalar tensor")
@@ -105,13 +112,15 @@ def project(
     scales = checks.scales("project", normalization, sizes, error_size)
     seed = checks.seed("project", seed)
     checks.distribution("project", distribution)
+    if not isinstance(normalization, str):  # those of a law always fit
+        checks.scale_range("project", "normalization", scales, error.dtype, distribution)
     if dtype is not None:
         checks.dtype("project", "dtype", dtype)
     # Equal layers share one output.
     layers, places = Layers.distinct(row_offsets, sizes, scales)
     batch = error.shape[:-1]
     signals = ops.project(
-        error if error.dim() == 2 else error.reshape(batch.numel(), columns),
+        _rows(error),
         layers,
         Stream(seed, column_offset, distribution),
         dtype,
@@ -120,6 +129,13 @@ def project(
     if error.dim() != 2:
         signals = [signal.view(*batch, signal.shape[1]) for signal in signals]
     return [signals[place] for place in places]
+
+
+def _rows(error: Tensor) -> Tensor:
+    """(..., n) as [rows, n]; in a traced graph of any number of rows."""
+    if error.dim() == 2:
+        return error
+    return error.flatten(0, -2) if error.dim() > 2 else error[None]
 
 
 def feedback_matrix(

@@ -14,11 +14,21 @@ from torch.fx.experimental.symbolic_shapes import has_static_value, statically_k
 _SYMBOLS = {torch.SymInt, torch.SymFloat}
 
 
+def tracing() -> bool:
+    """Whether a graph may be being traced, and numbers may be its symbols."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def symbolic(numbers: Iterable[Any]) -> bool:
     """Whether a number is a symbol of a graph that is being traced, not a value."""
     if torch.compiler.is_compiling():  # torch.compile shows its symbols as ints and floats
         return not all(has_static_value(number) for number in numbers)
     return not _SYMBOLS.isdisjoint(map(type, numbers))
+
+
+def overload_for(scales: Iterable[Any]) -> str:
+    """The overload of `project` and its transpose that takes these scales into a graph."""
+    return "symbolic" if tracing() and symbolic(scales) else "default"
 
 
 class Layers(NamedTuple):
@@ -48,14 +58,14 @@ class Layers(NamedTuple):
         Symbolic layers are equal if they are for all values of the symbols.
         """
         given = zip(row_offsets, sizes, scales, strict=True)
-        if torch.compiler.is_compiling() or any(map(symbolic, (row_offsets, sizes, scales))):
-            return cls._distinct_symbols([*given])
+        if tracing():
+            return cls._distinct_traced([*given])
         places: dict[tuple[int, int, float], int] = {}
         found = [places.setdefault(layer, len(places)) for layer in given]
         return cls(*zip(*places, strict=True)), found
 
     @classmethod
-    def _distinct_symbols(cls, given: list[tuple[int, int, float]]) -> tuple[Layers, list[int]]:
+    def _distinct_traced(cls, given: list[tuple[int, int, float]]) -> tuple[Layers, list[int]]:
         """As `distinct`. A symbol has no hash but that of its value, which a graph would keep."""
         layers: list[tuple[int, int, float]] = []
         places: dict[tuple[int, int, float], int] = {}

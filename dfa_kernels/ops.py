@@ -1,8 +1,9 @@
 """The operators `torch.ops.dfa_kernels.*`.
 
     project(..., backend)       all layers' signals, differentiable; "" chooses when it runs
+    project.symbolic            the same, whose scales may be symbols while a graph is traced
     project.<backend>           the same from one backend, without the autograd layer's 10 us a call
-    project_adjoint             the transpose of project
+    project_adjoint             the transpose of project; project_adjoint.symbolic as above
     structured_adjoint.<backend>    the same of structured distributions
     feedback_matrix.<backend>   a piece of U
     cpu_isa                     the instruction set of backend "cpp"
@@ -27,10 +28,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dfa_kernels import derivatives
-from dfa_kernels.backends import slabs
+from dfa_kernels import batching, checks, derivatives
+from dfa_kernels.backends import loading, slabs
 from dfa_kernels.backends.registry import BACKENDS, choose
-from dfa_kernels.layers import Layers, symbolic
+from dfa_kernels.layers import Layers, overload_for
 from dfa_kernels.stream import STRUCTURED, Stream
 
 # `Layers` and `Stream`, field by field.
@@ -44,19 +45,15 @@ _SCHEMAS = {
     "SymInt columns, ScalarType dtype",
 }
 
-
-def _with_symbols(function: str) -> str:
-    """A schema with scales that may be symbols: "float[]" would take their values into a graph."""
-    return _SCHEMAS[function].replace("float[] scales", "Scalar[] scales")
-
-
 _library = torch.library.Library("dfa_kernels", "DEF")
 # An operator that chooses its backend when it runs has the tags of all of them.
 _TAGS = tuple({tag for backend in BACKENDS.values() for tag in backend.TAGS})
-_library.define(f"project{_with_symbols('project')}, str backend) -> Tensor[]", tags=_TAGS)
-_library.define(
-    f"project_adjoint{_with_symbols('project_adjoint')}, str backend) -> Tensor", tags=_TAGS
-)
+for _name, _result in (("project", "Tensor[]"), ("project_adjoint", "Tensor")):
+    _schema = f"{_SCHEMAS[_name]}, str backend) -> {_result}"
+    _library.define(f"{_name}{_schema}", tags=_TAGS)
+    # A float[] takes a symbol's value into the graph. TorchScript cannot trace a Scalar[].
+    _schema = _schema.replace("float[] scales", "Scalar[] scales")
+    _library.define(f"{_name}.symbolic{_schema}", tags=_TAGS)
 for _name, _backend in BACKENDS.items():
     _library.define(f"project.{_name}{_SCHEMAS['project']}) -> Tensor[]", tags=_backend.TAGS)
     _library.define(f"feedback_matrix.{_name}{_SCHEMAS['feedback_matrix']}) -> Tensor")
@@ -78,8 +75,15 @@ _library.define(f"cuda_entries{_SCHEMAS['feedback_matrix']}, bool lattice) -> Te
 _library.define(
     "cuda_tiles(str distribution, ScalarType dtype, int terms, Device device) -> (int[], str[])"
 )
+# Operators of no other backend, and whose extension has their kernels.
+_EXTENSIONS = {
+    **dict.fromkeys(("cpu_isa", "pool_bytes", "empty_pool"), "cpp"),
+    **dict.fromkeys(("cuda_fused", "cuda_entries", "cuda_tiles"), "cuda"),
+    **dict.fromkeys(("cuda_structured", "cuda_structured_adjoint"), "cuda"),
+}
 # To find them anew takes each call a microsecond.
 _projections = torch.ops.dfa_kernels.project
+_adjoints = torch.ops.dfa_kernels.project_adjoint
 _matrices = torch.ops.dfa_kernels.feedback_matrix
 
 
@@ -98,8 +102,11 @@ def project(
     differentiable = error.requires_grad and torch.is_grad_enabled()
     # functionalize alone hides whether code around it differentiates.
     hidden = torch._C._are_functorch_transforms_active()
-    if not backend or differentiable or hidden or symbolic(layers.scales):
-        return _projections.default(error, *layers, *stream, dtype, backend)
+    overload = overload_for(layers.scales)
+    # TorchScript finds an overload by the types of its arguments, which all backends share.
+    plain = backend and overload == "default" and not torch.jit.is_tracing()
+    if not plain or differentiable or hidden:
+        return getattr(_projections, overload)(error, *layers, *stream, dtype, backend)
     return getattr(_projections, backend)(error, *layers, *stream, dtype)
 
 
@@ -119,6 +126,7 @@ def _project_by(kernel: Callable) -> Callable:
     ) -> list[Tensor]:
         layers = Layers.of(row_offsets, sizes, scales)
         stream = Stream(seed, column_offset, distribution)
+        checks.scale_range("project", "scales", scales, error.dtype, distribution)
         return kernel(error, layers, stream, dtype or error.dtype)
 
     return project
@@ -137,9 +145,8 @@ def _project_setup(ctx, inputs, output) -> None:
 
 def _project_backward(ctx, signal_gradients):
     where = (ctx.row_offsets, ctx.scales, *ctx.stream)
-    gradient = torch.ops.dfa_kernels.project_adjoint(
-        signal_gradients, *where, ctx.columns, ctx.dtype, ctx.backend
-    )
+    operator = getattr(_adjoints, overload_for(ctx.scales))
+    gradient = operator(signal_gradients, *where, ctx.columns, ctx.dtype, ctx.backend)
     return gradient, *[None] * 8
 
 
@@ -195,7 +202,8 @@ def _project_adjoint_setup(ctx, inputs, output) -> None:
 
 def _project_adjoint_backward(ctx, gradient):
     layers = (ctx.row_offsets, ctx.sizes, ctx.scales)
-    signals = torch.ops.dfa_kernels.project(gradient, *layers, *ctx.stream, ctx.dtype, ctx.backend)
+    operator = getattr(_projections, overload_for(ctx.scales))
+    signals = operator(gradient, *layers, *ctx.stream, ctx.dtype, ctx.backend)
     return signals, *[None] * 8
 
 
@@ -227,6 +235,10 @@ def _generate(
     stream: Stream,
     dtype: torch.dtype,
 ) -> Tensor:
+    if torch.jit.is_tracing():
+        raise NotImplementedError(
+            "feedback_matrix: torch.jit.trace cannot record it; make the matrix outside"
+        )
     seed, column_offset, distribution = stream
     kernel = getattr(_matrices, backend)
     return kernel(rows, columns, seed, row_offset, column_offset, distribution, dtype, device)
@@ -253,28 +265,36 @@ def _feedback_matrix_fake(
 # --- registration ---
 
 
+def _register_differentiable(
+    name: str, kernel: Callable, fake: Callable, backward: Callable, setup: Callable
+) -> None:
+    for overload in (name, f"{name}.symbolic"):
+        _library.impl(overload, kernel, "CompositeExplicitAutograd")
+        full_name = f"dfa_kernels::{overload}"
+        torch.library.register_fake(full_name, fake, lib=_library)
+        torch.library.register_autograd(full_name, backward, setup_context=setup, lib=_library)
+
+
 def _register() -> None:
-    _library.impl("project", _project, "CompositeExplicitAutograd")
-    _library.impl("project_adjoint", _project_adjoint, "CompositeExplicitAutograd")
-    torch.library.register_fake("dfa_kernels::project", _project_fake, lib=_library)
-    torch.library.register_fake("dfa_kernels::project_adjoint", _project_adjoint_fake, lib=_library)
-    torch.library.register_autograd(
-        "dfa_kernels::project", _project_backward, setup_context=_project_setup, lib=_library
-    )
-    torch.library.register_autograd(
-        "dfa_kernels::project_adjoint",
+    _register_differentiable("project", _project, _project_fake, _project_backward, _project_setup)
+    _register_differentiable(
+        "project_adjoint",
+        _project_adjoint,
+        _project_adjoint_fake,
         _project_adjoint_backward,
-        setup_context=_project_adjoint_setup,
-        lib=_library,
+        _project_adjoint_setup,
     )
+    in_extensions = dict(_EXTENSIONS)
     for name, backend in BACKENDS.items():
         for function, kernel_by in (
             ("project", _project_by),
             ("feedback_matrix", _feedback_matrix_by),
             ("structured_adjoint", _adjoint_by),
         ):
-            if kernel := getattr(backend, function, None):  # otherwise its extension registers one
+            if kernel := getattr(backend, function, None):
                 _library.impl(f"{function}.{name}", kernel_by(kernel), "CompositeExplicitAutograd")
+            elif function != "structured_adjoint" or name in _STRUCTURED:
+                in_extensions[f"{function}.{name}"] = name
         torch.library.register_fake(f"dfa_kernels::project.{name}", _project_fake, lib=_library)
         torch.library.register_fake(
             f"dfa_kernels::feedback_matrix.{name}", _feedback_matrix_fake, lib=_library
@@ -290,12 +310,22 @@ def _register() -> None:
         "cuda_entries": _feedback_matrix_fake,
     }.items():
         torch.library.register_fake(f"dfa_kernels::{name}", fake, lib=_library)
+    for name, extension in in_extensions.items():
+        function, _, overload = name.partition(".")
+        operator = getattr(getattr(torch.ops.dfa_kernels, function), overload or "default")
+        load = loading.kernel(operator, function, extension)
+        _library.impl(name, load, "CompositeExplicitAutograd")
+    for function in ("project", "project_adjoint"):
+        operators = getattr(torch.ops.dfa_kernels, function)
+        for overload in operators.overloads():
+            name = function if overload == "default" else f"{function}.{overload}"
+            _library.impl(name, batching.kernel(getattr(operators, overload)), "Batched")
     for key, device_type in {
         "AutocastCPU": "cpu",
         "AutocastCUDA": "cuda",
         "AutocastXPU": "xpu",
     }.items():
-        for overload in ("default", *BACKENDS):
+        for overload in ("default", "symbolic", *BACKENDS):
             operator = getattr(torch.ops.dfa_kernels.project, overload)
             rule = functools.partial(_project_autocast, operator, device_type)
             _library.impl("project" if overload == "default" else f"project.{overload}", rule, key)

@@ -204,8 +204,9 @@ STABLE_TORCH_LIBRARY_IMPL(dfa_kernels, CUDA, m) {
   m.impl("cuda_structured_adjoint", TORCH_BOX(&adjoint_structured));
 }
 
-// No tensor argument: there is no backend to dispatch on.
-STABLE_TORCH_LIBRARY_IMPL(dfa_kernels, CompositeExplicitAutograd, m) {
+// No tensor argument: there is no backend to dispatch on. This key goes before
+// CompositeExplicitAutograd, where Python has the kernels that load this library.
+STABLE_TORCH_LIBRARY_IMPL(dfa_kernels, CompositeExplicitAutogradNonFunctional, m) {
   m.impl("cuda_entries", TORCH_BOX(&entries));
   m.impl("cuda_tiles", TORCH_BOX(&tiles));
 }

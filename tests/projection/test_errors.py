@@ -69,6 +69,17 @@ PROJECT = [
     ({"normalization": "none"}, ValueError, r"normalization must be 'layer', .* got 'none'"),
     ({"normalization": math.nan}, ValueError, r"normalization must be finite, got nan"),
     ({"normalization": [math.inf]}, ValueError, r"normalization must be finite, got inf"),
+    (
+        {"normalization": 1e39},
+        ValueError,
+        r"normalization must be 0 or between .* for an error of torch.float32 .* got 1e\+39",
+    ),
+    ({"normalization": [-1e-45]}, ValueError, r"normalization must be 0 or .* got -1e-45"),
+    (
+        {"error": ERROR.half(), "normalization": 1e39},
+        ValueError,
+        r"normalization must be 0 or .* for an error of torch.float16 .* got 1e\+39",
+    ),
     ({"normalization": True}, TypeError, r"normalization must be made of numbers, got bool True"),
     (
         {"normalization": None},
@@ -147,6 +158,44 @@ def test_project(bad, kind, message, distribution):
 def test_feedback_matrix(bad, kind, message, distribution):
     with pytest.raises(kind, match=f"^feedback_matrix: {message}"):
         feedback_matrix(**{"rows": 2, "columns": 3, "distribution": distribution, **bad})
+
+
+LIMITS = torch.finfo(torch.float32)
+# The largest and the smallest scale, which "uniform" multiplies by sqrt(3), "hadamard" by 2^-10.
+HELD = {
+    "normal": (LIMITS.max, LIMITS.smallest_normal),
+    "uniform": (LIMITS.max / math.sqrt(3), LIMITS.smallest_normal),
+    "hadamard": (LIMITS.max, LIMITS.smallest_normal * 1024),
+}
+
+
+@pytest.mark.parametrize("distribution", HELD)
+def test_scales_that_the_arithmetic_holds(backend, distribution):
+    """They give finite signals and none that vanishes; others are refused, also by operators."""
+    operator = getattr(torch.ops.dfa_kernels.project, backend)
+    where, options = (0, 0, distribution, torch.float64), {"distribution": distribution}
+    options |= {"dtype": torch.float64, "backend": backend}
+    largest, smallest = HELD[distribution]
+    error = torch.ones(1, 1, dtype=torch.float32)
+    for scale in (largest, -largest, smallest, -smallest, 0.0):
+        (signal,) = project(error / 4, [9], normalization=scale, **options)
+        assert signal.isfinite().all()
+        assert signal.all() == (scale != 0)
+    for scale in (largest * 1.001, -largest * 1.001, smallest / 1.001, 1e39, 1e-45, -1e-300):
+        (wide,) = project(error.double(), [9], normalization=scale, **options)
+        assert wide.isfinite().all()
+        assert wide.all()
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            with pytest.raises(ValueError, match=r"^project: normalization must be 0 or between"):
+                project(error.to(dtype), [9], normalization=scale, **options)
+            with pytest.raises((ValueError, RuntimeError), match=r"project: scales.* must be 0 or"):
+                operator(error.to(dtype), [0], [9], [scale], *where)
+
+
+def test_a_numpy_array_is_told_the_way_out():
+    np = pytest.importorskip("numpy")
+    with pytest.raises(TypeError, match=r"^project: error must be a tensor.* torch.from_numpy"):
+        project(np.ones((2, 3)), [4])
 
 
 def test_integers_of_other_libraries_are_welcome():

@@ -55,9 +55,18 @@ def unavailable(device_type: str) -> str | None:
     return None if torch.version.hip else tensor_cores.too_old()
 
 
+def _kernels_for(device: torch.device) -> types.ModuleType:
+    """The module with the kernels. Raises RuntimeError if they cannot serve the device."""
+    kernels = _kernels()
+    if isinstance(kernels, str) or (device.type == "cpu") != kernels.launch.INTERPRETED:
+        reason = unavailable(device.type)
+        raise RuntimeError(f"dfa_kernels: backend 'triton' cannot serve {device.type}: {reason}")
+    return kernels
+
+
 def project(error: Tensor, layers: Layers, stream: Stream, dtype: torch.dtype) -> list[Tensor]:
     """The signals of an error [batch, n]: one [batch, size] per layer."""
-    return _kernels().project(error, layers, stream, dtype)  # type: ignore[union-attr]
+    return _kernels_for(error.device).project(error, layers, stream, dtype)
 
 
 def ways(error: Tensor, distribution: str) -> Iterator[tuple[str, Callable[..., list[Tensor]]]]:
@@ -69,7 +78,7 @@ def ways(error: Tensor, distribution: str) -> Iterator[tuple[str, Callable[..., 
     otherwise, or always. The ways serve every error that is not longer, at the current precision of
     fp32 products.
     """
-    return _kernels().ways(error, distribution)  # type: ignore[union-attr]
+    return _kernels_for(error.device).ways(error, distribution)
 
 
 def feedback_matrix(
@@ -81,19 +90,17 @@ def feedback_matrix(
     device: torch.device,
 ) -> Tensor:
     """`rows` rows of U from `row_offset` on, and `columns` of its columns."""
-    launch, structured = _kernels().launch, _kernels().structured  # type: ignore[union-attr]
+    kernels = _kernels_for(device)
     matrix = torch.empty(rows, columns, dtype=dtype, device=device)
-    fill = structured.fill if stream.distribution in STRUCTURED else launch.fill
-    with launch.on(matrix.device):
-        return fill(matrix, row_offset, stream)
+    module = kernels.structured if stream.distribution in STRUCTURED else kernels.launch
+    with kernels.launch.on(matrix.device):
+        return module.fill(matrix, row_offset, stream)
 
 
 def structured_adjoint(
     signals: Sequence[Tensor], layers: Layers, stream: Stream, columns: int, dtype: torch.dtype
 ) -> Tensor:
     """The transpose of `project` for structured feedback: [batch, columns]."""
-    kernels = _kernels()
-    with kernels.launch.on(signals[0].device):  # type: ignore[union-attr]
-        return kernels.structured.project_adjoint(  # type: ignore[union-attr]
-            signals, layers, stream, columns, dtype
-        )
+    kernels = _kernels_for(signals[0].device)
+    with kernels.launch.on(signals[0].device):
+        return kernels.structured.project_adjoint(signals, layers, stream, columns, dtype)

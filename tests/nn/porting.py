@@ -20,8 +20,11 @@ class Table:
 
     def __init__(self, title):
         section = PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0]
-        lines = [line.strip("|").split(" | ") for line in section.splitlines() if line[:2] == "| "]
-        self.lines = {have.strip(): write.strip() for have, write in lines[1:]}
+        lines = section.splitlines()
+        heads = [number - 1 for number, line in enumerate(lines) if line == "|---|---|"]
+        body = [line for i, line in enumerate(lines) if line[:2] == "| " and i not in heads]
+        cells = [line.strip("|").split(" | ") for line in body]
+        self.lines = {have.strip(): write.strip() for have, write in cells}
         self.held = []
 
     def line(self, beginning):

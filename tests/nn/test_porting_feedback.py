@@ -93,11 +93,14 @@ def test_a_compiled_model_sees_the_change():
     assert_equal(found, backward(fresh(matrix), x, y), rtol=1e-5, atol=1e-7)
 
 
-def test_matrices_that_moved_are_the_ones_in_force():
+@TABLE.holds("`rp_device`, or a first pass")
+@pytest.mark.parametrize("kind", [torch.Tensor, nn.Parameter])
+def test_matrices_that_moved_are_the_ones_in_force(kind):
     """The fake device "meta" stands for another one."""
-    matrix = stored(True)
+    matrix = kind(stored(True))
     moved = DFA([DFALayer()], matrix=matrix, rp_device="meta")
     assert moved.matrices[0].device.type == "meta"
+    assert not moved.matrices[0].requires_grad
     layer = DFALayer()
     dfa = DFA([layer], matrix=matrix)
     layer(torch.zeros(2, 16, device="meta", requires_grad=True))
@@ -106,26 +109,56 @@ def test_matrices_that_moved_are_the_ones_in_force():
     assert dfa.matrices[0].device.type == "meta"
 
 
-def test_a_models_own_parameter_gets_new_memory_when_the_model_is_cast():
-    x, y = batch(torch.float64)
+def with_parameter(trained=False):
+    """A model that holds its feedback as a parameter; [1] is the point."""
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, CLASSES))
-    feedback = nn.Parameter(stored(True), requires_grad=False)
-    model[0].register_parameter("feedback", feedback)
-    handle = attach(model, ["1"], matrix=feedback)
+    model[0].feedback = nn.Parameter(stored(True), requires_grad=trained)
+    return model, attach(model, ["1"], matrix=model[0].feedback)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_models_own_parameter_stays_in_force_when_the_model_is_cast(trained):
+    x, y = batch(torch.float64)
+    model, handle = with_parameter(trained)
     model.double()
-    assert handle.dfa.matrices[0].dtype == torch.float32
+    assert handle.dfa.matrices[0] is model[0].feedback
     before = backward(model, x, y)
     with torch.no_grad():
-        feedback.neg_()
-    assert_equal(backward(model, x, y), before)  # it is no longer in force
-    handle.dfa.matrices[0].neg_()
-    assert torch.equal(backward(model, x, y)[0], -before[0])
+        model[0].feedback.neg_()
+    assert torch.equal(backward(model, x, y)[1], -before[1])
+    assert model[0].feedback.grad is None
 
 
-def test_copies_have_matrices_of_their_own():
+@TABLE.holds("a model holds B as an `nn.Parameter`")
+def test_a_models_own_parameter_is_copied_saved_and_loaded_with_it():
     x, y = batch()
-    matrix = stored(True)
+    model, handle = with_parameter()
+    twin, of_twin = copy.deepcopy((model, handle))
+    assert of_twin.dfa.matrices[0] is twin[0].feedback
+    with torch.no_grad():
+        model[0].feedback.neg_()
+    before = backward(twin, x, y)
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(backward(twin, x, y)[1], -before[1])
+
+
+def test_no_gradient_reaches_a_matrix_through_the_signals():
+    x, y = batch()
+    matrix = nn.Parameter(stored(True))
     model = perceptron(matrix=matrix)
+    loss = F.cross_entropy(model(x), y)
+    (of_weight,) = torch.autograd.grad(loss, model.linears[0].weight, create_graph=True)
+    (of_matrix,) = torch.autograd.grad(of_weight.sum(), matrix, allow_unused=True)
+    assert of_matrix is None
+
+
+@TABLE.holds("a plain tensor or a buffer")
+def test_copies_have_matrices_of_their_own():
+    x, y = batch(torch.float64)
+    matrix = stored(True)
+    model = perceptron(matrix=matrix).double()
+    assert model.dfa.matrices[0].data_ptr() == matrix.data_ptr()
+    assert not any(value.shape == matrix.shape for value in model.dfa.state_dict().values())
     twin = copy.deepcopy(model)
     before = backward(twin, x, y)
     matrix.neg_()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from numbers import Real
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dfa_kernels import stream
+from dfa_kernels.layers import symbolic
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -104,9 +105,11 @@ def scales(
     """Each layer's factor of U @ e: 1/sqrt(l_i n), 1/sqrt(l_max n), or the given one."""
     if isinstance(normalization, str):
         if normalization == "layer":
-            return [1 / math.sqrt(size * error_size) for size in sizes]
+            root = _root((*sizes, error_size))
+            return [1 / root(size * error_size) for size in sizes]
         if normalization == "shared":
-            return [1 / math.sqrt(max(sizes) * error_size)] * len(sizes)
+            root = _root((*sizes, error_size))
+            return [1 / root(max(sizes) * error_size)] * len(sizes)
         raise ValueError(
             f"{function}: normalization must be 'layer', 'shared', a number or a sequence of "
             f"numbers, got {normalization!r}"
@@ -122,6 +125,11 @@ def scales(
             f"got {len(given)}"
         )
     return [_finite(function, scale) for scale in given]
+
+
+def _root(numbers: Iterable[int]) -> Callable[[int], float]:
+    """The square root that keeps symbols of a graph that is being traced, if there are any."""
+    return torch.sym_sqrt if symbolic(numbers) else math.sqrt
 
 
 def _finite(function: str, scale: Any) -> float:

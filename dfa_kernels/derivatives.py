@@ -22,18 +22,23 @@ def transformed() -> bool:
     Raises NotImplementedError if functionalize is combined with one of them: torch has no rule for
     a Function there, and an operator alone would have no derivatives.
     """
-    forward_mode = forward_ad._current_level >= 0
+    dual_level = forward_ad._current_level >= 0
     if not torch._C._are_functorch_transforms_active():
-        return forward_mode
+        return dual_level
     names = _transforms()
     if "Functionalize" not in names:
         return True
-    if forward_mode or len(set(names)) > 1:
+    if dual_level or len(set(names)) > 1:
         raise NotImplementedError(
             "project: torch.func.functionalize cannot be combined with another transform or "
             f"forward mode around a projection, got {' around '.join(names)}"
         )
     return False
+
+
+def forward_mode() -> bool:
+    """Whether forward mode is on, plainly or by a transform of torch.func."""
+    return forward_ad._current_level >= 0 or "Jvp" in _transforms()
 
 
 @torch.compiler.assume_constant_result  # while tracing, torch.compile enters transforms

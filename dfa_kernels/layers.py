@@ -5,15 +5,27 @@ Each row in the union of the layers' rows is made once, however many layers read
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx.experimental.symbolic_shapes import has_static_value, statically_known_true
+
+_SYMBOLS = {torch.SymInt, torch.SymFloat}
+
+
+def symbolic(numbers: Iterable[Any]) -> bool:
+    """Whether a number is a symbol of a graph that is being traced, not a value."""
+    if torch.compiler.is_compiling():  # torch.compile shows its symbols as ints and floats
+        return not all(has_static_value(number) for number in numbers)
+    return not _SYMBOLS.isdisjoint(map(type, numbers))
 
 
 class Layers(NamedTuple):
     """Layer i reads rows [row_offsets[i], row_offsets[i] + sizes[i]) of U, times scales[i].
 
     Three tuples of equal length: operators take them as they are, and they hash faster than a tuple
-    of records.
+    of records. While a graph is traced, each number may be a symbol.
     """
 
     row_offsets: tuple[int, ...]
@@ -31,11 +43,36 @@ class Layers(NamedTuple):
     def distinct(
         cls, row_offsets: Sequence[int], sizes: Sequence[int], scales: Sequence[float]
     ) -> tuple[Layers, list[int]]:
-        """The distinct layers, and for each given layer its index among them."""
-        places: dict[tuple[int, int, float], int] = {}
+        """The distinct layers, and for each given layer its index among them.
+
+        Symbolic layers are equal if they are for all values of the symbols.
+        """
         given = zip(row_offsets, sizes, scales, strict=True)
+        if torch.compiler.is_compiling() or any(map(symbolic, (row_offsets, sizes, scales))):
+            return cls._distinct_symbols([*given])
+        places: dict[tuple[int, int, float], int] = {}
         found = [places.setdefault(layer, len(places)) for layer in given]
         return cls(*zip(*places, strict=True)), found
+
+    @classmethod
+    def _distinct_symbols(cls, given: list[tuple[int, int, float]]) -> tuple[Layers, list[int]]:
+        """As `distinct`. A symbol has no hash but that of its value, which a graph would keep."""
+        layers: list[tuple[int, int, float]] = []
+        places: dict[tuple[int, int, float], int] = {}
+        symbols: list[int] = []  # the places of symbolic layers
+        found = []
+        for layer in given:
+            if not symbolic(layer):
+                place = places.setdefault(layer, len(layers))
+            else:
+                equal = [place for place in symbols if _equal(layers[place], layer)]
+                place = equal[0] if equal else len(layers)
+                if not equal:
+                    symbols.append(place)
+            if place == len(layers):
+                layers.append(layer)
+            found.append(place)
+        return cls(*zip(*layers, strict=True)), found
 
     def unions(self) -> list[tuple[int, int]]:
         """The union of the layers' rows as disjoint ranges (first, last), ascending."""
@@ -131,3 +168,8 @@ class Slab(NamedTuple):
     def rows(self) -> int:
         """The number of rows."""
         return self.last - self.first
+
+
+def _equal(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Whether two symbolic layers are equal for all values of their symbols; adds no guard."""
+    return all(statically_known_true(a == b) for a, b in zip(one, other, strict=True))

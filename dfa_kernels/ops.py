@@ -30,25 +30,33 @@ from torch import Tensor
 from dfa_kernels import derivatives
 from dfa_kernels.backends import slabs
 from dfa_kernels.backends.registry import BACKENDS, choose
-from dfa_kernels.layers import Layers
+from dfa_kernels.layers import Layers, symbolic
 from dfa_kernels.stream import STRUCTURED, Stream
 
 # `Layers` and `Stream`, field by field.
-_LAYERS = "int[] row_offsets, SymInt[] sizes, float[] scales"
-_STREAM = "int seed, SymInt column_offset, str distribution"
+_LAYERS = "SymInt[] row_offsets, SymInt[] sizes, float[] scales"
+_STREAM = "SymInt seed, SymInt column_offset, str distribution"
 _SCHEMAS = {
     "project": f"(Tensor error, {_LAYERS}, {_STREAM}, ScalarType? dtype",
-    "feedback_matrix": "(SymInt rows, SymInt columns, int seed, int row_offset, "
+    "feedback_matrix": "(SymInt rows, SymInt columns, SymInt seed, SymInt row_offset, "
     "SymInt column_offset, str distribution, ScalarType dtype, Device device",
-    "project_adjoint": f"(Tensor[] signals, int[] row_offsets, float[] scales, {_STREAM}, "
+    "project_adjoint": f"(Tensor[] signals, SymInt[] row_offsets, float[] scales, {_STREAM}, "
     "SymInt columns, ScalarType dtype",
 }
+
+
+def _with_symbols(function: str) -> str:
+    """A schema with scales that may be symbols: "float[]" would take their values into a graph."""
+    return _SCHEMAS[function].replace("float[] scales", "Scalar[] scales")
+
 
 _library = torch.library.Library("dfa_kernels", "DEF")
 # An operator that chooses its backend when it runs has the tags of all of them.
 _TAGS = tuple({tag for backend in BACKENDS.values() for tag in backend.TAGS})
-_library.define(f"project{_SCHEMAS['project']}, str backend) -> Tensor[]", tags=_TAGS)
-_library.define(f"project_adjoint{_SCHEMAS['project_adjoint']}, str backend) -> Tensor", tags=_TAGS)
+_library.define(f"project{_with_symbols('project')}, str backend) -> Tensor[]", tags=_TAGS)
+_library.define(
+    f"project_adjoint{_with_symbols('project_adjoint')}, str backend) -> Tensor", tags=_TAGS
+)
 for _name, _backend in BACKENDS.items():
     _library.define(f"project.{_name}{_SCHEMAS['project']}) -> Tensor[]", tags=_backend.TAGS)
     _library.define(f"feedback_matrix.{_name}{_SCHEMAS['feedback_matrix']}) -> Tensor")
@@ -89,16 +97,18 @@ def project(
         return derivatives.project(error, layers, stream, dtype, backend)
     differentiable = error.requires_grad and torch.is_grad_enabled()
     # functionalize alone hides whether code around it differentiates.
-    if not backend or differentiable or torch._C._are_functorch_transforms_active():
+    hidden = torch._C._are_functorch_transforms_active()
+    if not backend or differentiable or hidden or symbolic(layers.scales):
         return _projections.default(error, *layers, *stream, dtype, backend)
     return getattr(_projections, backend)(error, *layers, *stream, dtype)
 
 
-def _project(error: Tensor, *arguments) -> list[Tensor]:
+def _project(error: Tensor, row_offsets, sizes, scales, *arguments) -> list[Tensor]:
     *others, backend = arguments
-    distribution = others[5]
+    distribution = others[2]
     chosen = choose("project", error.device, backend or None, distribution)
-    return getattr(_projections, chosen)(error, *others)
+    scales = [*map(float, scales)]
+    return getattr(_projections, chosen)(error, row_offsets, sizes, scales, *others)
 
 
 def _project_by(kernel: Callable) -> Callable:
@@ -148,6 +158,7 @@ def _project_adjoint(
     signals, row_offsets, scales, seed, column_offset, distribution, columns, dtype, backend
 ) -> Tensor:
     chosen = choose("project_adjoint", signals[0].device, backend or None, distribution)
+    scales = [*map(float, scales)]
     if distribution in STRUCTURED:
         adjoint = getattr(torch.ops.dfa_kernels.structured_adjoint, chosen)
         where = (row_offsets, scales, seed, column_offset, distribution)

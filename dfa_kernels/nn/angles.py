@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dfa_kernels.nn.dfa import DFA
 from dfa_kernels.nn.hooks import find_dfas
 from dfa_kernels.nn.rows import to_rows
 
@@ -31,29 +32,39 @@ def alignment(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Alignme
     torch's random number generators stay as they are. Compiled models run uncompiled.
 
     Args:
-        model: any module that holds one `DFA` or has one attached. The `DFA` itself will do where
-            nothing outside it is random or has buffers. Of DistributedDataParallel, which awaits a
-            backward pass of the whole, pass the `.module`, and use that in `loss`.
+        model: any module that holds a `DFA` or has one attached. With several, as of two heads,
+            one pass measures all, and the error of each is the gradient that backpropagation gives
+            its output. The `DFA` itself will do where nothing outside it is random or has buffers.
+            Of DistributedDataParallel, which awaits a backward pass of the whole, pass the
+            `.module`, and use that in `loss`.
         loss: runs the model forward on a batch and returns the scalar loss, as in
             `lambda: F.cross_entropy(model(x), y)`.
 
     Returns:
         By layer, in order, under its name in `DFALayer(name=...)` or else its index in the `DFA`.
-        nan for a layer without a single angle. Without the layers that the pass skips.
+        Where the model has several `DFA`s, that comes after the `DFA`'s own name in the model and a
+        dot, as in "head.dfa.0", or after "attached[i]." for one that is attached, the i-th of all.
+        nan for a layer without a single angle. Without the layers, and the `DFA`s, that the pass
+        skips.
 
     Raises:
-        ValueError: the model holds no `DFA` or several, or the loss did not reach it.
+        ValueError: the model holds no `DFA`, or the loss reached none.
         TypeError: `loss` did not return a scalar with a gradient.
     """
     found = find_dfas(model)
-    if len(found) != 1:
-        raise ValueError(f"alignment: model must hold one DFA, got {len(found)}")
-    dfa = found[0]
+    if not found:
+        raise ValueError("alignment: model must hold a DFA or have one attached, got none")
     # A compiled graph returns the activations, but has no path from the loss to them.
     eager = torch.compiler.set_stance("force_eager")
-    with torch.enable_grad(), eager, _undisturbed(model), dfa.recording() as record:
+    with torch.enable_grad(), eager, _undisturbed(model), contextlib.ExitStack() as stack:
+        records = [stack.enter_context(dfa.recording()) for dfa in found]
         value = loss()
-        if record.output is None:
+        reached = {
+            prefix: (dfa, record.plan, [record.output, *record.activations])
+            for prefix, dfa, record in zip(_prefixes(model, found), found, records, strict=True)
+            if record.output is not None and record.plan is not None
+        }
+        if not reached:
             raise ValueError(
                 "alignment: loss must run the model's forward pass to its DFA, gradients enabled"
             )
@@ -62,24 +73,30 @@ def alignment(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Alignme
             raise TypeError(
                 f"alignment: loss must return a scalar tensor that requires a gradient, got {got}"
             )
-        error, *gradients = torch.autograd.grad(
-            value, [record.output, *record.activations], materialize_grads=True
-        )
+        wanted = [tensor for *_, tensors in reached.values() for tensor in tensors]
+        gradients = iter(torch.autograd.grad(value, wanted, materialize_grads=True))
     cosines: dict[str, list[Tensor]] = {}
     with torch.no_grad():
-        signals = dfa.signals(record.layers, record.places, error)
-        for index, place, signal, gradient in zip(
-            record.indices, record.places, signals, gradients, strict=True
-        ):
-            ours, theirs = (
-                to_rows(tensor, place.batch_dims, "alignment").double()
-                for tensor in (signal, gradient)
-            )
-            lengths = ours.norm(dim=1) * theirs.norm(dim=1)
-            cosine = ((ours * theirs).sum(1) / lengths)[lengths != 0]  # keeps nan
-            name = dfa.dfa_layers[index].name or str(index)
-            cosines.setdefault(name, []).append(cosine)
+        for prefix, (dfa, plan, _) in reached.items():
+            signals = dfa.signals(plan, next(gradients))
+            for index, place, signal in zip(plan.indices, plan.places, signals, strict=True):
+                ours, theirs = (
+                    to_rows(tensor, place.batch_dims, "alignment").double()
+                    for tensor in (signal, next(gradients))
+                )
+                lengths = ours.norm(dim=1) * theirs.norm(dim=1)
+                cosine = ((ours * theirs).sum(1) / lengths)[lengths != 0]  # keeps nan
+                name = dfa.dfa_layers[index].name or str(index)
+                cosines.setdefault(prefix + name, []).append(cosine)
     return {name: _summary(torch.cat(values)) for name, values in cosines.items()}
+
+
+def _prefixes(model: nn.Module, dfas: list[DFA]) -> list[str]:
+    """What tells the layers of one `DFA` from another's: nothing where there is one `DFA`."""
+    if len(dfas) == 1:
+        return [""]
+    names = {module: name for name, module in model.named_modules()}
+    return [f"{names.get(dfa, f'attached[{index}]')}." for index, dfa in enumerate(dfas)]
 
 
 def _summary(cosines: Tensor) -> Alignment:

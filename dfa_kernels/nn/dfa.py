@@ -16,20 +16,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dfa_kernels import checks
-from dfa_kernels.backends import registry
+from dfa_kernels import checks, stream
 from dfa_kernels.layers import Layers
+from dfa_kernels.nn import guards, loading, ranks, state
 from dfa_kernels.nn import signals as delivery
-from dfa_kernels.nn import state
-from dfa_kernels.nn.functions import Feedback
+from dfa_kernels.nn.functions import Factor, Feedback, Signals
 from dfa_kernels.nn.layer import (
     DFALayer,
     FeedbackPointsHandling,
@@ -39,23 +36,24 @@ from dfa_kernels.nn.layer import (
     check_dims,
     recomputing,
 )
-from dfa_kernels.nn.rows import beside_rows, row_ratio, split_shape, to_rows
-from dfa_kernels.nn.signals import Place, check_masks
+from dfa_kernels.nn.plan import Plan, Target, make_plan
+from dfa_kernels.nn.rows import to_rows
+from dfa_kernels.nn.settings import Settings
 from dfa_kernels.nn.sources import (
-    INDEPENDENT_ROWS,
     Scales,
     Seeded,
     Slicing,
     Source,
     Stored,
     check_matrix,
-    check_normalization,
+    check_seeded,
+    matrix_of,
 )
 
 MODES = ("dfa", "backprop", "shallow")
 
 
-class DFA(nn.Module):
+class DFA(Settings):
     """Trains the given layers by Direct Feedback Alignment; goes after the network's last layer.
 
     In the backward pass every marked activation gets B_i e as its gradient (Launay, Poli, Krzakala
@@ -74,19 +72,22 @@ class DFA(nn.Module):
         rp_device: where to project; signals go to their activations' devices. None: where the error
             and all activations are.
         no_training: True starts in mode "shallow".
-        feedback_points_handling: see `FeedbackPointsHandling`.
+        feedback_points_handling: see `FeedbackPointsHandling`; a member or its name. None: LAST,
+            and a warning where that discards an activation.
         batch_dims: the output's batch dimensions; its others, flattened, are the error. The layers'
             default too. They count in the order given, in which a layer's must follow: (1, 0) for
             [time, batch, features] beside an output of [batch, time, n] or [batch, n]. A layer may
             have k consecutive rows for each of the error, as [batch, k, features] beside
-            [batch, n]: each row of the error then serves k, scaled by 1/sqrt(k).
-        seed, distribution, backend: as for `dfa_kernels.project`. Beside `matrix` they make
-            nothing. "normal" is the paper's law. "hadamard" is by far the cheapest for errors of
-            some tens of numbers and more, and its signals are the same bits everywhere.
-            "rademacher" is the cheapest with independent entries. They learn alike.
-        shared: True: one matrix, sliced for every layer (eq. 8). False: rows of its own for every
-            layer, those of U from i * `dfa_kernels.nn.INDEPENDENT_ROWS` (2**40) on for layer i.
-            Stored matrices decide it by their number.
+            [batch, n]: each row of the error then serves k, scaled by 1/sqrt(k). None: (0,), and a
+            warning for an output of three dimensions, which most likely are tokens.
+        seed, distribution, backend: as for `dfa_kernels.project`; None: 0, "normal", and a choice
+            for each call. Beside `matrix` they make nothing. "normal" is the paper's law.
+            "hadamard" is by far the cheapest for errors of some tens of numbers and more, and its
+            signals are the same bits everywhere. "rademacher" is the cheapest with independent
+            entries. They learn alike.
+        shared: True or None: one matrix, sliced for every layer (eq. 8). False: rows of its own for
+            every layer, those of U from i * `dfa_kernels.nn.INDEPENDENT_ROWS` (2**40) on for layer
+            i. Stored matrices decide it by their number.
         matrix: what makes the signals instead of a seed. Stored matrices of unit variance: one
             [at least l_max, n], sliced for every layer, or a sequence with one [at least l_i, n]
             for each. They are normalized like a seed's, move once to where the projection runs, and
@@ -98,20 +99,42 @@ class DFA(nn.Module):
             a submodule.
         error_transform: function of the error [batch, n] before projection, of its shape:
             torch.sign, a ternary rounding, or for cross-entropy `lambda e: -(e < 0).to(e.dtype)`,
-            the target. The last layer gets the error itself.
+            the target. It gets a copy, so it may keep or change it; the last layer gets the error
+            itself.
+        signal_transform: function (signal, layer) of the signal that an activation is to get, of
+            its shape, and its `DFALayer`; returns what it gets instead, of that shape. For noise
+            and for feedback that is learned. It may change the signal in place.
         mask: fixed tensors to multiply signals by: a mapping from layers' names or indices, or a
             sequence with a tensor or None for each. Each broadcasts to the activation's dimensions
             that are not batch dimensions, and moves once to the activation's device.
+        scale_repeats: False leaves out the 1/sqrt(k) of k rows for each of the error, as spiking
+            networks want it, which sum over time.
         lean: False makes all signals at once. True keeps one [batch, l_max] signal, which it scales
-            for each layer when autograd gets there; needs one shared matrix. Without effect under
-            torch.compile, which plans memory itself.
+            for each layer when autograd gets there; needs one shared matrix. Without effect on
+            what torch.compile compiles, which plans memory itself.
+        requires_grad: True passes on activations that require a gradient, although none is sent
+            back. Reentrant checkpoints need it, which train nothing where no input requires one,
+            and so does whatever else waits for gradients of inputs. It costs the product for that
+            gradient, one of three in each layer, unless the next layer detaches its input.
 
     Attributes:
-        source: the `Source` of the signals; another one takes effect with the next signal. One that
-            is an `nn.Module` gives way to another module only: `del dfa.source` first.
-        seed, distribution, backend, matrices, row_offsets, normalization: as they are in force;
-            read-only.
-        mode, no_training, feedback_points_handling, batch_dims: may be set between passes.
+        Every argument is an attribute, which takes what the argument takes, checked at once; only
+        `dfa_layers` stays. Set them between training steps.
+        seed, distribution, backend, matrix, error_transform, rp_device: take effect with the next
+            signal. The first three belong to a seed: beside `matrix` setting them is an
+            AttributeError.
+        normalization, shared, mask, lean, mode, no_training, feedback_points_handling, batch_dims:
+            with the next forward pass. Stored matrices decide `shared` by their number.
+        source: the `Source` of the signals, which `matrix` reads and sets too; `masks`: those of
+            `mask`, by index.
+        matrices, row_offsets: as they are in force; read-only.
+
+    A loaded state puts its own seed, distribution, normalization and rows in force, so that a
+    resumed run goes on as before. It warns where that changes a seed, distribution, normalization
+    or `shared` that was given, here or by setting the attribute. To keep your own, set it after
+    loading: `dfa.seed = 5`. None gives the default, like leaving it out, and so does
+    `normalization=True`. A state that does not fit is reported by load_state_dict once everything
+    else is loaded: as an error or, with strict=False, as an unexpected key and a warning.
 
     Raises:
         TypeError, ValueError, RuntimeError: naming the argument and what was got, when built or in
@@ -134,91 +157,70 @@ class DFA(nn.Module):
         normalization: bool | str | float | Scales = True,
         rp_device: torch.device | str | None = None,
         no_training: bool = False,
-        feedback_points_handling: FeedbackPointsHandling = FeedbackPointsHandling.LAST,
-        batch_dims: Sequence[int] = (0,),
+        feedback_points_handling: FeedbackPointsHandling | str | None = None,
+        batch_dims: Sequence[int] | None = None,
         *,
-        seed: int = 0,
-        distribution: str = "normal",
-        shared: bool = True,
+        seed: int | None = None,
+        distribution: str | None = None,
+        shared: bool | None = None,
         matrix: Tensor | Sequence[Tensor] | Source | None = None,
         error_transform: Callable[[Tensor], Tensor] | None = None,
+        signal_transform: Callable[[Tensor, DFALayer], Tensor] | None = None,
         mask: Mapping[str | int, Tensor] | Sequence[Tensor | None] | None = None,
+        scale_repeats: bool = True,
         lean: bool = False,
+        requires_grad: bool = False,
         backend: str | None = None,
     ):
         super().__init__()
-        checks.seed("DFA", seed)
-        checks.distribution("DFA", distribution)
-        if backend not in (None, *registry.BACKENDS):
-            known = ", ".join(map(repr, registry.BACKENDS))
-            raise ValueError(f"DFA: backend must be one of {known} or None, got {backend!r}")
-        if error_transform is not None and not callable(error_transform):
-            raise TypeError(f"DFA: error_transform must be a function, got {error_transform!r}")
+        self._refusals: list[str] | None = None
+        seeded = check_seeded(seed, distribution, backend)
+        self.error_transform = error_transform
+        self.signal_transform = signal_transform
+        self.scale_repeats = scale_repeats
         layers = checks.listed(dfa_layers)
         if layers is None:
             got = type(dfa_layers).__name__
             raise TypeError(f"DFA: dfa_layers must be a sequence of DFALayers, got {got}")
-        self.dfa_layers = tuple(layers)
-        normalization = check_normalization(normalization)
-        self.rp_device = None if rp_device is None else torch.device(rp_device)
-        self.error_transform = error_transform
+        self._layers = tuple(layers)
+        self._source = seeded
+        self.rp_device = rp_device
+        seen: set[DFALayer] = set()
         for index, layer in enumerate(self.dfa_layers):
             if not isinstance(layer, DFALayer):
                 raise TypeError(
                     f"DFA: dfa_layers[{index}] must be a DFALayer, got {type(layer).__name__}"
                 )
-            if layer._group is not None or layer in self.dfa_layers[:index]:
-                raise ValueError(f"DFA: dfa_layers[{index}] already belongs to a DFA")
+            if layer._group is not None or layer in seen:
+                raise ValueError(
+                    f"DFA: dfa_layers[{index}] already belongs to a DFA, whose release() would "
+                    "give it back"
+                )
+            seen.add(layer)
         names = [layer.name or str(index) for index, layer in enumerate(self.dfa_layers)]
         if len(set(names)) < len(names):
             raise ValueError(f"DFA: dfa_layers must have distinct names, got {names}")
         count = len(self.dfa_layers)
-        seeded = Seeded(operator.index(seed), distribution, backend)  # numpy's ints are no JSON
-        source, shared = check_matrix(matrix, shared, seeded, count, self.rp_device)
-        self.source = source
-        if lean and not shared:
-            raise ValueError("DFA: lean needs one matrix for all layers, got independent ones")
-        row_offsets = tuple(0 if shared else index * INDEPENDENT_ROWS for index in range(count))
-        self._slicing = Slicing(row_offsets, normalization)
-        if isinstance(normalization, nn.Module):
-            self._modules["normalization"] = normalization  # the property is in setattr's way
-        self.masks = check_masks(mask, [layer.name for layer in self.dfa_layers])
         mode = "shallow" if no_training else "dfa"
-        self._group = Group(mode, FeedbackPointsHandling.LAST, (0,), lean)
+        self._group = Group(mode, None, None, False, False)
+        self._slicing = Slicing((0,) * count, "layer")
+        self._chosen = {}
+        source, share = check_matrix(
+            matrix, shared is None or bool(shared), seeded, count, self.rp_device
+        )
+        self._hold("source", source)
+        self._share(share)
+        self.lean = lean
+        self.requires_grad = requires_grad
+        self.normalization = normalization
+        self.masks = mask
+        for name, given in (("seed", seed), ("distribution", distribution), ("shared", shared)):
+            self._choose(name, given is not None or isinstance(matrix, Seeded))
         self.feedback_points_handling = feedback_points_handling
         self.batch_dims = batch_dims
         for index, layer in enumerate(self.dfa_layers):
             layer._group, layer._index = self._group, index
-
-    @property
-    def seed(self) -> int | None:
-        """The source's, if it has one; a loaded state changes it."""
-        return getattr(self.source, "seed", None)
-
-    @property
-    def distribution(self) -> str | None:
-        """The source's, if it has one; a loaded state changes it."""
-        return getattr(self.source, "distribution", None)
-
-    @property
-    def backend(self) -> str | None:
-        """As given, where a seed makes the signals."""
-        return getattr(self.source, "backend", None)
-
-    @property
-    def matrices(self) -> tuple[Tensor, ...]:
-        """The stored matrices, if those make the signals."""
-        return self.source.matrices if isinstance(self.source, Stored) else ()
-
-    @property
-    def row_offsets(self) -> tuple[int, ...]:
-        """Where each layer's rows of U begin; a loaded state changes it."""
-        return self._slicing.row_offsets
-
-    @property
-    def normalization(self) -> str | float | Scales:
-        """The law's name, the scale or the function; a loaded state changes it."""
-        return self._slicing.normalization
+        self._all_called = False
 
     @property
     def mode(self) -> str:
@@ -248,25 +250,32 @@ class DFA(nn.Module):
 
     @property
     def feedback_points_handling(self) -> FeedbackPointsHandling:
-        """As given; a change takes effect with the next forward pass."""
-        return self._group.handling
+        """As given, or LAST; a change takes effect with the next forward pass."""
+        return self._group.handling or FeedbackPointsHandling.LAST
 
     @feedback_points_handling.setter
-    def feedback_points_handling(self, handling: FeedbackPointsHandling) -> None:
+    def feedback_points_handling(self, handling: FeedbackPointsHandling | str | None) -> None:
+        if handling is None:
+            self._group.handling = None
+            return
+        if isinstance(handling, str) and handling in FeedbackPointsHandling.__members__:
+            handling = FeedbackPointsHandling[handling]
         if not isinstance(handling, FeedbackPointsHandling):
+            names = ", ".join(map(repr, FeedbackPointsHandling.__members__))
             raise TypeError(
-                f"DFA: feedback_points_handling must be a FeedbackPointsHandling, got {handling!r}"
+                f"DFA: feedback_points_handling must be a FeedbackPointsHandling or one of {names},"
+                f" got {handling!r}"
             )
         self._group.handling = handling
 
     @property
     def batch_dims(self) -> tuple[int, ...]:
-        """As given; a change takes effect with the next forward pass."""
-        return self._group.batch_dims
+        """As given, or (0,); a change takes effect with the next forward pass."""
+        return (0,) if self._group.batch_dims is None else self._group.batch_dims
 
     @batch_dims.setter
-    def batch_dims(self, dims: Sequence[int]) -> None:
-        self._group.batch_dims = check_dims("DFA", dims)
+    def batch_dims(self, dims: Sequence[int] | None) -> None:
+        self._group.batch_dims = None if dims is None else check_dims("DFA", dims)
 
     def watch(self, model: nn.Module) -> tuple[RemovableHandle, ...]:
         """Drop what an aborted forward pass of `model` left, before and after every pass.
@@ -285,68 +294,204 @@ class DFA(nn.Module):
         """`output`, tied to the activations that wait for it."""
         if not isinstance(output, Tensor):
             raise TypeError(f"DFA: output must be a tensor, got {type(output).__name__}")
-        waiting = self._group.take()
+        waiting, idle = self._group.take()
         record = self._group.record
         if not torch.is_grad_enabled() or (record is None and self.mode != "dfa"):
             return output
-        if recomputing("DFA") or not waiting:
+        if recomputing("DFA"):
             return output
-        layers, places = self._places(waiting, output)
+        if record is None and output.requires_grad:
+            self._warn(waiting, idle, output)
+        if not waiting:
+            return output
+        indices = [item.layer for item in waiting]
         activations = [item.activation for item in waiting]
+        plan = self._plan(indices, activations, output)
         if record is not None:
-            record.output, record.activations = output, activations
-            record.indices = [item.layer for item in waiting]
-            record.layers, record.places = layers, places
+            record.output, record.plan = output, plan
+            record.activations = activations
             return output
-        if any(item.factor is not None for item in waiting):
-            longest = self._longest(waiting, layers, places)
-            signals = functools.partial(self.lean_signals, layers, places, longest)
+        for index, size in plan.own_sizes.items():
+            self.dfa_layers[index]._size = size
+        self._group.error_size = plan.error_size
+        source, device = self.source, self.rp_device or output.device
+        if isinstance(source, Stored):
+            source.check(plan.layers, plan.error_size)
+            if any(matrix.device != device for matrix in source.matrices):
+                self._source = source.to(device)
+        signals: Signals
+        # Inside a transform of torch.func nothing can be kept for its shape while tracing.
+        keep = torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+        if keep:
+            signals = functools.partial(self._traced_signals, indices)
+        elif any(item.factor is not None for item in waiting):
+            signals = self._lean(plan, waiting)
         else:
-            signals = functools.partial(self.signals, layers, places)
-        return Feedback.apply(signals, output, *activations)
+            signals = functools.partial(self._planned_signals, plan)
+        return Feedback.apply(signals, keep, output, *activations)
 
-    def signals(self, layers: Layers, places: Sequence[Place], error: Tensor) -> list[Tensor]:
+    def signals(self, plan: Plan, error: Tensor) -> list[Tensor]:
         """B_i e for every place, by one projection, each of its activation's shape and dtype."""
-        return delivery.deliver(self.source, self._rows(error), layers, places, self.masks)
+        rows = self._rows(error)
+        signals = delivery.deliver(self.source, rows, plan.layers, plan.places, self.masks)
+        if self.signal_transform is None:
+            return signals
+        # Equal places share a tensor, which a transform may change.
+        shared = len({id(signal) for signal in signals}) < len(signals)
+        copies = [signal.clone() for signal in signals] if shared else signals
+        return [
+            self._transformed(index, copy) for index, copy in zip(plan.indices, copies, strict=True)
+        ]
 
-    def lean_signals(
-        self, layers: Layers, places: Sequence[Place], longest: Layers, error: Tensor
+    def _planned_signals(self, plan: Plan, error: Tensor, _: Sequence[Tensor]) -> list[Tensor]:
+        return self.signals(plan, error)
+
+    def _traced_signals(
+        self, indices: Sequence[int], error: Tensor, activations: Sequence[Tensor]
     ) -> list[Tensor]:
-        """The same before each layer's own scale and mask, as views of one signal."""
-        return delivery.deliver_views(self.source, self._rows(error), layers, places, longest)
+        return self.signals(self._plan(indices, activations, error), error)
+
+    def _lean(self, plan: Plan, waiting: Sequence[Waiting]) -> Signals:
+        """The same, where each activation scales and masks its view of one signal by its factor.
+
+        An activation that a compiled part of the model passed on has no factor.
+        """
+        layers, places, indices, *_ = plan
+        scale = max(abs(scale) for scale in layers.scales) or 1.0
+        longest = Layers(layers.row_offsets[:1], (max(layers.sizes),), (scale,))
+        own = {}
+        for index, (item, place) in enumerate(zip(waiting, places, strict=True)):
+            factor = item.factor or Factor()
+            ratio = layers.scales[place.layer] / scale
+            factor.value = (
+                ratio if place.mask is None else delivery.mask_for(place, self.masks) * ratio
+            )
+            if self.signal_transform is not None:
+                factor.transform = functools.partial(self._transformed, indices[index])
+            if item.factor is None:
+                own[index] = factor.apply
+        return lambda error, _: delivery.deliver_views(
+            self.source, self._rows(error), layers, places, longest, own
+        )
+
+    def _transformed(self, index: int, signal: Tensor) -> Tensor:
+        """A layer's signal through `signal_transform`."""
+        assert self.signal_transform is not None
+        transformed = self.signal_transform(signal, self.dfa_layers[index])
+        if not isinstance(transformed, Tensor) or transformed.shape != signal.shape:
+            raise _other_shape("signal_transform", signal, transformed)
+        return transformed
+
+    def feedback_matrix(
+        self,
+        layer: int | str | DFALayer,
+        error_size: int | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """A layer's B_i, scaled as in its signals: [l_i, n], for inspection or for other code.
+
+        A row of the signals is `error @ B_i.T`. It is made anew with each call, in full.
+
+        Args:
+            layer: the layer, its index or its name.
+            error_size: n. None: that of the last forward pass that trained.
+            dtype, device: as for `dfa_kernels.feedback_matrix`.
+
+        Raises:
+            TypeError, ValueError: the DFA has no such layer, or sizes are not known before a first
+                forward pass.
+        """
+        index = self._position(layer)
+        error_size = self._group.error_size if error_size is None else error_size
+        size = self.dfa_layers[index].size
+        if size is None or error_size is None:
+            raise ValueError(
+                f"DFA.feedback_matrix: the sizes of layer {layer!r} and of the error are not known "
+                "before a forward pass that trains"
+            )
+        error_size = checks.integer(
+            "DFA.feedback_matrix", "error_size", error_size, low=1, high=stream.COLUMNS
+        )
+        scale = self._slicing.scales([one.size or 1 for one in self.dfa_layers], error_size)[index]
+        layers = Layers((self._slicing.row_offsets[index],), (size,), (scale,))
+        return matrix_of(self.source, layers, error_size, dtype, device)
+
+    def release(self) -> tuple[DFALayer, ...]:
+        """Gives the layers back, so that another `DFA` may take them. This one then trains none."""
+        layers, self._layers, self._masks = self._layers, (), {}
+        for layer in layers:
+            layer._group, layer._index = None, 0
+        self._group.forget()
+        self._slicing = Slicing((), self._slicing.normalization)
+        return layers
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[Record]:
         """Runs forward passes as backpropagation does; the record keeps the last."""
-        waiting = self._group.take()
-        self._group.record = Record()
+        group = self._group
+        waiting, idle = group.waiting, group.idle
+        group.forget()
+        group.record = Record()
         try:
-            yield self._group.record
+            yield group.record
         finally:
-            self._group.record, self._group.waiting = None, waiting
+            group.record, group.waiting, group.idle = None, waiting, idle
 
     def get_extra_state(self) -> Tensor:
         """What makes the same signals again, in a few bytes; see `state`."""
         return state.pack(self._facts())
 
     def set_extra_state(self, packed: Tensor) -> None:
-        """Take the seed, distribution, normalization and row offsets of a state; see `state`."""
+        """Take the seed, distribution, normalization and row offsets of a state; see `state`.
+
+        Warns where they are others than were given; see `DFA`. One that is refused changes nothing.
+        """
         fixed = self._group.lean or not isinstance(self.source, Seeded)
-        facts = state.unpack(packed, self._facts(), rows_are_fixed=fixed)
+        try:
+            facts = state.unpack(packed, self._facts(), rows_are_fixed=fixed)
+        except (TypeError, ValueError) as refusal:
+            if self._refusals is None:
+                raise
+            self._refusals.append(str(refusal))
+            return
         if isinstance(self.source, (Seeded, Stored)):
-            self.source = self.source._replace(
-                seed=facts.source["seed"], distribution=facts.source["distribution"]
+            self._hold(
+                "source",
+                self.source._replace(
+                    seed=facts.source["seed"], distribution=facts.source["distribution"]
+                ),
             )
         self._slicing = Slicing(tuple(facts.row_offsets), facts.normalization)
+        self._submodule("normalization", facts.normalization)
+        self._group.error_size = facts.error_size
         for layer, (_, size) in zip(self.dfa_layers, facts.layers, strict=True):
-            layer.size = size
+            layer._size = size
+        loading.warn_of_other_choices(self, self._chosen)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
+    ) -> None:
+        """As torch does, but a state that is refused is reported with the keys, at the end."""
+        self._refusals = []
+        try:
+            super()._load_from_state_dict(
+                state_dict, prefix, metadata, strict, missing, unexpected, errors
+            )
+            refusals = self._refusals
+        finally:
+            self._refusals = None
+        for refusal in refusals:
+            loading.report(refusal, prefix + "_extra_state", unexpected, errors)
 
     def _facts(self) -> state.Facts:
         source = self.source.describe()
         if not isinstance(self.source, (Seeded, Stored)):
             source = {"source": source}
         layers = [[layer.name, layer.size] for layer in self.dfa_layers]
-        return state.Facts(source, self.row_offsets, self.normalization, layers)
+        error_size = self._group.error_size
+        return state.Facts(source, self.row_offsets, self.normalization, layers, error_size)
 
     def extra_repr(self) -> str:
         """The number of layers and the source of the signals."""
@@ -360,96 +505,75 @@ class DFA(nn.Module):
 
     def _rows(self, error: Tensor) -> Tensor:
         """The error as it is projected: [batch, n], transformed, where the projection runs."""
-        rows = to_rows(error, self._group.batch_dims, "DFA")
+        rows = to_rows(error, self.batch_dims, "DFA")
         if self.error_transform is not None:
-            transformed = self.error_transform(rows)
+            # A copy: one that works in place would change the last layer's gradient.
+            transformed = self.error_transform(rows.clone())
             if not isinstance(transformed, Tensor) or transformed.shape != rows.shape:
-                got = tuple(getattr(transformed, "shape", ())) or type(transformed).__name__
-                raise ValueError(
-                    f"DFA: error_transform must keep the error's shape {tuple(rows.shape)}, "
-                    f"got {got}"
-                )
+                raise _other_shape("error_transform", rows, transformed)
             rows = transformed
         return rows.to(self.rp_device)
 
-    def _places(self, waiting: Sequence[Waiting], output: Tensor) -> tuple[Layers, list[Place]]:
-        """The distinct layers of a forward pass, and where the signal of each activation goes."""
-        batch, rest = split_shape(output.shape, self.batch_dims, "DFA")
-        error_size = math.prod(rest)
-        if error_size == 0:
-            raise ValueError(
-                f"DFA: output must have at least one element a row, got {tuple(output.shape)}"
-            )
-        split = [self._split(item) for item in waiting]
-        own = {item.layer: size for item, (_, size) in zip(waiting, split, strict=True)}
-        if self._group.record is None:
-            for index, size in own.items():
-                self.dfa_layers[index].size = size
-        sizes = [own.get(i, layer.size or 1) for i, layer in enumerate(self.dfa_layers)]
-        scales = self._slicing.scales(sizes, error_size)
-        wanted: list[tuple[int, int, float]] = []
+    def _plan(self, indices: Sequence[int], activations: Sequence[Tensor], output: Tensor) -> Plan:
+        """Which layer's signal goes to which activation. Moves masks to their activations."""
         targets = []
-        for (index, activation, _), (own_batch, size) in zip(waiting, split, strict=True):
-            shape, dtype, device = activation.shape, activation.dtype, activation.device
+        for index, activation in zip(indices, activations, strict=True):
+            device = activation.device
             if self.rp_device is None and device != output.device:
                 raise ValueError(
-                    f"DFA: dfa_layers[{index}] is on {device}, the output on "
-                    f"{output.device}; give rp_device to say where to project"
+                    f"DFA: dfa_layers[{index}] is on {device}, the output on {output.device}; "
+                    "give rp_device to say where to project"
                 )
-            repeats = row_ratio(own_batch, batch, f"DFA: dfa_layers[{index}]")
-            scale = scales[index]
-            if size != sizes[index]:  # the layer was called again, with another size
-                others = [*sizes[:index], size, *sizes[index + 1 :]]
-                scale = self._slicing.scales(others, error_size)[index]
-            wanted.append((self._slicing.row_offsets[index], size, scale / math.sqrt(repeats)))
+            if index in self.masks and self.masks[index].device != device:
+                self.masks[index] = self.masks[index].to(device)
             dims = self.dfa_layers[index].row_dims
-            mask = index if index in self.masks else None
-            if mask is not None:
-                beside_rows(self.masks[mask], shape, dims, f"DFA: mask[{index}]")
-                if self.masks[mask].device != device:
-                    self.masks[mask] = self.masks[mask].to(device)
-            targets.append((shape, dims, dtype, device, mask))
-        layers, positions = Layers.distinct(*zip(*wanted, strict=True))
-        places = [
-            Place(position, *target) for position, target in zip(positions, targets, strict=True)
-        ]
-        self._check_stored(layers, error_size, self.rp_device or output.device)
-        return layers, places
+            targets.append(Target(index, activation.shape, dims, activation.dtype, device))
+        return make_plan(
+            targets,
+            output.shape,
+            self.batch_dims,
+            self._slicing,
+            len(self.dfa_layers),
+            lambda index: self.dfa_layers[index].size,
+            self.masks,
+            self.scale_repeats,
+        )
 
-    def _check_stored(self, layers: Layers, error_size: int, device: torch.device) -> None:
-        """Check stored matrices against a pass, and move them to where it projects."""
-        source = self.source
-        if isinstance(source, Stored):
-            source.check(layers, error_size)
-            if any(matrix.device != device for matrix in source.matrices):
-                self.source = source.to(device)
+    def _warn(self, waiting: Sequence[Waiting], idle: Mapping[int, str], output: Tensor) -> None:
+        """Say what a training pass will not train, or not as asked. Once, compare the ranks."""
+        group = self._group
+        uncalled = []
+        tracing = torch.compiler.is_compiling()
+        if tracing or not self._all_called:
+            called = {item.layer for item in waiting} | set(idle)
+            uncalled = [
+                index
+                for index, layer in enumerate(self.dfa_layers)
+                if index not in called and layer.size is None and not layer.passthrough
+            ]
+            if not tracing:  # a graph that read what it wrote would be made twice
+                self._all_called = not uncalled
+        if not all(layer.passthrough for layer in self.dfa_layers):
+            guards.warn_of_layers_without_signals(group.said, idle, uncalled, len(waiting))
+        if not tracing and "ranks" not in group.said and ranks.inside_data_parallel():
+            group.said.add("ranks")
+            ranks.check_equal(self.get_extra_state(), self.extra_repr())
+        if group.batch_dims is None and output.dim() == 3 and waiting:
+            guards.warn_of_tokens(group.said)
 
-    def _split(self, item: Waiting) -> tuple[list[int], int]:
-        """The batch sizes and l_i of an activation, which must have units beside its batch.
+    def _position(self, layer: int | str | DFALayer) -> int:
+        """The index of a layer that is given by itself, its name or its index."""
+        if isinstance(layer, (str, DFALayer)):
+            for index, one in enumerate(self.dfa_layers):
+                if layer is one or (isinstance(layer, str) and layer == one.name):
+                    return index
+            got = repr(layer) if isinstance(layer, str) else type(layer).__name__
+            names = [one.name for one in self.dfa_layers]
+            raise ValueError(f"DFA: layer must be one of the DFA's, of names {names}, got {got}")
+        last = len(self.dfa_layers) - 1
+        return checks.integer("DFA", "layer", layer, low=0, high=last)
 
-        Without any it most likely is one sample in a model for batches. Its units would count as
-        its batch, and could even line up with the output's.
-        """
-        dims, shape = self.dfa_layers[item.layer].row_dims, item.activation.shape
-        where = f"DFA: dfa_layers[{item.layer}]"
-        batch, rest = split_shape(shape, dims, where)
-        size = math.prod(rest)
-        if size == 0 or not rest:
-            raise ValueError(
-                f"{where} must have units beside its batch_dims {dims}, got shape {tuple(shape)}; "
-                "unsqueeze(-1) is for a layer of one unit, batch_dims=() for one sample alone"
-            )
-        return batch, size
 
-    def _longest(
-        self, waiting: Sequence[Waiting], layers: Layers, places: Sequence[Place]
-    ) -> Layers:
-        """The one layer whose signal serves all places, each by its own factor, set here."""
-        scale = max(abs(scale) for scale in layers.scales) or 1.0
-        for item, place in zip(waiting, places, strict=True):
-            assert item.factor is not None
-            ratio = layers.scales[place.layer] / scale
-            item.factor.value = (
-                ratio if place.mask is None else delivery.mask_for(place, self.masks) * ratio
-            )
-        return Layers(layers.row_offsets[:1], (max(layers.sizes),), (scale,))
+def _other_shape(argument: str, given: Tensor, got: object) -> ValueError:
+    what = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
+    return ValueError(f"DFA: {argument} must keep the shape {tuple(given.shape)}, got {what}")

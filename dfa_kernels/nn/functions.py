@@ -1,6 +1,7 @@
 """The trainer's autograd Functions.
 
-`Feedback` ties activations to the output; `Scaled` scales a shared signal.
+`Feedback` ties activations to the output, `Scaled` scales a shared signal, and `Stopped` passes on
+an activation that requires a gradient and sends none back.
 """
 
 from __future__ import annotations
@@ -10,45 +11,58 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# signals(error) -> one gradient per activation
-Signals = Callable[[Tensor], Sequence[Tensor | None]]
+# signals(error, activations if they are kept) -> one gradient per activation
+Signals = Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor | None]]
 
 
 class Feedback(torch.autograd.Function):
     """Identity on the network's output; its backward sends feedback signals to the activations.
 
-    forward(signals, output, *activations) returns the output. backward(error) gives the output the
-    error, which trains the last layer as backpropagation does, and the activations signals(error),
-    which trains the hidden layers (Launay, Poli, Krzakala 2019, eq. 3). It keeps shapes only, no
-    activation.
+    forward(signals, keep, output, *activations) returns the output. backward(error) gives the
+    output the error, which trains the last layer as backpropagation does, and the activations their
+    signals, which train the hidden layers (Launay, Poli, Krzakala 2019, eq. 3). It keeps no
+    activation. With `keep`, which is for torch.compile, signals gets the activations to take their
+    shapes: the graph of a backward cannot use sizes that the forward computed. What it keeps in the
+    end are sizes.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(signals: Signals, output: Tensor, *activations: Tensor) -> Tensor:
+    def forward(signals: Signals, keep: bool, output: Tensor, *activations: Tensor) -> Tensor:
         """`output`, tied to the activations."""
         return output.detach()  # no view: those of a custom Function cannot be changed in place
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        """No tensor is kept."""
+        """Keeps the activations if asked to."""
         ctx.signals = inputs[0]
+        if inputs[1]:
+            ctx.save_for_backward(*inputs[3:])
 
     @staticmethod
     def backward(ctx, error: Tensor) -> tuple[Tensor | None, ...]:
         """The error for the output, the signals for the activations."""
-        return (None, error, *ctx.signals(error))
+        return (None, None, error, *ctx.signals(error, ctx.saved_tensors))
 
 
 class Factor:
-    """What `Scaled` multiplies a gradient by; set after its forward, before its backward."""
+    """What `Scaled` does to a gradient; set after its forward, before its backward.
+
+    It multiplies by `value`, and passes the product through `transform`.
+    """
 
     value: Tensor | float = 1.0
+    transform: Callable[[Tensor], Tensor] | None = None
+
+    def apply(self, signal: Tensor) -> Tensor:
+        """The gradient it makes, in memory of its own."""
+        signal = signal * self.value
+        return signal if self.transform is None else self.transform(signal)
 
 
 class Scaled(torch.autograd.Function):
-    """Identity whose backward multiplies the gradient by `factor.value`.
+    """Identity whose backward multiplies the gradient by `factor.value`, and transforms it.
 
     It is made right after the activation, so it runs right before the activation's own backward:
     the scaled copy of a shared signal lives only while its layer is trained.
@@ -69,4 +83,25 @@ class Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, signal: Tensor) -> tuple[Tensor, None]:
         """The scaled signal, in memory of its own."""
-        return signal * ctx.factor.value, None
+        return ctx.factor.apply(signal), None
+
+
+class Stopped(torch.autograd.Function):
+    """Identity that requires a gradient as its input does, and sends none back."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(activation: Tensor) -> Tensor:
+        """`activation`."""
+        return activation.detach()  # no view, as above
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        """No tensor is kept, and no gradient of zeros is made."""
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor | None) -> None:
+        """Nothing."""
+        return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -25,6 +26,94 @@ def warn_once(said: set[str], fact: str, message: str) -> None:
     elif fact not in said:
         said.add(fact)
         warnings.warn(message, UserWarning, stacklevel=_level())
+
+
+def warn_of_a_layer_alone(said: set[str], name: str | None) -> None:
+    """A `DFALayer` was called that no `DFA` trains."""
+    which = "this layer" if name is None else f"layer {name!r}"
+    warn_once(
+        said,
+        "alone",
+        f"DFALayer: no DFA trains {which}, so nothing trains what is before it; give it to one, as "
+        "in DFA([layer, ...]), or use passthrough=True to let backpropagation through",
+    )
+
+
+def warn_of_a_second_call(said: set[str], layer: int) -> None:
+    """A layer was called again before the output, and nobody chose what to do then."""
+    warn_once(
+        said,
+        "second call",
+        f"DFA: dfa_layers[{layer}] was called again before the DFA, so only its last call will be "
+        "trained. If one forward pass calls it several times, as a shared activation module, set "
+        'feedback_points_handling="REDUCE" to train all calls, or "LAST" to train the last. If '
+        "another pass began before this one reached the DFA, nothing trained what that one "
+        "called: an exception stopped it (watch(model) drops what it left), or something "
+        "called the model's forward without its hooks",
+    )
+
+
+def warn_of_waiting(said: set[str], layers: Sequence[int]) -> None:
+    """A forward pass ended with layers that wait for the output."""
+    warn_once(
+        said,
+        "waiting",
+        f"DFA: dfa_layers {list(layers)} were called after the DFA, or it was not called; nothing "
+        "trains what is before them",
+    )
+
+
+def warn_of_layers_without_signals(
+    said: set[str], idle: Mapping[int, str], uncalled: Sequence[int], waiting: int
+) -> None:
+    """A training pass reached the output, and some layers will get no signal.
+
+    `idle` has those that were called and why they wait for nothing, `uncalled` those that were
+    never called so far, and `waiting` is the number of activations that wait.
+    """
+    frozen = [layer for layer, why in idle.items() if why == "frozen"]
+    blind = [layer for layer, why in idle.items() if why == "no_grad"]
+    if frozen:
+        warn_once(
+            said,
+            "frozen",
+            f"DFA: dfa_layers {frozen} got activations that require no gradient, so nothing before "
+            "them is trained: it is frozen, or cut off, as by a checkpoint with use_reentrant=True "
+            "whose input requires none (use use_reentrant=False, or requires_grad=True of DFA)",
+        )
+    if blind:
+        warn_once(
+            said,
+            "no_grad",
+            f"DFA: dfa_layers {blind} were called with gradients disabled, so nothing before them "
+            "is trained; inside a checkpoint use use_reentrant=False",
+        )
+    if uncalled and (waiting or idle):
+        warn_once(
+            said,
+            "uncalled",
+            f"DFA: dfa_layers {list(uncalled)} were not called in this forward pass, nor before: "
+            "what is before them is trained by the next layer's signal",
+        )
+    if not waiting and not idle:
+        warn_once(
+            said,
+            "nothing",
+            "DFA: no layer was called before it in this forward pass, so it trains nothing but the "
+            "last layer. The DFA was called twice, or the layers' hooks were not called: call "
+            "model(x), not model.forward(x), and choose points that are called as modules",
+        )
+
+
+def warn_of_tokens(said: set[str]) -> None:
+    """An output of three dimensions met the default `batch_dims`."""
+    warn_once(
+        said,
+        "tokens",
+        "DFA: output has three dimensions, and batch_dims is not given, so each sample is one row "
+        "and all its tokens' numbers are the error of one row, which is slow. For [batch, tokens, "
+        "n] give batch_dims=(0, 1), or batch_dims=(0,) if one row a sample is meant",
+    )
 
 
 @torch.compiler.assume_constant_result  # so it runs as it is while tracing

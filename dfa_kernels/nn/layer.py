@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dfa_kernels import checks
-from dfa_kernels.layers import Layers
-from dfa_kernels.nn.functions import Factor, Scaled
-from dfa_kernels.nn.signals import Place
+from dfa_kernels import checks, derivatives
+from dfa_kernels.nn import guards
+from dfa_kernels.nn.functions import Factor, Scaled, Stopped
+from dfa_kernels.nn.plan import Plan
 
 
 class FeedbackPointsHandling(enum.Enum):
@@ -40,66 +39,81 @@ class Waiting(NamedTuple):
 
 @dataclasses.dataclass
 class Record:
-    """A forward pass under `DFA.recording`: its output, and the activations it would train.
-
-    `indices` has the index of each activation's `DFALayer`, `places` its place, and `layers` what
-    makes the signals of the places.
-    """
+    """A forward pass under `DFA.recording`: its output, and the activations it would train."""
 
     output: Tensor | None = None
     activations: Sequence[Tensor] = ()
-    indices: Sequence[int] = ()
-    places: Sequence[Place] = ()
-    layers: Layers = dataclasses.field(default_factory=lambda: Layers((), (), ()))
+    plan: Plan | None = None
 
 
 @dataclasses.dataclass
 class Group:
-    """What a `DFA` and its layers share."""
+    """What a `DFA` and its layers share.
+
+    `handling` and `batch_dims` are None where nobody chose them. `waiting` has the activations of
+    each layer until the forward pass reaches the output, `idle` the layers that no signal can train
+    in this pass, and why. `said` has the warnings that were given.
+    """
 
     mode: str
-    handling: FeedbackPointsHandling
-    batch_dims: tuple[int, ...]
+    handling: FeedbackPointsHandling | None
+    batch_dims: tuple[int, ...] | None
     lean: bool
+    requires_grad: bool
+    error_size: int | None = None  # n in the last forward pass that trained, or in a loaded state
     record: Record | None = None
-    waiting: list[Waiting] = dataclasses.field(default_factory=list)
+    waiting: dict[int, list[Waiting]] = dataclasses.field(default_factory=dict)
+    idle: dict[int, str] = dataclasses.field(default_factory=dict)
+    said: set[str] = dataclasses.field(default_factory=set)
 
     def wait(self, layer: int, activation: Tensor) -> None:
         """Keep an activation until the forward pass reaches the output."""
+        if not self.waiting:
+            # A new one: a compiled pass would have to return what it puts into an old one.
+            self.waiting = {}
         factor = None
         if self.lean and self.record is None and not torch.compiler.is_compiling():
             factor = Factor()
             activation = Scaled.apply(activation, factor)
-        if self.handling is not FeedbackPointsHandling.REDUCE:
-            self.waiting = [other for other in self.waiting if other.layer != layer]
-        self.waiting.append(Waiting(layer, activation, factor))
+        item = Waiting(layer, activation, factor)
+        if layer in self.waiting and self.handling is FeedbackPointsHandling.REDUCE:
+            self.waiting[layer].append(item)
+            return
+        if layer in self.waiting and self.handling is None and self.record is None:
+            guards.warn_of_a_second_call(self.said, layer)
+        self.waiting[layer] = [item]
 
-    def take(self) -> list[Waiting]:
-        """Hand over what waits, in the order of the layers."""
-        waiting, self.waiting = self.waiting, []
-        return sorted(waiting, key=lambda item: item.layer)
+    def pass_over(self, layer: int) -> None:
+        """Note that no signal can train a layer in this pass, and why."""
+        if not self.idle:
+            self.idle = {}
+        self.idle[layer] = "frozen" if torch.is_grad_enabled() else "no_grad"
+
+    def take(self) -> tuple[list[Waiting], dict[int, str]]:
+        """Hand over what waits, in the order of the layers, and the layers that are idle."""
+        waiting, idle = self.waiting, self.idle
+        self.forget()
+        items = [item for layer in sorted(waiting) for item in waiting[layer]]
+        return items, {layer: why for layer, why in idle.items() if layer not in waiting}
 
     def forget(self, *_: Any) -> None:
         """Drop what waits. Takes a forward hook's arguments."""
-        self.waiting = []
+        self.waiting, self.idle = {}, {}
 
     def warn_of_waiting(self, *_: Any) -> None:
         """Warn at the end of a forward pass of layers that nothing will train. A forward hook."""
         if self.waiting:
-            indices = sorted({item.layer for item in self.waiting})
-            warnings.warn(
-                f"DFA: dfa_layers {indices} were called after the DFA, or it was not called; "
-                "nothing trains what is before them",
-                stacklevel=2,
-            )
+            guards.warn_of_waiting(self.said, sorted(self.waiting))
 
     def __getstate__(self) -> dict:
         # A copy takes no part in the forward pass under way.
-        return {**self.__dict__, "waiting": [], "record": None}
+        return {**self.__dict__, "waiting": {}, "idle": {}, "record": None}
 
 
 class DFALayer(nn.Module):
     """Marks a hidden activation, after its non-linearity, for the `DFA` it is given to.
+
+    Without a `DFA` it cuts backpropagation, and warns once: nothing trains what is before it.
 
     Args:
         name: for messages and tables.
@@ -107,10 +121,14 @@ class DFALayer(nn.Module):
             for [batch, features] and [batch, channels, height, width]; (0, 1) for [batch, tokens,
             features], (1, 0) for [tokens, batch, features]. None: those of the `DFA`.
         passthrough: True lets backpropagation through and sends no signal.
+        requires_grad: True passes on an activation that requires a gradient, although none is sent
+            back; see `DFA`. None: as the `DFA` says.
 
     Attributes:
         size: l_i in the last forward pass that trained the layer, or in a loaded state. None before
-            both.
+            both. Read-only.
+        name, batch_dims, passthrough: as given. A change takes effect with the next forward pass;
+            the name stays once a `DFA` has the layer.
     """
 
     def __init__(
@@ -118,14 +136,65 @@ class DFALayer(nn.Module):
         name: str | None = None,
         batch_dims: Sequence[int] | None = None,
         passthrough: bool = False,
+        *,
+        requires_grad: bool | None = None,
     ):
         super().__init__()
-        self.name = name
-        self.batch_dims = None if batch_dims is None else check_dims("DFALayer", batch_dims)
-        self.passthrough = passthrough
-        self.size: int | None = None
         self._group: Group | None = None
         self._index = 0
+        self._size: int | None = None
+        self._said: set[str] = set()
+        self.name = name
+        self.batch_dims = batch_dims
+        self.passthrough = passthrough
+        self.requires_grad = requires_grad
+
+    @property
+    def name(self) -> str | None:
+        """As given. It may be set until a `DFA` has the layer."""
+        return self._name
+
+    @name.setter
+    def name(self, name: str | None) -> None:
+        if self._group is not None:
+            raise AttributeError(
+                f"DFALayer: name must be set before the layer is given to a DFA, got {name!r}"
+            )
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"DFALayer: name must be a str or None, got {name!r}")
+        self._name = name
+
+    @property
+    def batch_dims(self) -> tuple[int, ...] | None:
+        """As given; a change takes effect with the next forward pass."""
+        return self._batch_dims
+
+    @batch_dims.setter
+    def batch_dims(self, dims: Sequence[int] | None) -> None:
+        self._batch_dims = None if dims is None else check_dims("DFALayer", dims)
+
+    @property
+    def passthrough(self) -> bool:
+        """As given; a change takes effect with the next forward pass."""
+        return self._passthrough
+
+    @passthrough.setter
+    def passthrough(self, passthrough: bool) -> None:
+        self._passthrough = bool(passthrough)
+
+    @property
+    def requires_grad(self) -> bool | None:
+        """As given; a change takes effect with the next forward pass."""
+        return self._requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, requires_grad: bool | None) -> None:
+        self._requires_grad = None if requires_grad is None else bool(requires_grad)
+
+    @property
+    def size(self) -> int | None:
+        """l_i in the last forward pass that trained the layer, or in a loaded state. Read-only."""
+        return self._size
 
     def forward(self, activation: Tensor) -> Tensor:
         """`activation`, detached unless backpropagation is to pass."""
@@ -133,33 +202,46 @@ class DFALayer(nn.Module):
             raise TypeError(
                 f"DFALayer: activation must be a tensor, got {type(activation).__name__}"
             )
+        if self.passthrough:
+            return activation
         group = self._group
         if group is None:
-            raise RuntimeError(
-                "DFALayer: no DFA trains this layer; give it to one, as in DFA([layer, ...])"
-            )
+            if torch.is_grad_enabled() and activation.requires_grad:
+                guards.warn_of_a_layer_alone(self._said, self.name)
+            return activation.detach()
         recorded = group.record is not None
-        if self.passthrough or (group.mode == "backprop" and not recorded):
+        if group.mode == "backprop" and not recorded:
             return activation
-        if (
-            (group.mode == "dfa" or recorded)
-            and torch.is_grad_enabled()
-            and activation.requires_grad
-            and not recomputing("DFALayer")
-        ):
-            group.wait(self._index, activation)
-        return activation if recorded else activation.detach()
+        if (group.mode == "dfa" or recorded) and not recomputing("DFALayer"):
+            if derivatives.forward_mode():
+                raise NotImplementedError(
+                    "DFALayer: there are no forward-mode derivatives of DFA (torch.func.jvp, "
+                    "jacfwd, hessian, forward_ad): its gradients are of no function; use reverse "
+                    'mode, or mode "backprop"'
+                )
+            if torch.is_grad_enabled() and activation.requires_grad:
+                group.wait(self._index, activation)
+            else:
+                group.pass_over(self._index)
+        if recorded:
+            return activation
+        wanted = group.requires_grad if self.requires_grad is None else self.requires_grad
+        if wanted and group.mode == "dfa":
+            return Stopped.apply(activation)
+        return activation.detach()
 
     @property
     def row_dims(self) -> tuple[int, ...]:
         """The batch dimensions in force: this layer's, else those of its `DFA`."""
         if self.batch_dims is not None:
             return self.batch_dims
-        return self._group.batch_dims if self._group is not None else (0,)
+        group = self._group
+        return (0,) if group is None or group.batch_dims is None else group.batch_dims
 
     def extra_repr(self) -> str:
         """The arguments that differ from their defaults."""
-        facts = {"name": self.name, "batch_dims": self.batch_dims, "passthrough": self.passthrough}
+        names = ("name", "batch_dims", "passthrough", "requires_grad")
+        facts = {name: getattr(self, name) for name in names}
         return ", ".join(f"{key}={value!r}" for key, value in facts.items() if value)
 
 

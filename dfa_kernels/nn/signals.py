@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,17 +42,18 @@ def deliver(
     some parameter's gradient.
     """
     made = _project(source, error, layers, places)
-    of_layer: list[list[int]] = [[] for _ in made]  # its places, without repetition
+    of_layer: list[list[int]] = [[] for _ in made]  # its places without masks, each once
     signals: list[Tensor] = []
     for index, place in enumerate(places):
         rows, others = made[place.layer], of_layer[place.layer]
-        twins = [other for other in others if places[other] == place]
-        if twins:
-            signals.append(signals[twins[0]])
-            continue
-        if others and place.mask is None:
-            rows = rows.clone()
-        others.append(index)
+        if place.mask is None:
+            twins = [other for other in others if places[other] == place]
+            if twins:
+                signals.append(signals[twins[0]])
+                continue
+            if others:
+                rows = rows.clone()
+            others.append(index)
         signal = from_rows(rows, place.shape, place.batch_dims, "DFA")
         signal = signal.to(place.device, place.dtype)
         if place.mask is not None:
@@ -62,15 +63,21 @@ def deliver(
 
 
 def deliver_views(
-    source: Source, error: Tensor, layers: Layers, places: Sequence[Place], longest: Layers
+    source: Source,
+    error: Tensor,
+    layers: Layers,
+    places: Sequence[Place],
+    longest: Layers,
+    own: Mapping[int, Callable[[Tensor], Tensor]],
 ) -> list[Tensor]:
-    """For every place a view of the one signal of `longest`; `Scaled` applies scales and masks.
+    """For every place a view of the one signal of `longest`; `Scaled` makes it that of the place.
 
-    The signal has the activations' dtype where they agree, else autograd casts.
+    The signal has the activations' dtype where they agree, else autograd casts. The places in `own`
+    have no `Scaled`: the functions there make their signals at once.
     """
     (buffer,) = _project(source, error, longest, places)
     buffers = {place.device: buffer.to(place.device) for place in places}
-    return [
+    views = [
         from_rows(
             buffers[place.device][:, : layers.sizes[place.layer]],
             place.shape,
@@ -79,6 +86,7 @@ def deliver_views(
         )
         for place in places
     ]
+    return [own[index](view) if index in own else view for index, view in enumerate(views)]
 
 
 def _project(
@@ -87,14 +95,17 @@ def _project(
     """The source's signals, in the places' dtype where they agree, else in the error's."""
     dtypes = {place.dtype for place in places}
     dtype = dtypes.pop() if len(dtypes) == 1 else error.dtype
+    if isinstance(source, (Seeded, Stored)):
+        return source.project(error, layers, dtype)
+    watched = not torch.compiler.is_compiling()  # tracing finds no versions
+    version = error._version if watched else 0
     signals = source.project(error, layers, dtype)
-    if not isinstance(source, (Seeded, Stored)):
-        wanted = [(error.shape[0], size) for size in layers.sizes]
-        got = [tuple(signal.shape) for signal in signals]
-        if got != wanted:
-            raise ValueError(
-                f"DFA: matrix.project must make signals of the shapes {wanted}, got {got}"
-            )
+    if watched and error._version != version:
+        raise ValueError("DFA: matrix.project must not change the error in place")
+    wanted = [(error.shape[0], size) for size in layers.sizes]
+    got = [tuple(signal.shape) for signal in signals]
+    if got != wanted:
+        raise ValueError(f"DFA: matrix.project must make signals of the shapes {wanted}, got {got}")
     return signals
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, NamedTuple, Protocol, TypeGuard
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from dfa_kernels import checks, ops
+from dfa_kernels import checks, functional, ops
 from dfa_kernels.backends import registry
 from dfa_kernels.layers import Layers
 from dfa_kernels.stream import Stream
@@ -175,6 +176,36 @@ class Slicing(NamedTuple):
         return checks.scales("DFA", normalization, sizes, error_size)
 
 
+def matrix_of(
+    source: Source,
+    layers: Layers,
+    error_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+) -> Tensor:
+    """The scaled feedback matrix [size, error_size] of the one layer in `layers`."""
+    (row_offset,), (size,), (scale,) = layers
+    if isinstance(source, Seeded):
+        matrix = functional.feedback_matrix(
+            size,
+            error_size,
+            seed=source.seed,
+            distribution=source.distribution,
+            row_offset=row_offset,
+            dtype=dtype,
+            device=device,
+            backend=source.backend,
+        )
+        return matrix.mul_(scale)
+    if isinstance(source, Stored):
+        source.check(layers, error_size)
+        matrix = source.matrices[row_offset // INDEPENDENT_ROWS][:size]
+        return (matrix * scale).to(device, dtype)
+    checks.dtype("DFA.feedback_matrix", "dtype", dtype)
+    (signal,) = source.project(torch.eye(error_size, dtype=dtype, device=device), layers, dtype)
+    return signal.T
+
+
 def tinydfa_scales(sizes: list[int], error_size: int) -> list[float]:
     """tinydfa's normalization: with `distribution="uniform"`, entries in (-1, 1) over sqrt(l_max).
 
@@ -186,16 +217,33 @@ def tinydfa_scales(sizes: list[int], error_size: int) -> list[float]:
 tinydfa_scales.__module__ = "dfa_kernels.nn"  # its public name, which states hold
 
 
-def check_normalization(normalization: bool | str | float | Scales) -> str | float | Scales:
+def check_seeded(
+    seed: int | None, distribution: str | None, backend: str | None, function: str = "DFA"
+) -> Seeded:
+    """`DFA`'s arguments of these names as a source; None is the default."""
+    seed = 0 if seed is None else seed
+    checks.seed(function, seed)
+    distribution = "normal" if distribution is None else distribution
+    checks.distribution(function, distribution)
+    known = [None, *registry.BACKENDS]
+    if not isinstance(backend, str | None) or backend not in known:
+        names = ", ".join(map(repr, registry.BACKENDS))
+        raise ValueError(f"{function}: backend must be one of {names} or None, got {backend!r}")
+    return Seeded(operator.index(seed), distribution, backend)  # numpy's ints are no JSON
+
+
+def check_normalization(
+    normalization: bool | str | float | Scales, function: str = "DFA"
+) -> str | float | Scales:
     """`DFA`'s argument `normalization` as a name, a float or a function."""
     if isinstance(normalization, bool):
         return "layer" if normalization else "shared"
     if isinstance(normalization, (str, Real)):
-        (scale,) = checks.scales("DFA", normalization, [1], 1)
+        (scale,) = checks.scales(function, normalization, [1], 1)
         return normalization if isinstance(normalization, str) else scale
     if not callable(normalization):
         raise TypeError(
-            "DFA: normalization must be a name, a number or a function, "
+            f"{function}: normalization must be a name, a number or a function, "
             f"got {type(normalization).__name__} {normalization!r}"
         )
     return normalization
@@ -214,6 +262,8 @@ def check_matrix(
     """
     if matrix is None:
         return seeded, shared
+    if isinstance(matrix, Seeded):  # of another DFA
+        return check_seeded(*matrix), shared
     if isinstance(matrix, Stored):  # of another DFA
         matrix = matrix.matrices[0] if len(matrix.matrices) == 1 else matrix.matrices
     elif not isinstance(matrix, Tensor) and _is_source(matrix):

@@ -127,7 +127,7 @@ class Multiplied:
         return {"name": self.name, "shapes": [tuple(matrix.shape) for matrix in self.matrices]}
 
 
-def perceptron(seed=0, dtype=torch.float32, **arguments):
+def perceptron(seed=None, dtype=torch.float32, **arguments):
     """A `Perceptron` with weights drawn from torch's seed 0."""
     torch.manual_seed(0)
     return Perceptron(seed=seed, **arguments).to(dtype)

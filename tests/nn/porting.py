@@ -1,10 +1,8 @@
 """The tables of PORTING.md as the tests read them, and other trainers' steps by hand."""
 
 import copy
-import inspect
 import re
 
-import pytest
 import torch
 import torch.nn.functional as F
 
@@ -53,12 +51,6 @@ class Table:
         code = code if code.startswith("DFA(") else f"dict({code})"
         known = {"DFA": lambda layers, **given: given, "layers": (), "torch": torch}
         return eval(code, {**known, "tinydfa_scales": tinydfa_scales, **names})
-
-
-def coming(name):
-    """Skips a test until `DFA` has that method or argument."""
-    there = hasattr(DFA, name) or name in inspect.signature(DFA).parameters
-    return pytest.mark.skipif(not there, reason=f"DFA has no {name} yet")
 
 
 def by_signals(model, x, y, made, **loss):

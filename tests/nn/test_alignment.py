@@ -93,7 +93,7 @@ def test_no_trace_is_left(training):
     assert_equal(gradients(model), before[1])
     assert torch.equal(torch.get_rng_state(), before[2])
     assert all(buffer is objects[name] for name, buffer in model.named_buffers())
-    assert model.dfa._group.waiting == []
+    assert not model.dfa._group.waiting
 
 
 def test_no_trace_is_left_by_a_loss_that_fails():
@@ -116,7 +116,8 @@ def test_no_trace_is_left_by_a_loss_that_fails():
 def test_a_pass_under_way_keeps_what_waits_and_gets_nothing_from_an_aborted_measurement():
     x, y = batch()
     model = perceptron()
-    expected = backward(model, x, y, skip=(1, 2))
+    with pytest.warns(UserWarning, match=r"dfa_layers \[1, 2\] were not called"):
+        expected = backward(model, x, y, skip=(1, 2))
     model.zero_grad()
     h = torch.tanh(model.linears[0](x))
     h = model.points[0](h)
@@ -213,10 +214,8 @@ def test_a_skipped_layer_is_left_out():
 def test_bad_arguments():
     x, y = batch()
     model = perceptron()
-    with pytest.raises(ValueError, match="alignment: model must hold one DFA, got 0"):
+    with pytest.raises(ValueError, match=r"alignment: model must hold a DFA .* got none"):
         alignment(nn.Linear(2, 2), lambda: None)
-    with pytest.raises(ValueError, match="alignment: model must hold one DFA, got 2"):
-        alignment(nn.ModuleList([model, Perceptron()]), lambda: None)
     with pytest.raises(ValueError, match="alignment: loss must run the model's forward pass"):
         alignment(model, lambda: torch.zeros((), requires_grad=True))
     for returned, message in (
@@ -228,3 +227,70 @@ def test_bad_arguments():
         with pytest.raises(TypeError, match=f"alignment: loss must return a scalar .* {message}"):
             alignment(model, lambda of=returned: of(F.cross_entropy(model(x), y)))
     assert backward(model, x, y) is not None
+
+
+# --- several DFAs ---
+
+
+def test_heads_with_a_dfa_each_are_measured_in_one_pass():
+    x, y = batch()
+    model = nn.ModuleDict({"left": perceptron(seed=1), "right": Perceptron(seed=2)})
+    calls = []
+
+    def loss():
+        calls.append(1)
+        return sum(F.cross_entropy(model[name](x), y) for name in ("left", "right"))
+
+    found = alignment(model, loss)
+    assert len(calls) == 1
+    expected = {}
+    for name, part in model.items():
+        for layer, angle in alignment(part, loss_of(part, x, y)).items():
+            expected[f"{name}.dfa.{layer}"] = angle
+    assert list(found) == list(expected)
+    for name, angle in expected.items():
+        assert tuple(found[name]) == pytest.approx(tuple(angle))
+    assert all(part.dfa._group.record is None for part in model.values())
+
+
+def test_attached_dfas_are_told_apart_by_their_order():
+    x, y = batch()
+    parts = [nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5)) for _ in range(2)]
+    model = nn.ModuleList([*parts, perceptron()])
+    for seed, part in enumerate(parts):
+        attach(part, ["1"], seed=seed)
+    found = alignment(model, lambda: sum(F.cross_entropy(part(x), y) for part in model))
+    assert list(found) == [
+        *(f"attached[{index}].1" for index in range(2)),
+        *(f"2.dfa.h{index}" for index in range(3)),
+    ]
+    for index, part in enumerate(parts):
+        (expected,) = alignment(part, loss_of(part, x, y)).values()
+        assert tuple(found[f"attached[{index}].1"]) == pytest.approx(tuple(expected))
+
+
+def test_a_dfa_that_the_loss_does_not_reach_is_left_out():
+    x, y = batch()
+    model = nn.ModuleList([perceptron(), Perceptron()])
+    assert list(alignment(model, loss_of(model[1], x, y))) == ["1.dfa.h0", "1.dfa.h1", "1.dfa.h2"]
+    with pytest.raises(ValueError, match="alignment: loss must run the model's forward pass"):
+        alignment(model, lambda: torch.zeros((), requires_grad=True))
+
+
+def test_dfas_in_a_row_are_measured_by_backpropagations_errors():
+    x, y = batch(torch.float64)
+    first, second = perceptron(dtype=torch.float64), perceptron(dtype=torch.float64)
+    adapter = nn.Linear(5, 8, dtype=torch.float64)
+    model = nn.Sequential(first, adapter, second)
+    found = alignment(model, loss_of(model, x, y))
+    assert list(found) == [f"{index}.dfa.h{layer}" for index in (0, 2) for layer in range(3)]
+
+    class After(nn.Module):
+        def forward(self, output):
+            second.dfa.mode = "backprop"
+            return second(adapter(output))
+
+    after = After()
+    alone = alignment(first, lambda: F.cross_entropy(after(first(x)), y))
+    for layer, angle in alone.items():
+        assert tuple(found[f"0.dfa.{layer}"]) == pytest.approx(tuple(angle))

@@ -35,7 +35,7 @@ def test_an_exception_frees_a_watched_models_activations_at_once():
     model.output = nn.Linear(3, 5)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         model(batch()[0])
-    assert model.dfa._group.waiting == []
+    assert not model.dfa._group.waiting
 
 
 def test_a_watched_pass_that_misses_the_output_is_warned_of():
@@ -44,7 +44,7 @@ def test_a_watched_pass_that_misses_the_output_is_warned_of():
     model.dfa.forward = lambda output: output
     with pytest.warns(UserWarning, match=r"DFA: dfa_layers \[0, 1, 2\] .* it was not called"):
         model(x)
-    assert model.dfa._group.waiting == []
+    assert not model.dfa._group.waiting
     del model.dfa.forward
     assert_equal(backward(model, x, y), backward(perceptron(), x, y))
 
@@ -53,7 +53,9 @@ def test_an_aborted_pass_is_replaced_by_the_next_without_watching():
     x, y = batch()
     model = perceptron()
     abort(model, 100 * x)
-    assert_equal(backward(model, x, y), backward(perceptron(), x, y))
+    with pytest.warns(UserWarning, match=r"dfa_layers\[0\] was called again before the DFA"):
+        found = backward(model, x, y)
+    assert_equal(found, backward(perceptron(), x, y))
 
 
 def test_evaluation_after_an_aborted_pass_clears_it():
@@ -62,8 +64,11 @@ def test_evaluation_after_an_aborted_pass_clears_it():
     abort(model, 100 * x)
     with torch.no_grad():
         model(x)
-    found = backward(model, x, y, skip=(0, 1))
-    assert_equal(found, backward(perceptron(), x, y, skip=(0, 1)))
+    found = []
+    for one in (model, perceptron()):
+        with pytest.warns(UserWarning, match=r"dfa_layers \[0, 1\] were not called"):
+            found.append(backward(one, x, y, skip=(0, 1)))
+    assert_equal(*found)
 
 
 def test_a_pass_that_fails_at_the_output_leaves_nothing():
@@ -85,7 +90,7 @@ def test_nothing_waits_where_gradients_are_off(context):
     with context():
         output = model(x)
     assert not output.requires_grad
-    assert model.dfa._group.waiting == []
+    assert not model.dfa._group.waiting
     model.train()
     assert_equal(backward(model, x, y), backward(perceptron(), x, y))
 
@@ -181,6 +186,8 @@ def test_gradient_of_a_frozen_layer_is_not_made():
     x, y = batch()
     model = perceptron()
     model.linears[1].requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"dfa_layers \[1\] got activations that require no grad"):
+        model(x)
     assert len([node for node, _ in model(x).grad_fn.next_functions if node]) == 1 + 2
     found = backward(model, x, y)
     assert found[2] is found[3] is None

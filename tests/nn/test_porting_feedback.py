@@ -24,7 +24,6 @@ from tests.nn.porting import (
     Table,
     assert_received,
     by_signals,
-    coming,
     difference,
     mean,
     received,
@@ -266,7 +265,6 @@ def test_noise_on_the_error():
 
 
 @TABLE.holds("noise on every signal")
-@coming("signal_transform")
 def test_noise_on_every_signal():
     given = TABLE.options("noise on every signal")
     torch.manual_seed(5)

@@ -3,6 +3,7 @@ data parallelism. For torch.compile see test_compile.py."""
 
 import faulthandler
 import functools
+import re
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def test_checkpointing_recomputes_and_registers_nothing_twice(with_points, handl
     expected = backward(perceptron(), x, y)
     for _ in range(2):
         assert_equal(backward(model, x, y), expected)
-        assert model.dfa._group.waiting == []
+        assert not model.dfa._group.waiting
 
 
 def test_whole_model_checkpointed():
@@ -120,7 +121,7 @@ def test_whole_model_checkpointed():
     for _ in range(2):
         call = functools.partial(checkpoint, model, use_reentrant=False)
         assert_equal(backward(model, x, y, call=call), backward(perceptron(), x, y))
-        assert model.dfa._group.waiting == []
+        assert not model.dfa._group.waiting
 
 
 def test_reentrant_checkpointing_between_points():
@@ -206,18 +207,34 @@ def gradients_of_half_a_batch(rank):
     return found
 
 
-def worker(rank, folder):
+def refusal_of_another_seed(rank):
+    parallel = DistributedDataParallel(perceptron(seed=rank))
+    try:
+        parallel(batch()[0])
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def worker(rank, folder, work):
     faulthandler.dump_traceback_later(120, exit=True)  # ends a hung process and says where it hung
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
-        torch.save(gradients_of_half_a_batch(rank), folder / f"{rank}.pt")
+        torch.save(work(rank), folder / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
 def test_two_processes_make_the_gradient_of_the_joint_batch(tmp_path):
     expected = backward(perceptron(seed=3, dtype=torch.float64), *batch(torch.float64, size=8))
-    mp.spawn(worker, (tmp_path,), nprocs=2)
+    mp.spawn(worker, (tmp_path, gradients_of_half_a_batch), nprocs=2)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert_equal(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_processes_with_different_seeds_are_refused(tmp_path):
+    mp.spawn(worker, (tmp_path, refusal_of_another_seed), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert re.match(rf"DFA: seed and .* on ranks \[1\] than .* seed={rank}, ", found)

@@ -81,7 +81,7 @@ def test_compiled_model_takes_the_source_of_a_state(compiler):
     x, y = batch()
     other = perceptron(seed=2**64 - 3, distribution="uniform", shared=False)
     expected = backward(other, x, y)
-    model = perceptron(seed=1)
+    model = perceptron()
     compiled = compiler(model, fullgraph=True)
     backward(model, x, y, call=compiled)
     model.load_state_dict(other.state_dict())

@@ -1,0 +1,261 @@
+"""What a `DFA` was built with, as attributes that take what its arguments take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfa_kernels.nn.layer import DFALayer, Group
+from dfa_kernels.nn.signals import check_masks
+from dfa_kernels.nn.sources import (
+    INDEPENDENT_ROWS,
+    Scales,
+    Seeded,
+    Slicing,
+    Source,
+    Stored,
+    check_matrix,
+    check_normalization,
+    check_seeded,
+)
+
+
+class Settings(nn.Module):
+    """The attributes of a `DFA` that say how its signals are made.
+
+    Setting one checks it as the constructor does, and leaves all as it was where that fails.
+    """
+
+    _group: Group
+    _source: Source
+    _error_transform: Callable[[Tensor], Tensor] | None
+    _signal_transform: Callable[[Tensor, DFALayer], Tensor] | None
+    _layers: tuple[DFALayer, ...]
+    _slicing: Slicing
+    _chosen: dict[str, Any]  # the arguments that a loaded state may contradict, where given
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As for any object where the class has a property: torch would pass it by for modules."""
+        if isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def dfa_layers(self) -> tuple[DFALayer, ...]:
+        """The layers, in the order given. Read-only."""
+        return self._layers
+
+    @property
+    def source(self) -> Source:
+        """What makes the signals; `matrix` is the same.
+
+        Takes what the argument `matrix` takes, or the `source` of another `DFA`.
+        """
+        return self._source
+
+    @source.setter
+    def source(self, matrix: Tensor | Sequence[Tensor] | Source) -> None:
+        if matrix is None:
+            raise TypeError("DFA: matrix must be stored matrices or a Source, got None")
+        count, device = len(self.dfa_layers), self.rp_device
+        seeded = check_seeded(self.seed, self.distribution, None)
+        source, shared = check_matrix(matrix, self.shared, seeded, count, device)
+        self._share(shared)
+        self._hold("source", source)
+        for name in ("seed", "distribution"):
+            self._choose(name, isinstance(source, Seeded))
+
+    matrix = source
+
+    @property
+    def seed(self) -> int | None:
+        """The source's, if it has one."""
+        return getattr(self.source, "seed", None)
+
+    @seed.setter
+    def seed(self, seed: int | None) -> None:
+        _, distribution, backend = self._seeded("seed")
+        self._hold("source", check_seeded(seed, distribution, backend))
+        self._choose("seed", seed is not None)
+
+    @property
+    def distribution(self) -> str | None:
+        """The source's, if it has one."""
+        return getattr(self.source, "distribution", None)
+
+    @distribution.setter
+    def distribution(self, distribution: str | None) -> None:
+        seed, _, backend = self._seeded("distribution")
+        self._hold("source", check_seeded(seed, distribution, backend))
+        self._choose("distribution", distribution is not None)
+
+    @property
+    def backend(self) -> str | None:
+        """The source's, if it has one; None chooses automatically."""
+        return getattr(self.source, "backend", None)
+
+    @backend.setter
+    def backend(self, backend: str | None) -> None:
+        seed, distribution, _ = self._seeded("backend")
+        self._hold("source", check_seeded(seed, distribution, backend))
+
+    @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """The stored matrices, if those make the signals. Read-only: set `source`."""
+        return self.source.matrices if isinstance(self.source, Stored) else ()
+
+    @property
+    def row_offsets(self) -> tuple[int, ...]:
+        """Where each layer's rows of U begin. Read-only: set `shared`."""
+        return self._slicing.row_offsets
+
+    @property
+    def shared(self) -> bool:
+        """Whether all layers slice one matrix."""
+        return not any(self.row_offsets)
+
+    @shared.setter
+    def shared(self, shared: bool | None) -> None:
+        if isinstance(self.source, Stored):
+            raise AttributeError(
+                "DFA: shared follows from the number of stored matrices; set source to others"
+            )
+        self._share(shared is None or bool(shared))
+        self._choose("shared", shared is not None)
+
+    @property
+    def lean(self) -> bool:
+        """Whether one signal is kept and scaled for each layer."""
+        return self._group.lean
+
+    @lean.setter
+    def lean(self, lean: bool) -> None:
+        self._check_lean(bool(lean), self.shared)
+        self._group.lean = bool(lean)
+
+    @property
+    def normalization(self) -> str | float | Scales:
+        """The law's name, the scale or the function."""
+        return self._slicing.normalization
+
+    @normalization.setter
+    def normalization(self, normalization: bool | str | float | Scales) -> None:
+        law = check_normalization(normalization)
+        self._slicing = self._slicing._replace(normalization=law)
+        self._submodule("normalization", law)
+        self._choose("normalization", normalization is not True)
+
+    @property
+    def error_transform(self) -> Callable[[Tensor], Tensor] | None:
+        """As given."""
+        return self._error_transform
+
+    @error_transform.setter
+    def error_transform(self, function: Callable[[Tensor], Tensor] | None) -> None:
+        self._hold("error_transform", _function("error_transform", function))
+
+    @property
+    def signal_transform(self) -> Callable[[Tensor, DFALayer], Tensor] | None:
+        """As given."""
+        return self._signal_transform
+
+    @signal_transform.setter
+    def signal_transform(self, function: Callable[[Tensor, DFALayer], Tensor] | None) -> None:
+        self._hold("signal_transform", _function("signal_transform", function))
+
+    @property
+    def scale_repeats(self) -> bool:
+        """Whether signals that serve k rows are divided by sqrt(k)."""
+        return self._scale_repeats
+
+    @scale_repeats.setter
+    def scale_repeats(self, scale_repeats: bool) -> None:
+        self._scale_repeats = bool(scale_repeats)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether layers pass on activations that require a gradient, where they do not say."""
+        return self._group.requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, requires_grad: bool) -> None:
+        self._group.requires_grad = bool(requires_grad)
+
+    @property
+    def rp_device(self) -> torch.device | None:
+        """As given."""
+        return self._rp_device
+
+    @rp_device.setter
+    def rp_device(self, device: torch.device | str | None) -> None:
+        try:
+            place = None if device is None else torch.device(device)
+        except (TypeError, RuntimeError) as refusal:
+            raise type(refusal)(
+                f"DFA: rp_device must be a device or None, got {device!r}"
+            ) from refusal
+        self._rp_device = place
+        if isinstance(self.source, Stored):
+            self._source = self.source.to(place)
+
+    @property
+    def masks(self) -> dict[int, Tensor]:
+        """By index; `mask` is the same. Takes what the argument takes."""
+        return self._masks
+
+    @masks.setter
+    def masks(self, mask: Mapping[str | int, Tensor] | Sequence[Tensor | None] | None) -> None:
+        self._masks = check_masks(mask, [layer.name for layer in self.dfa_layers])
+
+    mask = masks
+
+    def _choose(self, name: str, chosen: bool) -> None:
+        """Remember what was asked for, beside which a loaded state may be another."""
+        if chosen:
+            self._chosen[name] = getattr(self, name)
+        else:
+            self._chosen.pop(name, None)
+
+    def _seeded(self, argument: str) -> Seeded:
+        """The source, where it is one that `argument` belongs to."""
+        if isinstance(self.source, Seeded):
+            return self.source
+        stored = isinstance(self.source, Stored)
+        kind = "stored matrices" if stored else f"a {type(self.source).__name__}"
+        raise AttributeError(
+            f"DFA: {argument} cannot be set, since {kind} and no seed make the signals; "
+            f"set source, for which another DFA's will do: DFA([], {argument}=...).source"
+        )
+
+    def _share(self, shared: bool) -> None:
+        """Let the layers read one matrix, or each its own."""
+        self._check_lean(self.lean, shared)
+        if shared != self.shared:
+            count = len(self.dfa_layers)
+            offsets = tuple(0 if shared else index * INDEPENDENT_ROWS for index in range(count))
+            self._slicing = self._slicing._replace(row_offsets=offsets)
+
+    @staticmethod
+    def _check_lean(lean: bool, shared: bool) -> None:
+        if lean and not shared:
+            raise ValueError("DFA: lean needs one matrix for all layers, got independent ones")
+
+    def _hold(self, name: str, value: Any) -> None:
+        """Keep an attribute, and a module among the submodules too."""
+        self.__dict__[f"_{name}"] = value
+        self._submodule(name, value)
+
+    def _submodule(self, name: str, value: Any) -> None:
+        self._modules.pop(name, None)
+        if isinstance(value, nn.Module):
+            self._modules[name] = value
+
+
+def _function(argument: str, value: Any) -> Any:
+    if value is not None and not callable(value):
+        raise TypeError(f"DFA: {argument} must be a function, got {value!r}")
+    return value

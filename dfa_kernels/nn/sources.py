@@ -199,7 +199,7 @@ def matrix_of(
         return matrix.mul_(scale)
     if isinstance(source, Stored):
         source.check(layers, error_size)
-        matrix = source.matrices[row_offset // INDEPENDENT_ROWS][:size]
+        matrix = source.matrices[row_offset // INDEPENDENT_ROWS].detach()[:size]
         return (matrix * scale).to(device, dtype)
     checks.dtype("DFA.feedback_matrix", "dtype", dtype)
     (signal,) = source.project(torch.eye(error_size, dtype=dtype, device=device), layers, dtype)

@@ -17,9 +17,11 @@ from tests.nn.networks import (
     batch,
     gradients,
     perceptron,
+    signals,
 )
 from tests.nn.porting import (
     OUTPUT,
+    PAGE,
     WRONG,
     Table,
     assert_received,
@@ -149,6 +151,9 @@ def test_no_gradient_reaches_a_matrix_through_the_signals():
     (of_weight,) = torch.autograd.grad(loss, model.linears[0].weight, create_graph=True)
     (of_matrix,) = torch.autograd.grad(of_weight.sum(), matrix, allow_unused=True)
     assert of_matrix is None
+    B_0 = model.dfa.feedback_matrix(0)
+    assert not B_0.requires_grad
+    torch.testing.assert_close(B_0, matrix.detach() / (16 * CLASSES) ** 0.5)
 
 
 @TABLE.holds("a plain tensor or a buffer")
@@ -281,6 +286,22 @@ def test_another_matrix_for_every_step():
     for step in (3, 4):
         exec(TABLE.lines[TABLE.line("another matrix")].strip("`"), {"dfa": model.dfa, "step": step})
         assert_equal(backward(model, x, y), backward(perceptron(seed=step), x, y))
+
+
+def test_a_device_and_a_convolution_as_feedback():
+    section = PAGE.split("\n## Feedback by a device")[1].split("\n## ")[0]
+    names = {"torch": torch, "DFA": DFA, "DFALayer": DFALayer, "error": torch.randn(8, 10)}
+    for example in section.split("```python\n")[1:]:
+        exec(example.split("```")[0], names)
+    error, fixed = names["error"], names["fixed"]
+    device = names["Device"](lambda e: e @ fixed.T)
+    expected = signals(error, [64, 48], matrix=fixed)
+    assert_equal(signals(error, [64, 48], matrix=device), expected, rtol=1e-5, atol=1e-6)
+    (found,) = signals(error, [3 * 8 * 8], matrix=names["B"], normalization=1.0)
+    expected = F.conv_transpose2d(
+        error[:, :, None, None].expand(8, 10, 6, 6).contiguous(), names["kernels"]
+    )
+    torch.testing.assert_close(found.view(8, 3, 8, 8), expected)
 
 
 def test_every_line_is_held():

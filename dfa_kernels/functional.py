@@ -45,10 +45,11 @@ def project(
             another, a number of a signal costs 10 additions and one for each further 1024
             columns, and signals are the same bits on every backend (see `dfa_kernels.hadamard`).
         normalization: "layer" for 1/sqrt(l_i n) (eq. 8), "shared" for 1/sqrt(max(sizes) n) (eq. 7
-            alone, the paper's "no norm"), a finite number for all layers, or one for each: 0 or
-            what fp32 holds as a normal number, unless the error is fp64.
+            alone), a finite number for all layers (1.0: U itself, the paper's "no norm"), or one
+            for each: 0 or what fp32 holds as a normal number, unless the error is fp64.
         row_offsets: each layer's first row of U, which has 2**63 rows. None: 0 for all, so layers
             share slices of one matrix, as in the paper. Disjoint ranges give every layer its own.
+            Layer i of a `DFA` with shared=False has i * `dfa_kernels.nn.INDEPENDENT_ROWS`, 2**40.
         column_offset: the column of U for error[..., 0]. U has 2**34 columns.
         error_size: n of the whole error, for `normalization`, if `error` is a shard of it that
             begins at column_offset. The shards' signals add up to the whole error's. None:

@@ -63,8 +63,8 @@ class Experiment:
 
 EVERY = ("backprop", "shallow", "dfa")
 TRAINED = ("backprop", "dfa")
-# The published code's "no norm": U itself, with entries of variance 1. The paper's eq. 7 alone is
-# normalization="shared", which equals eq. 8 where all layers have the same size.
+# The paper's "no norm", as in the published code: U itself, with entries of variance 1. Eq. 7 alone
+# is normalization="shared", which equals eq. 8 where all layers have the same size.
 UNNORMALIZED = Practice("no norm", normalization=1.0)
 LIGHT_DROPOUT, HEAVY_DROPOUT = (0.1, 0.1), (0.1, 0.5)
 SHARED_CLAIMS = (

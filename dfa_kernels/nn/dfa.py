@@ -64,10 +64,11 @@ class DFA(Settings):
     Args:
         dfa_layers: the network's `DFALayer`s.
         normalization: the layers' scales, for layer i of size l_i and an error of size n. True or
-            "layer": 1/sqrt(l_i n) (eq. 8). False or "shared": 1/sqrt(l_max n) for all (eq. 7, the
-            paper's "no norm"). A number: that scale for all. A function of (sizes of the layers,
-            size of the error): one scale per layer; a layer that was never trained counts as size
-            1. tinydfa's own law is `distribution="uniform", normalization=tinydfa_scales`.
+            "layer": 1/sqrt(l_i n) (eq. 8). False or "shared": 1/sqrt(l_max n) for all (eq. 7
+            alone). A number: that scale for all; 1.0 is U itself, the paper's "no norm". A function
+            of (sizes of the layers, size of the error): one scale per layer; a layer that was never
+            trained counts as size 1. tinydfa's own law is `distribution="uniform",
+            normalization=tinydfa_scales`.
         rp_device: where to project; signals go to their activations' devices. None: where the error
             and all activations are.
         no_training: True starts in mode "shallow".
@@ -85,11 +86,14 @@ class DFA(Settings):
             signals are the same bits everywhere. "rademacher" is the cheapest with independent
             entries. They learn alike.
         shared: True or None: one matrix, sliced for every layer (eq. 8). False: rows of its own for
-            every layer. Stored matrices decide it by their number.
+            every layer, those of U from i * `dfa_kernels.nn.INDEPENDENT_ROWS` (2**40) on for layer
+            i. Stored matrices decide it by their number.
         matrix: what makes the signals instead of a seed. Stored matrices of unit variance: one
             [at least l_max, n], sliced for every layer, or a sequence with one [at least l_i, n]
             for each. They are normalized like a seed's, move once to where the projection runs, and
-            multiply in their own dtype. The state_dict does not hold them: save them yourself. Or a
+            multiply in their own dtype. They share memory with the tensors given until they move:
+            a change in place takes effect with the next signal, and `matrices` are the ones in
+            force. The state_dict does not hold them: save them yourself. Or a
             `dfa_kernels.nn.Source` of your own, an object with `project(error, layers, dtype)` and
             `describe()`; what it describes is in the state_dict. One that is an `nn.Module` becomes
             a submodule.

@@ -14,7 +14,7 @@ from numbers import Real
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfa_kernels import checks, functional, ops
 from dfa_kernels.backends import registry
@@ -106,7 +106,8 @@ class Stored(NamedTuple):
     """Explicit matrices [rows, n], of unit variance like a seed's.
 
     Layers with a row offset of i * `INDEPENDENT_ROWS` multiply by the first rows of matrix i. The
-    seed and the distribution make nothing; states have always held them.
+    seed and the distribution make nothing; states have always held them. Matrices may change
+    between signals, but none of these sends them a gradient.
     """
 
     matrices: tuple[Tensor, ...]
@@ -115,7 +116,10 @@ class Stored(NamedTuple):
 
     def to(self, device: torch.device | None) -> Stored:
         """The same with its matrices on `device`; None leaves them where they are."""
-        moved = tuple(matrix.to(device) for matrix in self.matrices)
+        moved = tuple(
+            matrix if device in (None, matrix.device) else matrix.detach().to(device)
+            for matrix in self.matrices
+        )
         return Stored(moved, self.seed, self.distribution)
 
     def check(self, layers: Layers, error_size: int) -> None:
@@ -135,7 +139,7 @@ class Stored(NamedTuple):
             of_matrix.setdefault(row_offset // INDEPENDENT_ROWS, []).append(layer)
         signals: dict[int, Tensor] = {}
         for index, ours in of_matrix.items():
-            matrix = self.matrices[index]
+            matrix = self.matrices[index].detach()
             width = max([layers.sizes[layer] for layer in ours])
             scale = max([abs(layers.scales[layer]) for layer in ours]) or 1.0
             nothing = matrix.new_zeros(())
@@ -195,7 +199,7 @@ def matrix_of(
         return matrix.mul_(scale)
     if isinstance(source, Stored):
         source.check(layers, error_size)
-        matrix = source.matrices[row_offset // INDEPENDENT_ROWS][:size]
+        matrix = source.matrices[row_offset // INDEPENDENT_ROWS].detach()[:size]
         return (matrix * scale).to(device, dtype)
     checks.dtype("DFA.feedback_matrix", "dtype", dtype)
     (signal,) = source.project(torch.eye(error_size, dtype=dtype, device=device), layers, dtype)
@@ -274,7 +278,9 @@ def check_matrix(
         checks.dtype("DFA", "matrix", one.dtype)
         if one.dim() != 2:
             raise ValueError(f"DFA: matrix must be [rows, n], got {list(one.shape)}")
-    stored = Stored(tuple(one.detach() for one in matrices), seeded.seed, seeded.distribution)
+    # A parameter itself, not its memory, of which its module gives it another in `.to()`.
+    kept = tuple(one if isinstance(one, nn.Parameter) else one.detach() for one in matrices)
+    stored = Stored(kept, seeded.seed, seeded.distribution)
     return stored.to(device), isinstance(matrix, Tensor)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,14 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dfa_kernels import checks
 from dfa_kernels.nn.dfa import DFA
 from dfa_kernels.nn.hooks import CutHook, InputHook, LoadHook, OutputHook, SaveHook
 from dfa_kernels.nn.layer import DFALayer, FeedbackPointsHandling
+from dfa_kernels.nn.points import Names, Points
 from dfa_kernels.nn.sources import Scales, Source
-
-# Submodules by name or as modules; a mapping gives each name its batch dimensions.
-Points = Sequence[str | nn.Module] | Mapping[str, Sequence[int] | None]
 
 
 class Attachment:
@@ -148,9 +144,14 @@ def attach(
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach: model must be a module, got {type(model).__name__}")
     model = _unwrapped(model)
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(
+            "attach: model must not be an nn.DataParallel, whose copies run at the same time; use "
+            "DistributedDataParallel"
+        )
     if find_dfas(model):
         raise ValueError("attach: model must have no DFA yet; detach the other one first")
-    names = _Names(model)
+    names = Names(model)
     layers = names.layers("points", points, "")
     input_layers = names.layers("inputs", inputs, ".input")
     if not layers and not input_layers:
@@ -196,9 +197,6 @@ def find_dfas(model: nn.Module) -> list[DFA]:
     return list(found)
 
 
-_WRAPPERS = ("module.", "_orig_mod.")  # what wrappers put before names
-
-
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The module inside wrappers that look for what the output depends on, or compile it."""
     while True:
@@ -221,60 +219,3 @@ def _check_state(model: nn.Module, state: str | None) -> None:
             f"attach: state must be a name that the model does not use, got {state!r}; choose "
             "another, or None to leave the model's state_dict as it is"
         )
-
-
-class _Names:
-    """The names of a model's submodules; the first of those that have several."""
-
-    def __init__(self, model: nn.Module):
-        self._modules = dict(model.named_modules(remove_duplicate=False))
-        self._first = {module: name for name, module in reversed(self._modules.items())}
-
-    def of(self, argument: str, point: str | nn.Module) -> str:
-        """The name of a submodule that is given by name or itself."""
-        module = point
-        if isinstance(point, str):
-            bare = point
-            while bare not in self._modules and bare.startswith(_WRAPPERS):
-                bare = bare.partition(".")[2]
-            module = self._modules.get(bare, point)
-        name = self._first.get(module) if isinstance(module, nn.Module) else None
-        if name:
-            return name
-        got = repr(point) if isinstance(point, str) else type(point).__name__
-        raise ValueError(
-            f"attach: {argument} must be submodules of the model, got {got}{self._hint(point)}"
-        )
-
-    def _hint(self, point: Any) -> str:
-        names = [name for name in self._modules if name]
-        near = difflib.get_close_matches(point, names, cutoff=0.5) if isinstance(point, str) else []
-        if near:
-            return f"; the nearest are {', '.join(map(repr, near))}"
-        shown = ", ".join(map(repr, names[:6])) + (", ..." if len(names) > 6 else "")
-        return f"; it has {len(names)}: {shown}" if names else "; it has none"
-
-    def listed(self, argument: str, points: Any) -> list[str]:
-        """The names of several."""
-        given = list(points) if isinstance(points, Mapping) else checks.listed(points)
-        # A Sequential could be listed.
-        if given is None or (
-            isinstance(points, nn.Module) and not isinstance(points, nn.ModuleList)
-        ):
-            got = repr(points) if isinstance(points, str) else type(points).__name__
-            raise TypeError(
-                f"attach: {argument} must be a sequence of submodules or of their names, got {got}"
-            )
-        return [self.of(argument, point) for point in given]
-
-    def layers(self, argument: str, points: Points, suffix: str) -> dict[str, DFALayer]:
-        """A `DFALayer` for each of the points."""
-        names = self.listed(argument, points)
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"attach: {argument} must be one or more distinct submodules, got {names} (of "
-                "several names of one module, the first)"
-            )
-        dims = points.values() if isinstance(points, Mapping) else [None] * len(names)
-        pairs = zip(names, dims, strict=True)
-        return {name: DFALayer(name + suffix, dims) for name, dims in pairs}

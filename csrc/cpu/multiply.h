@@ -87,7 +87,7 @@ template <class S, class Ops, int Batch>
 void dot_batch(const MultiplySpec& spec) {
   using Error = typename Ops::Error;
   using Tile = typename Ops::Tile;
-  constexpr int kSums = kDotBatch / Batch;  // for each error, to hide the latency of additions
+  constexpr int kSums = 2;  // for each error, so that additions wait less for each other
   constexpr int kStep = kSums * Ops::kLanes;
   const auto* error = static_cast<const Error*>(spec.error);
   const auto* tile = static_cast<const Tile*>(spec.tile);

@@ -8,8 +8,8 @@
 // sums depend on neither the batch nor the number of threads.
 //
 // The workspace is bounded, independent of the layers and the batch: at most kPackedBytes of packed
-// error, kAccumulatorBytes of partial sums if the error does not fit there, and about 1.5 MiB per
-// thread.
+// error, kAccumulatorBytes of partial sums if the error does not fit there or threads share its
+// columns, and about 1.5 MiB per thread.
 #include "../plan.h"
 #include "kernels.h"
 #include "memory.h"
@@ -22,12 +22,15 @@ namespace {
 constexpr int64_t kPassBatch = 4096;  // error rows per pass over U
 constexpr int64_t kTileUnits = 64;    // column units per tile: 512 columns
 constexpr int64_t kTaskPanels = 4;    // panels that share a slice of the batch in L1
-// The same by rows. Rows of a tile begin at a block of any distribution if the error does.
-constexpr int64_t kRowTileUnits = 256;
-constexpr int64_t kRowUnits = 16;
-constexpr int64_t kTaskRows = 8;
-constexpr int64_t kParts = 16;     // of the columns, at most, and for at most so many panels
-constexpr int64_t kPartTiles = 4;  // of a part, at least
+// Of products by rows:
+constexpr double kRowsPay = 1.5;        // panels would have so many times as many rows
+constexpr int64_t kRowsColumns = 64;    // and rows so many columns
+constexpr int64_t kRowTileUnits = 256;  // at most
+constexpr int64_t kRowUnits = 16;       // tiles are of so many: whole blocks of any distribution
+constexpr int64_t kTaskRows = 8;        // that share a slice of the batch
+// Threads share the columns of at most kParts panels, in as many parts of at least kPartTiles.
+constexpr int64_t kParts = 16;
+constexpr int64_t kPartTiles = 4;
 constexpr int64_t kPackedBytes = 16 << 20;
 constexpr int64_t kAccumulatorBytes = 16 << 20;
 constexpr int64_t kThreadAccumulatorBytes = 512 << 10;
@@ -35,8 +38,6 @@ constexpr int64_t kThreadAccumulatorBytes = 512 << 10;
 // is not if its memory is newly mapped: the system's zeros have just brought it into the caches.
 constexpr int64_t kCachedBytes = 64 << 20;
 constexpr int64_t kMappedBytes = 32 << 20;
-constexpr double kRowsPay = 1.5;  // times as many rows in panels make single rows faster
-constexpr int64_t kLineBytes = 64;
 constexpr double kSerialWork = 4e5;  // multiplications below which a second thread does not pay
 
 // What follows from the types of error and output, and from whether the product goes by rows.
@@ -54,41 +55,27 @@ struct Arithmetic {
 };
 
 Arithmetic arithmetic(const Kernels& k, Type error, Type out, bool by_rows) {
-  const int panel = by_rows ? 1 : k.panel;
-  const int batch_f32 = by_rows ? kDotBatch : k.max_batch_f32;
-  const int batch_f64 = by_rows ? kDotBatch : k.max_batch_f64;
-  const ScaleKernel scale_f32 = k.scale_f32[static_cast<int>(out)];
-  if (error == Type::kFloat64) {
-    return {panel,
-            1,
-            8,
-            8,
-            batch_f64,
-            false,
-            by_rows,
-            by_rows ? k.dot_f64 : k.multiply_f64,
-            k.scale_f64[static_cast<int>(out)],
-            pack<double, double>};
+  const bool wide = error == Type::kFloat64;
+  Arithmetic a{};
+  a.panel = by_rows ? 1 : k.panel;
+  a.pairs = error == Type::kBFloat16 && k.multiply_bf16 != nullptr;
+  a.columns = a.pairs ? 2 : 1;
+  a.bytes = a.acc_bytes = wide ? 8 : 4;
+  a.in_place = by_rows && (wide || error == Type::kFloat32);
+  a.scale = (wide ? k.scale_f64 : k.scale_f32)[static_cast<int>(out)];
+  a.pack = wide                       ? pack<double, double>
+           : a.pairs                  ? pack_pairs
+           : error == Type::kFloat32  ? pack<float, float>
+           : error == Type::kBFloat16 ? pack<BFloat16, float>
+                                      : pack<Half, float>;
+  if (by_rows) {
+    a.max_batch = kDotBatch;
+    a.multiply = wide ? k.dot_f64 : a.pairs ? k.dot_bf16 : k.dot_f32;
+  } else {
+    a.max_batch = wide ? k.max_batch_f64 : k.max_batch_f32;
+    a.multiply = wide ? k.multiply_f64 : a.pairs ? k.multiply_bf16 : k.multiply_f32;
   }
-  if (error == Type::kBFloat16 && k.multiply_bf16 != nullptr) {
-    return {panel,     2,         4,     4,
-            batch_f32, true,      false, by_rows ? k.dot_bf16 : k.multiply_bf16,
-            scale_f32, pack_pairs};
-  }
-  const bool is_f32 = error == Type::kFloat32;
-  const PackKernel pack_f32 = is_f32                     ? pack<float, float>
-                              : error == Type::kBFloat16 ? pack<BFloat16, float>
-                                                         : pack<Half, float>;
-  return {panel,
-          1,
-          4,
-          4,
-          batch_f32,
-          false,
-          by_rows && is_f32,
-          by_rows ? k.dot_f32 : k.multiply_f32,
-          scale_f32,
-          pack_f32};
+  return a;
 }
 
 class Projection {
@@ -100,7 +87,9 @@ class Projection {
         kernels_(kernels()),
         plan_(std::move(layers)) {
     plan_.cut(kernels_.panel);
-    by_rows_ = plan_.tasks() * kernels_.panel >= kRowsPay * plan_.rows();
+    const auto in_panels = static_cast<double>(plan_.tasks() * kernels_.panel);
+    by_rows_ =
+        error.columns >= kRowsColumns && in_panels >= kRowsPay * static_cast<double>(plan_.rows());
     math_ = arithmetic(kernels_, error.type, out, by_rows_);
     head_ = stream.column_offset % kUnitColumns;
     first_unit_ = stream.column_offset / kUnitColumns;
@@ -168,7 +157,8 @@ class Projection {
     // Partial sums belong to the thread if all tiles of a task follow one another, else to the
     // part of the task.
     const int64_t acc_batch = tiles_ > 1 ? batch_ : math_.max_batch;
-    task_acc_ = divide_up(acc_batch * task_rows_ * math_.acc_bytes, kLineBytes) * kLineBytes;
+    constexpr auto kLine = static_cast<int64_t>(kAlignment);  // no line belongs to two parts
+    task_acc_ = divide_up(acc_batch * task_rows_ * math_.acc_bytes, kLine) * kLine;
     const bool of_thread = resident && parts_ == 1;
     const int64_t group = of_thread ? plan_.tasks()
                                     : std::clamp<int64_t>(kAccumulatorBytes / (parts_ * task_acc_),
@@ -190,25 +180,23 @@ class Projection {
                    acc_buffer_.get() + (of_thread ? worker : i) * task_acc_);
         });
       }
-      if (parts_ == 1) continue;
-      for (int64_t i = 0; i < count; ++i) {
+      for (int64_t i = 0; parts_ > 1 && i < count; ++i) {
+        const RowPlan::Task rows = plan_.task(task + i);
         char* acc = acc_buffer_.get() + i * parts_ * task_acc_;
-        if (math_.acc_bytes == 8) {
-          add_parts<double>(acc);
-        } else {
-          add_parts<float>(acc);
-        }
-        scale_layers(plan_.task(task + i), 0, batch_, acc);
+        math_.acc_bytes == 8 ? add_parts<double>(rows, acc) : add_parts<float>(rows, acc);
+        scale_layers(rows, 0, batch_, acc);
       }
     }
   }
 
   template <class Acc>
-  void add_parts(char* acc) const {
-    auto* sum = reinterpret_cast<Acc*>(acc);
+  void add_parts(const RowPlan::Task& task, char* acc) const {
     for (int64_t part = 1; part < parts_; ++part) {
-      const auto* more = reinterpret_cast<const Acc*>(acc + part * task_acc_);
-      for (int64_t i = 0; i < batch_ * task_rows_; ++i) sum[i] += more[i];
+      for (int64_t m = 0; m < batch_; ++m) {
+        auto* sum = reinterpret_cast<Acc*>(acc) + m * task_rows_;
+        const auto* more = reinterpret_cast<const Acc*>(acc + part * task_acc_) + m * task_rows_;
+        for (int64_t r = 0; r < task.rows; ++r) sum[r] += more[r];
+      }
     }
   }
 

@@ -137,11 +137,11 @@ def scale_range(
 ) -> None:
     """Check that the arithmetic of such an error holds these scales of a distribution `matrix`.
 
-    It multiplies sums by the scale, or by the scale times the distribution's factor. A symbol of a
-    graph that is being traced passes.
+    It multiplies sums by the scale, or by the scale times the distribution's factor. While a graph
+    is traced, all pass: the operators check again when it runs.
     """
     arithmetic = stream.arithmetic(error_dtype)
-    if arithmetic == torch.float64 or (tracing() and symbolic(values)):
+    if arithmetic == torch.float64 or tracing():
         return
     structured = matrix in stream.STRUCTURED
     factor = hadamard.FACTOR if structured else stream.DENSE[matrix].factor

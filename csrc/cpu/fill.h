@@ -128,18 +128,18 @@ struct BlockEntries<S, Distribution::kNormal> {
 template <class S>
 struct BlockEntries<S, Distribution::kUniform> {
   static constexpr int kColumns = facts(Distribution::kUniform).block;
-  static constexpr double kFactor = facts(Distribution::kUniform).factor;
+  double factor = facts(Distribution::kUniform).factor;
   template <class Out>
-  static void store(const uint32_t* words, int blocks, Out* out) {
+  void store(const uint32_t* words, int blocks, Out* out) const {
     for (int i = 0; i < blocks * kColumns; i += S::kLanes) {
       const auto h = S::load_halfwords(words + i / 2);
       const auto lattice = UniformLattice<S>::as_floats(UniformLattice<S>::even(h));
       if constexpr (__is_same(Out, double)) {
         float lanes[S::kLanes];
         S::store(lanes, lattice);
-        for (int j = 0; j < S::kLanes; ++j) out[i + j] = kFactor * static_cast<double>(lanes[j]);
+        for (int j = 0; j < S::kLanes; ++j) out[i + j] = factor * static_cast<double>(lanes[j]);
       } else {
-        store_as<S>(out + i, S::times(lattice, S::set1(static_cast<float>(kFactor))));
+        store_as<S>(out + i, S::times(lattice, S::set1(static_cast<float>(factor))));
       }
     }
   }
@@ -174,9 +174,8 @@ struct BlockEntries<S, Distribution::kRademacher> {
   }
 };
 
-template <class S, Distribution kDistribution, class Out>
-void fill_rows(const FillSpec& spec) {
-  using Entries = BlockEntries<S, kDistribution>;
+template <class S, class Out, class Entries>
+void fill_rows(const FillSpec& spec, const Entries& entries) {
   constexpr int64_t kColumns = Entries::kColumns;
   const int64_t begin = spec.column, end = spec.column + spec.columns;
   const int64_t first_block = begin / kColumns, end_block = (end + kColumns - 1) / kColumns;
@@ -194,9 +193,13 @@ void fill_rows(const FillSpec& spec) {
       }
       return current;
     };
-    if (block + S::kLanes < end_block) {
+    if (block + S::kLanes <= end_block) {
       lanes.set_run(spec.row + static_cast<uint64_t>(row), static_cast<uint32_t>(block));
       block += S::kLanes;
+      if (block == end_block) {
+        block = first_block;
+        ++row;
+      }
     } else {
       lanes.set_each(next);
     }
@@ -204,10 +207,10 @@ void fill_rows(const FillSpec& spec) {
     Out* out = static_cast<Out*>(spec.out) + chunk_row * spec.out_stride;
     const int64_t column = chunk_block * kColumns;
     if (column >= begin && column + S::kLanes * kColumns <= end) {
-      Entries::store(words, S::kLanes, out + (column - begin));
+      entries.store(words, S::kLanes, out + (column - begin));
       continue;
     }
-    Entries::store(words, S::kLanes, clipped);
+    entries.store(words, S::kLanes, clipped);
     int64_t r = chunk_row, b = chunk_block;
     for (int slot = 0; slot < S::kLanes && r < spec.rows; ++slot) {
       const int64_t from = b * kColumns < begin ? begin - b * kColumns : 0;
@@ -225,7 +228,13 @@ void fill_rows(const FillSpec& spec) {
 
 template <class S, class Out>
 void fill(const FillSpec& spec) {
-  for_distribution(spec.distribution, [&](auto kind) { fill_rows<S, kind, Out>(spec); });
+  for_distribution(spec.distribution, [&](auto kind) {
+    BlockEntries<S, kind> entries;
+    if constexpr (kind == Distribution::kUniform) {
+      if (spec.lattice) entries.factor = 1;
+    }
+    fill_rows<S, Out>(spec, entries);
+  });
 }
 
 }  // namespace

@@ -19,16 +19,18 @@ struct TileSpec {
 };
 
 // A step of the product: acc[m][r] (+)= sum_k error[k][m] * tile[k][r], m over the batch, r over a
-// panel of rows.
+// panel of rows. The kernels named dot_* have the columns in their lanes, and a panel is one row.
 struct MultiplySpec {
-  const void* error;  // packed [depth][batch]
+  const void* error;  // packed [depth][batch], or [batch][error_stride]
   const void* tile;   // [depth][panel]
   void* acc;          // [batch][acc_stride]
   int64_t depth;
+  int64_t error_stride;  // read by dot_*
   int64_t acc_stride;
-  int batch;        // 1..max_batch
+  int batch;        // 1..max_batch, 1..kDotBatch
   bool accumulate;  // false: acc is written, not read
 };
+constexpr int kDotBatch = 4;
 
 // out[m][r] = scale * acc[m][r], rounded once, m over the batch, r over rows of U.
 struct ScaleSpec {
@@ -52,6 +54,7 @@ struct FillSpec {
   int64_t columns;
   void* out;
   int64_t out_stride;
+  bool lattice;  // entries without their distribution's factor
 };
 
 // Diagonals of structured feedback: those of `domain` for the input blocks [block, block + blocks)
@@ -95,7 +98,10 @@ struct Kernels {
   MultiplyKernel multiply_f32;
   MultiplyKernel multiply_f64;
   MultiplyKernel multiply_bf16;  // null without a bf16 dot product: bf16 errors are widened
-  ScaleKernel scale_f32[4];      // by output Type
+  MultiplyKernel dot_f32;
+  MultiplyKernel dot_f64;
+  MultiplyKernel dot_bf16;   // null as multiply_bf16
+  ScaleKernel scale_f32[4];  // by output Type
   ScaleKernel scale_f64[4];
   FillKernel fill[4];  // by output Type
   void (*make_signs)(const SignSpec&, uint32_t* words);

@@ -7,7 +7,7 @@
 
 namespace dfa {
 
-extern const MultiplyKernel kMultiplyAvx512Bf16;
+extern const MultiplyKernel kMultiplyAvx512Bf16, kDotAvx512Bf16;
 
 const Kernels* kernels_avx512_bf16() {
   const Kernels* const base = kernels_avx512();
@@ -16,6 +16,7 @@ const Kernels* kernels_avx512_bf16() {
     Kernels k = *base;
     k.name = "avx512_bf16";
     k.multiply_bf16 = kMultiplyAvx512Bf16;
+    k.dot_bf16 = kDotAvx512Bf16;
     return k;
   }();
   return &table;
@@ -50,12 +51,14 @@ struct PairOps {
   static V zero() { return Avx512::zero(); }
   static __m512bh tile(const Tile* p) { return (__m512bh)Avx512::load_bits(p); }
   static __m512bh error(Error e) { return (__m512bh)Avx512::bits(e); }
+  static __m512bh errors(const Error* p) { return (__m512bh)Avx512::load_bits(p); }
   static V fma(__m512bh e, __m512bh u, V acc) { return _mm512_dpbf16_ps(acc, e, u); }
 };
 
 }  // namespace
 
 constexpr MultiplyKernel kMultiplyAvx512Bf16 = multiply<Avx512, PairOps>;
+constexpr MultiplyKernel kDotAvx512Bf16 = dot<Avx512, PairOps>;
 
 }  // namespace dfa
 

@@ -20,6 +20,7 @@ struct Float32Ops {
   static V zero() { return S::zero(); }
   static V tile(const Tile* p) { return S::load(p); }
   static V error(Error e) { return S::set1(e); }
+  static V errors(const Error* p) { return S::load(p); }
   static V fma(V e, V u, V acc) { return S::fma(e, u, acc); }
 };
 
@@ -34,6 +35,7 @@ struct Float64Ops {
   static V zero() { return S::zero_d(); }
   static V tile(const Tile* p) { return S::load_widen(p); }
   static V error(Error e) { return S::set1(e); }
+  static V errors(const Error* p) { return S::load(p); }
   static V fma(V e, V u, V acc) { return S::fma(e, u, acc); }
 };
 
@@ -78,6 +80,68 @@ void multiply(const MultiplySpec& spec) {
     if (spec.batch < Batch) return multiply<S, Ops, Batch - 1>(spec);
   }
   multiply_batch<S, Ops, Batch>(spec);
+}
+
+// One row of U: lanes are columns. Zeros fill up the last vectors.
+template <class S, class Ops, int Batch>
+void dot_batch(const MultiplySpec& spec) {
+  using Error = typename Ops::Error;
+  using Tile = typename Ops::Tile;
+  constexpr int kSums = 2;  // for each error, so that additions wait less for each other
+  constexpr int kStep = kSums * Ops::kLanes;
+  const auto* error = static_cast<const Error*>(spec.error);
+  const auto* tile = static_cast<const Tile*>(spec.tile);
+  typename Ops::V acc[Batch][kSums];
+  for (auto& sums : acc) {
+    for (auto& sum : sums) sum = Ops::zero();
+  }
+  const auto step = [&](const Error* errors, int64_t stride, const Tile* entries) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kSums; ++i) {
+      const auto u = Ops::tile(entries + i * Ops::kLanes);
+#pragma GCC unroll 4
+      for (int m = 0; m < Batch; ++m) {
+        acc[m][i] = Ops::fma(Ops::errors(errors + m * stride + i * Ops::kLanes), u, acc[m][i]);
+      }
+    }
+  };
+  int64_t k = 0;
+  for (; k + kStep <= spec.depth; k += kStep) step(error + k, spec.error_stride, tile + k);
+  if (k < spec.depth) {
+    Error errors[Batch][kStep] = {};
+    Tile entries[kStep] = {};
+    const auto left = static_cast<size_t>(spec.depth - k);
+    __builtin_memcpy(entries, tile + k, left * sizeof(Tile));
+    for (int m = 0; m < Batch; ++m) {
+      __builtin_memcpy(errors[m], error + m * spec.error_stride + k, left * sizeof(Error));
+    }
+    step(errors[0], kStep, entries);
+  }
+  for (int m = 0; m < Batch; ++m) {
+    typename Ops::Acc lanes[Ops::kLanes];
+    for (int i = 1; i < kSums; ++i) acc[m][0] = S::plus(acc[m][0], acc[m][i]);
+    S::store(lanes, acc[m][0]);
+    for (int width = Ops::kLanes / 2; width > 0; width /= 2) {
+      for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    }
+    auto* sum = static_cast<typename Ops::Acc*>(spec.acc) + m * spec.acc_stride;
+    *sum = spec.accumulate ? *sum + lanes[0] : lanes[0];
+  }
+}
+
+template <class S, class Ops>
+void dot(const MultiplySpec& spec) {
+  static_assert(kDotBatch == 4);
+  switch (spec.batch) {
+    case 1:
+      return dot_batch<S, Ops, 1>(spec);
+    case 2:
+      return dot_batch<S, Ops, 2>(spec);
+    case 3:
+      return dot_batch<S, Ops, 3>(spec);
+    default:
+      return dot_batch<S, Ops, 4>(spec);
+  }
 }
 
 template <class S, class Acc, class Out>

@@ -1,9 +1,15 @@
 // The projection. Each thread makes tiles of U that fit the cache and multiplies them there; U
 // exists nowhere else.
 //
+// Tiles are panels of rows, with the rows in the lanes of vectors. Where panels would be mostly
+// empty, because layers are of a few rows, tiles are single rows with the columns in the lanes.
+// Where few panels meet many columns, threads share the columns: each part of them has sums of its
+// own, which are added up in one order. Both follow from the layers and the columns alone, so the
+// sums depend on neither the batch nor the number of threads.
+//
 // The workspace is bounded, independent of the layers and the batch: at most kPackedBytes of packed
-// error, kAccumulatorBytes of partial sums if the error does not fit there, and about 1.5 MiB per
-// thread.
+// error, kAccumulatorBytes of partial sums if the error does not fit there or threads share its
+// columns, and about 1.5 MiB per thread.
 #include "../plan.h"
 #include "kernels.h"
 #include "memory.h"
@@ -16,6 +22,15 @@ namespace {
 constexpr int64_t kPassBatch = 4096;  // error rows per pass over U
 constexpr int64_t kTileUnits = 64;    // column units per tile: 512 columns
 constexpr int64_t kTaskPanels = 4;    // panels that share a slice of the batch in L1
+// Of products by rows:
+constexpr double kRowsPay = 1.5;        // panels would have so many times as many rows
+constexpr int64_t kRowsColumns = 64;    // and rows so many columns
+constexpr int64_t kRowTileUnits = 256;  // at most
+constexpr int64_t kRowUnits = 16;       // tiles are of so many: whole blocks of any distribution
+constexpr int64_t kTaskRows = 8;        // that share a slice of the batch
+// Threads share the columns of at most kParts panels, in as many parts of at least kPartTiles.
+constexpr int64_t kParts = 16;
+constexpr int64_t kPartTiles = 4;
 constexpr int64_t kPackedBytes = 16 << 20;
 constexpr int64_t kAccumulatorBytes = 16 << 20;
 constexpr int64_t kThreadAccumulatorBytes = 512 << 10;
@@ -25,30 +40,42 @@ constexpr int64_t kCachedBytes = 64 << 20;
 constexpr int64_t kMappedBytes = 32 << 20;
 constexpr double kSerialWork = 4e5;  // multiplications below which a second thread does not pay
 
-// What follows from the types of error and output.
+// What follows from the types of error and output, and from whether the product goes by rows.
 struct Arithmetic {
+  int panel;      // rows of U in one
   int columns;    // columns in one packed element: 2 for bf16 pairs
   int64_t bytes;  // of one packed element
   int64_t acc_bytes;
   int max_batch;
   bool pairs;
+  bool in_place;  // the error is read where it is, not packed
   MultiplyKernel multiply;
   ScaleKernel scale;
   PackKernel pack;
 };
 
-Arithmetic arithmetic(const Kernels& k, Type error, Type out) {
-  const int o = static_cast<int>(out);
-  if (error == Type::kFloat64) {
-    return {1, 8, 8, k.max_batch_f64, false, k.multiply_f64, k.scale_f64[o], pack<double, double>};
+Arithmetic arithmetic(const Kernels& k, Type error, Type out, bool by_rows) {
+  const bool wide = error == Type::kFloat64;
+  Arithmetic a{};
+  a.panel = by_rows ? 1 : k.panel;
+  a.pairs = error == Type::kBFloat16 && k.multiply_bf16 != nullptr;
+  a.columns = a.pairs ? 2 : 1;
+  a.bytes = a.acc_bytes = wide ? 8 : 4;
+  a.in_place = by_rows && (wide || error == Type::kFloat32);
+  a.scale = (wide ? k.scale_f64 : k.scale_f32)[static_cast<int>(out)];
+  a.pack = wide                       ? pack<double, double>
+           : a.pairs                  ? pack_pairs
+           : error == Type::kFloat32  ? pack<float, float>
+           : error == Type::kBFloat16 ? pack<BFloat16, float>
+                                      : pack<Half, float>;
+  if (by_rows) {
+    a.max_batch = kDotBatch;
+    a.multiply = wide ? k.dot_f64 : a.pairs ? k.dot_bf16 : k.dot_f32;
+  } else {
+    a.max_batch = wide ? k.max_batch_f64 : k.max_batch_f32;
+    a.multiply = wide ? k.multiply_f64 : a.pairs ? k.multiply_bf16 : k.multiply_f32;
   }
-  if (error == Type::kBFloat16 && k.multiply_bf16 != nullptr) {
-    return {2, 4, 4, k.max_batch_f32, true, k.multiply_bf16, k.scale_f32[o], pack_pairs};
-  }
-  const PackKernel pack_f32 = error == Type::kFloat32    ? pack<float, float>
-                              : error == Type::kBFloat16 ? pack<BFloat16, float>
-                                                         : pack<Half, float>;
-  return {1, 4, 4, k.max_batch_f32, false, k.multiply_f32, k.scale_f32[o], pack_f32};
+  return a;
 }
 
 class Projection {
@@ -58,15 +85,21 @@ class Projection {
         error_(error),
         out_bytes_(type_bytes(out)),
         kernels_(kernels()),
-        math_(arithmetic(kernels_, error.type, out)),
         plan_(std::move(layers)) {
+    plan_.cut(kernels_.panel);
+    const auto in_panels = static_cast<double>(plan_.tasks() * kernels_.panel);
+    by_rows_ =
+        error.columns >= kRowsColumns && in_panels >= kRowsPay * static_cast<double>(plan_.rows());
+    math_ = arithmetic(kernels_, error.type, out, by_rows_);
     head_ = stream.column_offset % kUnitColumns;
     first_unit_ = stream.column_offset / kUnitColumns;
     const int64_t units = std::max<int64_t>(1, divide_up(head_ + error.columns, kUnitColumns));
-    tiles_ = divide_up(units, kTileUnits);
+    tiles_ = divide_up(units, by_rows_ ? kRowTileUnits : kTileUnits);
     tile_units_ = divide_up(units, tiles_);  // evened out
+    if (by_rows_) tile_units_ = divide_up(tile_units_, kRowUnits) * kRowUnits;
     tiles_ = divide_up(units, tile_units_);
     units_ = units;
+    if (plan_.tasks() <= kParts) parts_ = std::clamp<int64_t>(tiles_ / kPartTiles, 1, kParts);
     past_caches_ = plan_.written() * error.batch * out_bytes_ > kCachedBytes;
     if (!past_caches_) return;
     for (const Layer& layer : plan_.layers()) used_again_ |= is_used_again(layer.out);
@@ -100,45 +133,69 @@ class Projection {
                         static_cast<double>(batch_ + 8);
     threads_ = work < kSerialWork ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
 
-    const int64_t packed_tile = batch_ * tile_depth() * math_.bytes;
-    const int64_t window = std::min(tiles_, std::max<int64_t>(1, kPackedBytes / packed_tile));
+    const int64_t packed_tile = math_.in_place ? 0 : batch_ * tile_depth() * math_.bytes;
+    const int64_t window = math_.in_place
+                               ? tiles_
+                               : std::min(tiles_, std::max<int64_t>(1, kPackedBytes / packed_tile));
     const bool resident = window == tiles_;
-    const int64_t panel_acc = batch_ * kernels_.panel * math_.acc_bytes;
+    const int64_t panel_acc = batch_ * math_.panel * math_.acc_bytes;
 
     // As many panels per task as leave the partial sums in L2 and every thread busy; more if many
     // layers share rows, so that each layer is written in longer runs.
     const bool shared = plan_.written() > 4 * plan_.rows();
-    task_panels_ =
-        std::min((shared ? 2 : 1) * kTaskPanels, plan_.rows() / (kernels_.panel * threads_ * 4));
+    task_panels_ = (shared ? 2 : 1) * (by_rows_ ? kTaskRows : kTaskPanels);
+    if (parts_ == 1) {
+      task_panels_ = std::min(task_panels_, plan_.rows() / (math_.panel * threads_ * 4));
+    }
     if (tiles_ > 1) task_panels_ = std::min(task_panels_, kThreadAccumulatorBytes / panel_acc);
     if (!resident) task_panels_ = 1;
     task_panels_ = std::max<int64_t>(1, task_panels_);
-    task_rows_ = task_panels_ * kernels_.panel;
+    task_rows_ = task_panels_ * math_.panel;
     plan_.cut(task_rows_);
-    const int64_t workers = std::min(threads_, plan_.tasks());
+    const int64_t workers = std::min(threads_, plan_.tasks() * parts_);
 
     // Partial sums belong to the thread if all tiles of a task follow one another, else to the
-    // task.
+    // part of the task.
     const int64_t acc_batch = tiles_ > 1 ? batch_ : math_.max_batch;
-    task_acc_ = acc_batch * task_rows_ * math_.acc_bytes;
-    const int64_t group =
-        resident ? plan_.tasks()
-                 : std::min(plan_.tasks(), std::max<int64_t>(1, kAccumulatorBytes / task_acc_));
-    const int64_t panel_bytes = tile_depth() * kernels_.panel * 4;
+    constexpr auto kLine = static_cast<int64_t>(kAlignment);  // no line belongs to two parts
+    task_acc_ = divide_up(acc_batch * task_rows_ * math_.acc_bytes, kLine) * kLine;
+    const bool of_thread = resident && parts_ == 1;
+    const int64_t group = of_thread ? plan_.tasks()
+                                    : std::clamp<int64_t>(kAccumulatorBytes / (parts_ * task_acc_),
+                                                          1, std::max<int64_t>(1, plan_.tasks()));
+    const int64_t panel_bytes = tile_depth() * math_.panel * 4;
     thread_tile_ = task_panels_ * panel_bytes;
     tile_buffer_ = allocate(workers * thread_tile_);
-    acc_buffer_ = allocate((resident ? workers : group) * task_acc_);
+    acc_buffer_ = allocate((of_thread ? workers : group * parts_) * task_acc_);
     packed_buffer_ = allocate(window * packed_tile);
 
     for (int64_t task = 0; task < plan_.tasks(); task += group) {
       const int64_t count = std::min(group, plan_.tasks() - task);
       for (int64_t tile = 0; tile < tiles_; tile += window) {
         const int64_t end = std::min(tile + window, tiles_);
-        pack_tiles(tile, end);
-        run_parallel(count, workers, [&](int64_t i, int64_t worker) {
-          run_task(plan_.task(task + i), tile, end, tile_buffer_.get() + worker * thread_tile_,
-                   acc_buffer_.get() + (resident ? worker : i) * task_acc_);
+        if (!math_.in_place) pack_tiles(tile, end);
+        run_parallel(count * parts_, workers, [&](int64_t i, int64_t worker) {
+          run_task(plan_.task(task + i / parts_), i % parts_, tile, end,
+                   tile_buffer_.get() + worker * thread_tile_,
+                   acc_buffer_.get() + (of_thread ? worker : i) * task_acc_);
         });
+      }
+      for (int64_t i = 0; parts_ > 1 && i < count; ++i) {
+        const RowPlan::Task rows = plan_.task(task + i);
+        char* acc = acc_buffer_.get() + i * parts_ * task_acc_;
+        math_.acc_bytes == 8 ? add_parts<double>(rows, acc) : add_parts<float>(rows, acc);
+        scale_layers(rows, 0, batch_, acc);
+      }
+    }
+  }
+
+  template <class Acc>
+  void add_parts(const RowPlan::Task& task, char* acc) const {
+    for (int64_t part = 1; part < parts_; ++part) {
+      for (int64_t m = 0; m < batch_; ++m) {
+        auto* sum = reinterpret_cast<Acc*>(acc) + m * task_rows_;
+        const auto* more = reinterpret_cast<const Acc*>(acc + part * task_acc_) + m * task_rows_;
+        for (int64_t r = 0; r < task.rows; ++r) sum[r] += more[r];
       }
     }
   }
@@ -146,10 +203,20 @@ class Projection {
   // First error row of a slice of the batch. Slices are even, so that none is a single row.
   int64_t slice_begin(int64_t slice) const { return slice * batch_ / slices_; }
 
+  // Of the error, where it is read in place.
+  int64_t first_column(int64_t tile) const {
+    return tile * tile_units_ * kUnitColumns + depth(tile).begin * math_.columns - head_;
+  }
+
   char* packed(int64_t tile, int64_t window_begin, int64_t slice) const {
     return packed_buffer_.get() + ((tile - window_begin) * tile_depth() * batch_ +
                                    depth(tile).size() * slice_begin(slice)) *
                                       math_.bytes;
+  }
+
+  const char* in_place(int64_t tile, int64_t slice) const {
+    const int64_t first = (pass_begin_ + slice_begin(slice)) * error_.columns;
+    return static_cast<const char*>(error_.data) + (first + first_column(tile)) * math_.bytes;
   }
 
   void pack_tiles(int64_t begin, int64_t end) {
@@ -162,14 +229,30 @@ class Projection {
       spec.error = &error_;
       spec.first = pass_begin_ + first;
       spec.batch = static_cast<int>(slice_begin(slice + 1) - first);
-      spec.column = tile * tile_units_ * kUnitColumns + d.begin * math_.columns - head_;
+      spec.column = first_column(tile);
       spec.depth = d.size();
+      spec.by_rows = by_rows_;
       spec.out = packed(tile, begin, slice);
       math_.pack(spec);
     });
   }
 
+  void make_rows(const RowPlan::Task& task, int64_t tile, char* tile_buffer) const {
+    FillSpec spec{};
+    spec.seed = stream_.seed;
+    spec.distribution = stream_.distribution;
+    spec.row = task.row;
+    spec.rows = task.rows;
+    spec.column = (first_unit_ + tile * tile_units_) * kUnitColumns;
+    spec.columns = std::min(tile_units_, units_ - tile * tile_units_) * kUnitColumns;
+    spec.out = tile_buffer;
+    spec.out_stride = tile_units_ * kUnitColumns;
+    spec.lattice = true;
+    kernels_.fill[static_cast<int>(math_.pairs ? Type::kBFloat16 : Type::kFloat32)](spec);
+  }
+
   void make_tile(const RowPlan::Task& task, int64_t tile, char* tile_buffer) const {
+    if (by_rows_) return make_rows(task, tile, tile_buffer);
     TileSpec spec{};
     spec.seed = stream_.seed;
     spec.distribution = stream_.distribution;
@@ -187,31 +270,35 @@ class Projection {
     }
   }
 
-  void run_task(const RowPlan::Task& task, int64_t tile_begin, int64_t tile_end, char* tile_buffer,
-                char* acc_buffer) const {
-    for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+  // Part p has the tiles p, p + parts_, ..
+  void run_task(const RowPlan::Task& task, int64_t part, int64_t tile_begin, int64_t tile_end,
+                char* tile_buffer, char* acc_buffer) const {
+    const int64_t earlier = divide_up(std::max<int64_t>(0, tile_begin - part), parts_);
+    for (int64_t tile = part + earlier * parts_; tile < tile_end; tile += parts_) {
       make_tile(task, tile, tile_buffer);
       const Depth d = depth(tile);
       MultiplySpec spec{};
       spec.depth = d.size();
       spec.acc_stride = task_rows_;
-      spec.accumulate = tile > 0;
+      spec.accumulate = tile > part;
+      spec.error_stride = math_.in_place ? error_.columns : d.size();
       for (int64_t slice = 0; slice < slices_; ++slice) {
         const int64_t first = slice_begin(slice);
         char* acc = acc_buffer + (tiles_ > 1 ? first : 0) * task_rows_ * math_.acc_bytes;
-        spec.error = packed(tile, tile_begin, slice);
+        spec.error = math_.in_place ? in_place(tile, slice) : packed(tile, tile_begin, slice);
         spec.batch = static_cast<int>(slice_begin(slice + 1) - first);
-        for (int64_t r = 0; r < task.rows; r += kernels_.panel) {
-          spec.tile = tile_buffer + (r * tile_depth() + d.begin * kernels_.panel) * 4;
+        for (int64_t r = 0; r < task.rows; r += math_.panel) {
+          spec.tile = tile_buffer + (r * tile_depth() + d.begin * math_.panel) * 4;
           spec.acc = acc + r * math_.acc_bytes;
           math_.multiply(spec);
         }
-        if (tile + 1 == tiles_) scale_layers(task, first, spec.batch, acc);
+        if (parts_ == 1 && tile + 1 == tiles_) scale_layers(task, first, spec.batch, acc);
       }
     }
   }
 
-  void scale_layers(const RowPlan::Task& task, int64_t first, int batch, const char* acc) const {
+  void scale_layers(const RowPlan::Task& task, int64_t first, int64_t batch,
+                    const char* acc) const {
     plan_.for_each_layer(task, [&](const Layer& layer, uint64_t begin, uint64_t end) {
       ScaleSpec spec{};
       spec.acc = acc + static_cast<int64_t>(begin - task.row) * math_.acc_bytes;
@@ -233,9 +320,11 @@ class Projection {
   const ErrorMatrix error_;
   const int64_t out_bytes_;
   const Kernels& kernels_;
-  const Arithmetic math_;
   RowPlan plan_;
+  bool by_rows_;
+  Arithmetic math_;
   int64_t head_, first_unit_, units_, tiles_, tile_units_;
+  int64_t parts_ = 1;
   int64_t pass_begin_ = 0, batch_ = 0, slices_ = 0, threads_ = 1;
   bool past_caches_ = false, used_again_ = false;
   int64_t task_panels_ = 1, task_rows_ = 1, task_acc_ = 0, thread_tile_ = 0;

@@ -29,6 +29,9 @@ constexpr Kernels make_kernels(const char* name) {
   k.multiply_f32 = multiply<S, Float32Ops<S>>;
   k.multiply_f64 = multiply<S, Float64Ops<S>>;
   k.multiply_bf16 = nullptr;
+  k.dot_f32 = dot<S, Float32Ops<S>>;
+  k.dot_f64 = dot<S, Float64Ops<S>>;
+  k.dot_bf16 = nullptr;
   k.make_signs = make_signs<S>;
   k.transform_f32 = make_transforms<S, float>();
   k.transform_f64 = make_transforms<S, double>();

@@ -1,17 +1,21 @@
-// Runs the transforms of structured feedback with lanes as wide as AVX-512's, made of the
-// compiler's vectors, and compares them with the portable ones. Prints "equal".
+// Runs the transforms of structured feedback, and products by rows, with lanes as wide as
+// AVX-512's, made of the compiler's vectors, and compares them with the portable ones. Prints
+// "equal".
 #include <cstdio>
 
 #include "kernels.h"
 #include "simd_portable.h"
 // Builds on both.
 #include "hadamard.h"
+#include "multiply.h"
 
 namespace dfa {
 namespace {
 
 struct Sixteen {
   static constexpr int kLanes = 16;
+  static constexpr int kBatchF32 = 12;
+  static constexpr int kBatchF64 = 6;
   static constexpr int kRadix = 32;
 
   typedef uint64_t W __attribute__((vector_size(64)));
@@ -37,6 +41,17 @@ struct Sixteen {
   static void store(double* p, D a) { __builtin_memcpy(p, &a, sizeof a); }
   static F set1(float x) { return F{} + x; }
   static D set1(double x) { return D{} + x; }
+  static F zero() { return F{}; }
+  static D zero_d() { return D{}; }
+  static D load_widen(const float* p) {
+    D d;
+    for (int i = 0; i < 8; ++i) d[i] = p[i];
+    return d;
+  }
+  static F fma(F a, F b, F c) { return a * b + c; }
+  static D fma(D a, D b, D c) { return a * b + c; }
+  static F plus(F a, F b) { return a + b; }
+  static D plus(D a, D b) { return a + b; }
   static void stream(float* p, F a) { store(p, a); }
   static void stream(double* p, D a) { store(p, a); }
   static void fence() {}
@@ -93,7 +108,35 @@ bool equal() {
   return all && same();
 }
 
+// Sums of small integers are exact, in any order.
+template <template <class> class Ops>
+bool equal_dots() {
+  using Real = typename Ops<Sixteen>::Error;
+  constexpr int kStride = 200;
+  static Real error[kDotBatch * kStride];
+  static float tile[kStride];
+  for (int i = 0; i < kDotBatch * kStride; ++i) error[i] = static_cast<Real>(i * 7 % 31 - 15);
+  for (int i = 0; i < kStride; ++i) tile[i] = static_cast<float>(i * 5 % 17 - 8);
+  for (int batch = 1; batch <= kDotBatch; ++batch) {
+    for (int depth = 0; depth <= kStride; ++depth) {
+      for (bool accumulate : {false, true}) {
+        Real sums[2][2 * kDotBatch] = {{1, 2, 3, 4, 5, 6, 7, 8}, {1, 2, 3, 4, 5, 6, 7, 8}};
+        MultiplySpec spec{error, tile, sums[0], depth, kStride, 2, batch, accumulate};
+        dot<Sixteen, Ops<Sixteen>>(spec);
+        spec.acc = sums[1];
+        dot<Portable, Ops<Portable>>(spec);
+        if (__builtin_memcmp(sums[0], sums[1], sizeof sums[0]) != 0) return false;
+      }
+    }
+  }
+  return true;
+}
+
 }  // namespace
 }  // namespace dfa
 
-int main() { std::puts(dfa::equal<float>() && dfa::equal<double>() ? "equal" : "different"); }
+int main() {
+  const bool transforms = dfa::equal<float>() && dfa::equal<double>();
+  const bool dots = dfa::equal_dots<dfa::Float32Ops>() && dfa::equal_dots<dfa::Float64Ops>();
+  std::puts(transforms && dots ? "equal" : "different");
+}

@@ -314,6 +314,78 @@ def test_strided_and_empty_errors(isa):
     assert project(base, [], [], []) == []
 
 
+# Few rows: tiles of single rows, and threads that share the columns
+
+
+FEW = ([1], [2], [3], [5], [8], [16], [31], [33], [1, 3, 2, 1])
+
+
+def far_apart(sizes):
+    return [2**32 - 1 + i * 2**40 for i in range(len(sizes))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("distribution", DENSE)
+def test_entries_of_few_rows(isa, distribution, dtype):
+    """Bit for bit: every sum has one nonzero term."""
+    n, first = 17_000, 2**33 - 13
+    columns = torch.tensor([0, 1, 5, 6, 2035, 2036, 2037, 9001, n - 2, n - 1])
+    error = torch.zeros(len(columns), n, dtype=dtype)
+    error[torch.arange(len(columns)), columns] = 1
+    scale = 1 / math.sqrt(3) if distribution == "uniform" else 1.0
+    for sizes in FEW:
+        offsets = far_apart(sizes)
+        signals = project(error, offsets, sizes, [scale] * len(sizes), 9, first, distribution)
+        for offset, size, signal in zip(offsets, sizes, signals, strict=True):
+            place = {"seed": 9, "row_offset": offset, "distribution": distribution}
+            want = np.concatenate(
+                [
+                    reference.lattice(size, 1, column_offset=first + c, **place)
+                    for c in columns.tolist()
+                ],
+                axis=1,
+            ).T
+            if distribution == "uniform":  # the scale is one rounding from 1
+                torch.testing.assert_close(
+                    signal.double(), torch.from_numpy(want), rtol=2 * EPSILON[dtype], atol=0
+                )
+            else:
+                same(signal, torch.from_numpy(want.copy()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("distribution", DENSE)
+def test_few_rows(isa, threads, distribution, dtype):
+    for i, sizes in enumerate(FEW):
+        m, n = (1, 2, 3, 4, 5, 32)[i % 6], (17_003, 64, 4500, 1000)[i % 4]
+        error = torch.randn(m, n).to(dtype)
+        check_projection(error, far_apart(sizes), sizes, [0.5] * len(sizes), 1, 3 * i, distribution)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows_of_a_streamed_error(isa, dtype):
+    """A 16-bit error is packed by pieces of its columns, which no sum depends on."""
+    error = torch.randn(270, 17_003, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for sizes in ([1], [20]):
+        check_projection(error[:60], [5], sizes, [0.1], 3, 1, "rademacher")
+        (whole,) = project(error, [5], sizes, [0.1], 3, 1, "rademacher")
+        (part,) = project(error[:60].contiguous(), [5], sizes, [0.1], 3, 1, "rademacher")
+        same(whole[:60], part)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_neither_threads_nor_batch_change_bits_of_few_rows(isa, threads, dtype):
+    error = torch.randn(7, 40_000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for sizes in ([1], [5], [16], [1, 3, 2, 1]):
+        where = far_apart(sizes), sizes, [0.3] * len(sizes), 8
+        signals = project(error, *where)
+        torch.set_num_threads(3 - threads)  # the fixture restores it
+        for m in range(len(error)):
+            for whole, one in zip(signals, project(error[m : m + 1], *where), strict=True):
+                same(whole[m : m + 1], one)
+        torch.set_num_threads(threads)
+
+
 # The boundary
 
 

@@ -193,7 +193,7 @@ def test_the_transpose_says_what_is_wrong(change, message):
 
 
 def test_sixteen_lanes_and_all_rows_in_registers(tmp_path):
-    """The transforms in the form that AVX-512 takes, on any CPU: 16 lanes, 32 vectors at once."""
+    """What AVX-512 takes, on any CPU: transforms of 32 vectors of 16 lanes, and dot products."""
     needs("a C++ compiler", COMPILER is not None)
     source, binary = str(Path(__file__).parent / "sixteen_lanes.cpp"), tmp_path / "lanes"
     command = [shutil.which("c++"), "-std=c++17", "-O0", f"-I{ROOT}/csrc/cpu", "-Wno-psabi", source]

@@ -192,6 +192,17 @@ def test_scales_that_the_arithmetic_holds(backend, distribution):
                 operator(error.to(dtype), [0], [9], [scale], *where)
 
 
+def test_a_graph_refuses_them_when_it_runs(backend):
+    torch.compiler.reset()
+    signals = torch.compile(
+        lambda error: project(error, [9], normalization=1e39, backend=backend), backend="eager"
+    )
+    assert signals(torch.ones(2, 3, dtype=torch.float64))[0].isfinite().all()
+    with pytest.raises((ValueError, RuntimeError), match=r"project: scales.* must be 0 or between"):
+        signals(torch.ones(2, 3))
+    torch.compiler.reset()
+
+
 def test_a_numpy_array_is_told_the_way_out():
     np = pytest.importorskip("numpy")
     with pytest.raises(TypeError, match=r"^project: error must be a tensor.* torch.from_numpy"):

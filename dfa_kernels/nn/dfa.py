@@ -320,6 +320,11 @@ class DFA(Settings):
             self.dfa_layers[index]._size = size
         self._group.error_size = plan.error_size
         source, device = self.source, self.rp_device or output.device
+        if not isinstance(self.normalization, str) and isinstance(source, (Seeded, Stored)):
+            scales, dtype, factors = plan.layers.scales, output.dtype, source.distribution
+            if isinstance(source, Stored):
+                dtype, factors = source.matrices[0].dtype, "normal"
+            checks.scale_range("DFA", "normalization", scales, dtype, factors)
         if isinstance(source, Stored):
             source.check(plan.layers, plan.error_size)
             if any(matrix.device != device for matrix in source.matrices):

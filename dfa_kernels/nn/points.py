@@ -55,7 +55,8 @@ class Names:
         else:
             return
         raise ValueError(
-            f"attach: {argument} must be submodules that the forward pass calls, got {name!r}: {why}"
+            f"attach: {argument} must be submodules that the forward pass calls, got {name!r}: "
+            f"{why}"
         )
 
     def _hint(self, point: Any) -> str:

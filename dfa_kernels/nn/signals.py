@@ -79,7 +79,8 @@ def deliver_views(
     buffers = {place.device: buffer.to(place.device) for place in places}
     views = [
         from_rows(
-            buffers[place.device][:, : layers.sizes[place.layer]],
+            # No slice: a full one is an alias, for which the vmap of torch.autograd has no rule.
+            buffers[place.device].narrow(1, 0, layers.sizes[place.layer]),
             place.shape,
             place.batch_dims,
             "DFA",

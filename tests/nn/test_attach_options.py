@@ -85,6 +85,40 @@ def test_wrong_names_show_the_nearest():
         attach(model)
 
 
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.att, self.blocks = nn.MultiheadAttention(8, 2), nn.ModuleList([nn.Linear(8, 8)])
+        self.linear = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+
+    def forward(self, x):
+        return self.linear(self.blocks[0](self.att(x, x, x, need_weights=False)[0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("att.out_proj", "attention takes the weights of its parts and calls none; give 'att'"),
+        ("blocks", "a ModuleList has no forward; give its elements"),
+        ("linear.parametrizations", "a ModuleDict has no forward"),
+        ("linear.parametrizations.weight.0", "it makes a weight, no activation; give 'linear'"),
+    ],
+)
+def test_modules_that_nothing_calls_are_refused(name, why):
+    model = Attention()
+    for arguments in ({"points": [name]}, {"inputs": [name]}, {"points": ["att"], "output": name}):
+        with pytest.raises(ValueError, match=rf"that the forward pass calls, got '{name}': {why}"):
+            attach(model, **arguments)
+    attach(model, ["att", "blocks.0"], output="linear", batch_dims=(0, 1))
+    model(torch.randn(3, 2, 8)).sum().backward()
+    assert model.att.out_proj.weight.grad.any()
+
+
+def test_data_parallel_is_refused():
+    with pytest.raises(ValueError, match=r"attach: model must not be an nn.DataParallel"):
+        attach(nn.DataParallel(plain()), ["module.1"])
+
+
 # --- inputs ---
 
 

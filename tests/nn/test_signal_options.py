@@ -92,6 +92,23 @@ def test_bad_signal_transforms(lean):
         signals(torch.randn(3, 5), [6], lean=lean, signal_transform=lambda signal, layer: None)
 
 
+# --- scales ---
+
+
+@pytest.mark.parametrize("scale", [1e39, 1e-45, -1e39])
+@pytest.mark.parametrize("arguments", [{}, {"matrix": torch.randn(6, 5)}, {"lean": True}])
+def test_scales_that_fp32_does_not_hold_are_refused(scale, arguments):
+    """In the forward pass, where the error's type is known."""
+    points = [DFALayer()]
+    dfa = DFA(points, normalization=scale, **arguments)
+    points[0](torch.zeros(3, 6, requires_grad=True))
+    with pytest.raises(ValueError, match=r"DFA: normalization must be 0 or between .*, got -?1e"):
+        dfa(torch.zeros(3, 5, requires_grad=True))
+    points[0](torch.zeros(3, 6, requires_grad=True))
+    if "matrix" not in arguments:
+        dfa(torch.zeros(3, 5, dtype=torch.float64, requires_grad=True))
+
+
 # --- the matrices ---
 
 SOURCES = [

@@ -97,7 +97,7 @@ def test_calls_in_calls(backend, dims):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"distribution": "hadamard"}, {"mask": {"h1": torch.eye(12)[0]}}],
+    [{}, {"distribution": "hadamard"}, {"mask": {"h1": torch.eye(12)[0]}}, {"lean": True}],
     ids=str,
 )
 def test_jacobian_and_hessian_of_a_model(arguments):

@@ -361,15 +361,21 @@ def refused_or_trains(model, facts):
     return True
 
 
+DAMAGED = [
+    {},
+    {"normalization": "shared", "distribution": "hadamard", "shared": False},
+    {"normalization": 0.5, "lean": True},
+    {"normalization": tinydfa_scales},
+    {"matrix": MATRIX},
+    {"matrix": Multiplied(MATRIX)},
+]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
-        {},
-        {"normalization": "shared", "distribution": "hadamard", "shared": False},
-        {"normalization": 0.5, "lean": True},
-        {"normalization": tinydfa_scales},
-        {"matrix": MATRIX},
-        {"matrix": Multiplied(MATRIX)},
+        pytest.param(one, marks=[pytest.mark.battery] * (i in (1, 2, 4)))
+        for i, one in enumerate(DAMAGED)
     ],
 )
 @pytest.mark.usefixtures("one_thread")

@@ -563,7 +563,8 @@ class DFA(Settings):
             ]
             if not tracing:  # a graph that read what it wrote would be made twice
                 self._all_called = not uncalled
-        if not all(layer.passthrough for layer in self.dfa_layers):
+        missing = idle or uncalled or not waiting
+        if missing and not all(layer.passthrough for layer in self.dfa_layers):
             guards.warn_of_layers_without_signals(group.said, idle, uncalled, len(waiting))
         if not tracing and "ranks" not in group.said and ranks.inside_data_parallel():
             group.said.add("ranks")

@@ -201,12 +201,16 @@ class DFA(Settings):
         if len(set(names)) < len(names):
             raise ValueError(f"DFA: dfa_layers must have distinct names, got {names}")
         count = len(self.dfa_layers)
-        mode = "shallow" if no_training else "dfa"
+        mode = "shallow" if checks.boolean("DFA", "no_training", no_training) else "dfa"
         self._group = Group(mode, None, None, False, False)
         self._slicing = Slicing((0,) * count, "layer")
         self._chosen = {}
         source, share = check_matrix(
-            matrix, shared is None or bool(shared), seeded, count, self.rp_device
+            matrix,
+            shared is None or checks.boolean("DFA", "shared", shared),
+            seeded,
+            count,
+            self.rp_device,
         )
         self._hold("source", source)
         self._share(share)
@@ -246,7 +250,7 @@ class DFA(Settings):
 
     @no_training.setter
     def no_training(self, value: bool) -> None:
-        self.mode = "shallow" if value else "dfa"
+        self.mode = "shallow" if checks.boolean("DFA", "no_training", value) else "dfa"
 
     @property
     def feedback_points_handling(self) -> FeedbackPointsHandling:

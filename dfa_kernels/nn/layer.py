@@ -180,7 +180,7 @@ class DFALayer(nn.Module):
 
     @passthrough.setter
     def passthrough(self, passthrough: bool) -> None:
-        self._passthrough = bool(passthrough)
+        self._passthrough = checks.boolean("DFALayer", "passthrough", passthrough)
 
     @property
     def requires_grad(self) -> bool | None:
@@ -189,7 +189,11 @@ class DFALayer(nn.Module):
 
     @requires_grad.setter
     def requires_grad(self, requires_grad: bool | None) -> None:
-        self._requires_grad = None if requires_grad is None else bool(requires_grad)
+        self._requires_grad = (
+            None
+            if requires_grad is None
+            else checks.boolean("DFALayer", "requires_grad", requires_grad)
+        )
 
     @property
     def size(self) -> int | None:

@@ -39,6 +39,7 @@ from dfa_kernels.nn.layer import (
 from dfa_kernels.nn.plan import Plan, Target, make_plan
 from dfa_kernels.nn.rows import to_rows
 from dfa_kernels.nn.settings import Settings
+from dfa_kernels.nn.shards import refuse_shards
 from dfa_kernels.nn.sources import (
     Scales,
     Seeded,
@@ -303,6 +304,7 @@ class DFA(Settings):
         """`output`, tied to the activations that wait for it."""
         if not isinstance(output, Tensor):
             raise TypeError(f"DFA: output must be a tensor, got {type(output).__name__}")
+        refuse_shards("DFA", "output", output)
         waiting, idle = self._group.take()
         record = self._group.record
         if not torch.is_grad_enabled() or (record is None and self.mode != "dfa"):

@@ -14,6 +14,7 @@ from dfa_kernels import checks, derivatives
 from dfa_kernels.nn import guards
 from dfa_kernels.nn.functions import Factor, Scaled, Stopped
 from dfa_kernels.nn.plan import Plan
+from dfa_kernels.nn.shards import refuse_shards
 
 
 class FeedbackPointsHandling(enum.Enum):
@@ -206,6 +207,7 @@ class DFALayer(nn.Module):
             raise TypeError(
                 f"DFALayer: activation must be a tensor, got {type(activation).__name__}"
             )
+        refuse_shards("DFALayer", "activation", activation)
         if self.passthrough:
             return activation
         group = self._group

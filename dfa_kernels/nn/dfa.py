@@ -39,6 +39,7 @@ from dfa_kernels.nn.layer import (
 from dfa_kernels.nn.plan import Plan, Target, make_plan
 from dfa_kernels.nn.rows import to_rows
 from dfa_kernels.nn.settings import Settings
+from dfa_kernels.nn.shards import refuse_shards
 from dfa_kernels.nn.sources import (
     Scales,
     Seeded,
@@ -201,12 +202,16 @@ class DFA(Settings):
         if len(set(names)) < len(names):
             raise ValueError(f"DFA: dfa_layers must have distinct names, got {names}")
         count = len(self.dfa_layers)
-        mode = "shallow" if no_training else "dfa"
+        mode = "shallow" if checks.boolean("DFA", "no_training", no_training) else "dfa"
         self._group = Group(mode, None, None, False, False)
         self._slicing = Slicing((0,) * count, "layer")
         self._chosen = {}
         source, share = check_matrix(
-            matrix, shared is None or bool(shared), seeded, count, self.rp_device
+            matrix,
+            shared is None or checks.boolean("DFA", "shared", shared),
+            seeded,
+            count,
+            self.rp_device,
         )
         self._hold("source", source)
         self._share(share)
@@ -246,7 +251,7 @@ class DFA(Settings):
 
     @no_training.setter
     def no_training(self, value: bool) -> None:
-        self.mode = "shallow" if value else "dfa"
+        self.mode = "shallow" if checks.boolean("DFA", "no_training", value) else "dfa"
 
     @property
     def feedback_points_handling(self) -> FeedbackPointsHandling:
@@ -299,6 +304,7 @@ class DFA(Settings):
         """`output`, tied to the activations that wait for it."""
         if not isinstance(output, Tensor):
             raise TypeError(f"DFA: output must be a tensor, got {type(output).__name__}")
+        refuse_shards("DFA", "output", output)
         waiting, idle = self._group.take()
         record = self._group.record
         if not torch.is_grad_enabled() or (record is None and self.mode != "dfa"):

@@ -14,6 +14,7 @@ from dfa_kernels import checks, derivatives
 from dfa_kernels.nn import guards
 from dfa_kernels.nn.functions import Factor, Scaled, Stopped
 from dfa_kernels.nn.plan import Plan
+from dfa_kernels.nn.shards import refuse_shards
 
 
 class FeedbackPointsHandling(enum.Enum):
@@ -180,7 +181,7 @@ class DFALayer(nn.Module):
 
     @passthrough.setter
     def passthrough(self, passthrough: bool) -> None:
-        self._passthrough = bool(passthrough)
+        self._passthrough = checks.boolean("DFALayer", "passthrough", passthrough)
 
     @property
     def requires_grad(self) -> bool | None:
@@ -189,7 +190,11 @@ class DFALayer(nn.Module):
 
     @requires_grad.setter
     def requires_grad(self, requires_grad: bool | None) -> None:
-        self._requires_grad = None if requires_grad is None else bool(requires_grad)
+        self._requires_grad = (
+            None
+            if requires_grad is None
+            else checks.boolean("DFALayer", "requires_grad", requires_grad)
+        )
 
     @property
     def size(self) -> int | None:
@@ -202,6 +207,7 @@ class DFALayer(nn.Module):
             raise TypeError(
                 f"DFALayer: activation must be a tensor, got {type(activation).__name__}"
             )
+        refuse_shards("DFALayer", "activation", activation)
         if self.passthrough:
             return activation
         group = self._group

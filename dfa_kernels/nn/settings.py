@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfa_kernels import checks
 from dfa_kernels.nn.layer import DFALayer, Group
 from dfa_kernels.nn.signals import check_masks
 from dfa_kernels.nn.sources import (
@@ -124,7 +125,7 @@ class Settings(nn.Module):
             raise AttributeError(
                 "DFA: shared follows from the number of stored matrices; set source to others"
             )
-        self._share(shared is None or bool(shared))
+        self._share(shared is None or checks.boolean("DFA", "shared", shared))
         self._choose("shared", shared is not None)
 
     @property
@@ -134,8 +135,9 @@ class Settings(nn.Module):
 
     @lean.setter
     def lean(self, lean: bool) -> None:
-        self._check_lean(bool(lean), self.shared)
-        self._group.lean = bool(lean)
+        lean = checks.boolean("DFA", "lean", lean)
+        self._check_lean(lean, self.shared)
+        self._group.lean = lean
 
     @property
     def normalization(self) -> str | float | Scales:
@@ -147,7 +149,8 @@ class Settings(nn.Module):
         law = check_normalization(normalization)
         self._slicing = self._slicing._replace(normalization=law)
         self._submodule("normalization", law)
-        self._choose("normalization", normalization is not True)
+        chosen = not checks.is_boolean(normalization) or not normalization
+        self._choose("normalization", chosen)
 
     @property
     def error_transform(self) -> Callable[[Tensor], Tensor] | None:
@@ -174,7 +177,7 @@ class Settings(nn.Module):
 
     @scale_repeats.setter
     def scale_repeats(self, scale_repeats: bool) -> None:
-        self._scale_repeats = bool(scale_repeats)
+        self._scale_repeats = checks.boolean("DFA", "scale_repeats", scale_repeats)
 
     @property
     def requires_grad(self) -> bool:
@@ -183,7 +186,7 @@ class Settings(nn.Module):
 
     @requires_grad.setter
     def requires_grad(self, requires_grad: bool) -> None:
-        self._group.requires_grad = bool(requires_grad)
+        self._group.requires_grad = checks.boolean("DFA", "requires_grad", requires_grad)
 
     @property
     def rp_device(self) -> torch.device | None:

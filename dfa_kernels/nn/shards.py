@@ -24,16 +24,16 @@ def refuse_shards(function: str, argument: str, tensor: Tensor) -> None:
     )
 
 
-def refuse_a_shard(name: str, module: nn.Module, tensor: Tensor) -> None:
-    """Raise ValueError where `module`'s output has only this process's part of its features.
+def refuse_a_shard(name: str, module: nn.Module, tensor: Tensor, is_input: bool = False) -> None:
+    """Raise ValueError where `module`'s output, or input, has only this process's part of features.
 
-    So it is with `ColwiseParallel`, whose output is a plain tensor. Looks at a linear module, an
-    embedding or the last of them in a Sequential; others do not tell.
+    So it is with the output of `ColwiseParallel` and the input of `RowwiseParallel`, plain tensors.
+    Looks at a linear module, an embedding or the last of them in a Sequential; others do not tell.
     """
-    last = _last(module)
+    last = module if is_input else _last(module)
     if isinstance(last, nn.Linear):
-        dim = 0
-    elif isinstance(last, nn.Embedding):
+        dim = 1 if is_input else 0
+    elif isinstance(last, nn.Embedding) and not is_input:
         dim = 1
     else:
         return
@@ -44,9 +44,10 @@ def refuse_a_shard(name: str, module: nn.Module, tensor: Tensor) -> None:
     features, whole = tensor.shape[-1], weight.shape[dim]
     # Sharded weights alone say nothing: fully_shard makes them whole for the forward pass.
     if features < whole and features == weight.to_local().shape[dim]:
+        does, layouts = ("get", "input") if is_input else ("return", "output")
         raise ValueError(
-            f"attach: {name!r} must return all {whole} features in each process, got {features}, "
-            "of a weight that is sharded; parallelize it with output_layouts=Replicate()"
+            f"attach: {name!r} must {does} all {whole} features in each process, got {features}, "
+            f"of a weight that is sharded; parallelize with {layouts}_layouts=Replicate()"
         )
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dfa_kernels import DFA, DFALayer
+from dfa_kernels import DFA, DFALayer, attach
 from dfa_kernels.nn.shards import refuse_a_shard, refuse_shards
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
@@ -79,3 +79,15 @@ def test_whole_features_are_taken(mesh):
     refuse_a_shard("fc", parallel(mesh, "ColwiseParallel"), torch.ones(3, 8))
     for module in (nn.Linear(4, 8), nn.Tanh(), nn.Sequential(nn.Tanh())):
         refuse_a_shard("plain", module, torch.ones(3, 4))
+
+
+def test_attached_points_and_inputs_that_are_parts_are_refused(mesh):
+    x = torch.ones(3, 4)
+    for points in ({"points": ["0"]}, {"inputs": ["1"]}):
+        model = nn.Sequential(parallel(mesh, "ColwiseParallel"), nn.Linear(8, 6), nn.Linear(6, 5))
+        attach(model, **points)
+        parallel(mesh, "RowwiseParallel", model[1])
+        with pytest.raises(
+            ValueError, match=r"(all 8 features|DFALayer: activation must be whole)"
+        ):
+            model(x)

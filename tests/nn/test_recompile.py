@@ -47,21 +47,21 @@ def loss_of(model):
 
 
 def wrapper(model):
-    return loss_of(torch.compile(model, backend="aot_eager"))
+    return loss_of(torch.compile(model, backend="eager"))
 
 
 def in_place(model):
-    model.compile(backend="aot_eager")
+    model.compile(backend="eager")
     return loss_of(model)
 
 
 def submodule(model):
-    model.block.compile(backend="aot_eager")
+    model.block.compile(backend="eager")
     return loss_of(model)
 
 
 def step(model):
-    return torch.compile(loss_of(model), backend="aot_eager")
+    return torch.compile(loss_of(model), backend="eager")
 
 
 def gradient(model, loss):
@@ -70,7 +70,10 @@ def gradient(model, loss):
     return model.fc1.weight.grad.clone()
 
 
-@pytest.mark.parametrize("compiled", [wrapper, in_place, submodule, step])
+@pytest.mark.parametrize(
+    "compiled",
+    [wrapper, pytest.param(in_place, marks=pytest.mark.battery), submodule, step],
+)
 def test_hooks_take_effect_after_compiled_calls(compiled):
     torch.manual_seed(0)
     model = Blocks()

@@ -9,7 +9,10 @@ from torch import nn
 from dfa_kernels import DFA, DFALayer
 from tests.nn.networks import CLASSES, INPUTS, assert_equal, backward, batch
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning"),
+]
 
 
 class Law(nn.Module):

@@ -38,6 +38,7 @@ from dfa_kernels.nn.layer import (
 )
 from dfa_kernels.nn.plan import Plan, Target, make_plan
 from dfa_kernels.nn.rows import to_rows
+from dfa_kernels.nn.scripting import tracing
 from dfa_kernels.nn.settings import Settings
 from dfa_kernels.nn.shards import refuse_shards
 from dfa_kernels.nn.sources import (
@@ -302,6 +303,16 @@ class DFA(Settings):
 
     def forward(self, output: Tensor) -> Tensor:
         """`output`, tied to the activations that wait for it."""
+        if torch.jit.is_scripting():
+            if self.training and torch.is_grad_enabled() and output.requires_grad:
+                raise RuntimeError(
+                    "DFA: a model by torch.jit.script does not train; call eval() for inference"
+                )
+            return output
+        return self._tie(output)
+
+    @torch.jit.unused
+    def _tie(self, output: Tensor) -> Tensor:
         if not isinstance(output, Tensor):
             raise TypeError(f"DFA: output must be a tensor, got {type(output).__name__}")
         refuse_shards("DFA", "output", output)
@@ -309,7 +320,7 @@ class DFA(Settings):
         record = self._group.record
         if not torch.is_grad_enabled() or (record is None and self.mode != "dfa"):
             return output
-        if recomputing("DFA"):
+        if tracing("DFA", self.training, output) or recomputing("DFA"):
             return output
         if record is None and output.requires_grad:
             self._warn(waiting, idle, output)

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfa_kernels import checks, derivatives
 from dfa_kernels.nn import guards
 from dfa_kernels.nn.functions import Factor, Scaled, Stopped
 from dfa_kernels.nn.plan import Plan
+from dfa_kernels.nn.scripting import Scriptable, tracing
 from dfa_kernels.nn.shards import refuse_shards
 
 
@@ -111,7 +112,7 @@ class Group:
         return {**self.__dict__, "waiting": {}, "idle": {}, "record": None}
 
 
-class DFALayer(nn.Module):
+class DFALayer(Scriptable):
     """Marks a hidden activation, after its non-linearity, for the `DFA` it is given to.
 
     Without a `DFA` it cuts backpropagation, and warns once: nothing trains what is before it.
@@ -203,6 +204,17 @@ class DFALayer(nn.Module):
 
     def forward(self, activation: Tensor) -> Tensor:
         """`activation`, detached unless backpropagation is to pass."""
+        if torch.jit.is_scripting():
+            if self.training and torch.is_grad_enabled() and activation.requires_grad:
+                raise RuntimeError(
+                    "DFALayer: a model by torch.jit.script does not train; "
+                    "call eval() for inference"
+                )
+            return activation
+        return self._mark(activation)
+
+    @torch.jit.unused
+    def _mark(self, activation: Tensor) -> Tensor:
         if not isinstance(activation, Tensor):
             raise TypeError(
                 f"DFALayer: activation must be a tensor, got {type(activation).__name__}"
@@ -217,6 +229,8 @@ class DFALayer(nn.Module):
             return activation.detach()
         recorded = group.record is not None
         if group.mode == "backprop" and not recorded:
+            return activation
+        if tracing("DFALayer", self.training, activation):
             return activation
         if (group.mode == "dfa" or recorded) and not recomputing("DFALayer"):
             if derivatives.forward_mode():

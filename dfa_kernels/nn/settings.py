@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dfa_kernels import checks
 from dfa_kernels.nn.layer import DFALayer, Group
+from dfa_kernels.nn.scripting import Scriptable
 from dfa_kernels.nn.signals import check_masks
 from dfa_kernels.nn.sources import (
     INDEPENDENT_ROWS,
@@ -24,7 +25,7 @@ from dfa_kernels.nn.sources import (
 )
 
 
-class Settings(nn.Module):
+class Settings(Scriptable):
     """The attributes of a `DFA` that say how its signals are made.
 
     Setting one checks it as the constructor does, and leaves all as it was where that fails.

@@ -37,8 +37,8 @@ class DFACallback(Callback):
             should not be `training_step`, which would log once more. None: the alignment is not
             measured.
         every: the steps of the optimizer between two measurements, each of which is logged by
-            `module.log` as "dfa/alignment/<layer>". Loggers get the last measurement of the epoch at
-            the trainer's `log_every_n_steps`. None: at these, so that each is a new one.
+            `module.log` as "dfa/alignment/<layer>". Loggers get the epoch's last measurement at the
+            trainer's multiples of `log_every_n_steps`. None: at these, so that each is a new one.
 
     Raises:
         TypeError, ValueError: naming the argument and what was got; when training begins, if the

@@ -21,7 +21,7 @@ NAMES = {f"dfa/alignment/{name}" for name in POINTS}
 
 
 def trainer_of(folder, seed=3, state=None, **arguments):
-    """A Trainer of an attached model, dropout included. Without `state`, only the callback has it."""
+    """A Trainer of an attached model with dropout. Its state is the callback's, or in `state`."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=48, n_positions=8, n_embd=32, n_layer=2, n_head=2)
     model = transformers.GPT2LMHeadModel(config)

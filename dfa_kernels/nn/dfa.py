@@ -359,16 +359,13 @@ class DFA(Settings):
 
     def signals(self, plan: Plan, error: Tensor) -> list[Tensor]:
         """B_i e for every place, by one projection, each of its activation's shape and dtype."""
-        rows = self._rows(error)
-        signals = delivery.deliver(self.source, rows, plan.layers, plan.places, self.masks)
-        if self.signal_transform is None:
+        layers, places, indices, *_ = plan
+        rows, share = self._rows(error), self.signal_transform is None
+        signals = delivery.deliver(self.source, rows, layers, places, self.masks, share=share)
+        if share:
             return signals
-        # Equal places share a tensor, which a transform may change.
-        shared = len({id(signal) for signal in signals}) < len(signals)
-        copies = [signal.clone() for signal in signals] if shared else signals
-        return [
-            self._transformed(index, copy) for index, copy in zip(plan.indices, copies, strict=True)
-        ]
+        pairs = zip(indices, signals, strict=True)
+        return [self._transformed(index, signal) for index, signal in pairs]
 
     def _planned_signals(self, plan: Plan, error: Tensor, _: Sequence[Tensor]) -> list[Tensor]:
         return self.signals(plan, error)

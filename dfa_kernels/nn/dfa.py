@@ -305,7 +305,7 @@ class DFA(Settings):
             return output
         if recomputing("DFA"):
             return output
-        if record is None and output.requires_grad:
+        if record is None and (waiting or output.requires_grad):
             self._warn(waiting, idle, output)
         if not waiting:
             return output
@@ -342,15 +342,15 @@ class DFA(Settings):
 
     def signals(self, plan: Plan, error: Tensor) -> list[Tensor]:
         """B_i e for every place, by one projection, each of its activation's shape and dtype."""
-        rows = self._rows(error)
-        signals = delivery.deliver(self.source, rows, plan.layers, plan.places, self.masks)
+        rows = self._rows(error, plan.batch_dims)
+        signals = delivery.deliver(self.source, rows, plan.layers, plan.places, plan.masks)
         if self.signal_transform is None:
             return signals
-        # Equal places share a tensor, which a transform may change.
+        # A transform may change its signal. Equal places share one, and k rows may share memory.
         shared = len({id(signal) for signal in signals}) < len(signals)
-        copies = [signal.clone() for signal in signals] if shared else signals
         return [
-            self._transformed(index, copy) for index, copy in zip(plan.indices, copies, strict=True)
+            self._transformed(index, one.clone() if shared or 0 in one.stride() else one)
+            for index, one in zip(plan.indices, signals, strict=True)
         ]
 
     def _planned_signals(self, plan: Plan, error: Tensor, _: Sequence[Tensor]) -> list[Tensor]:
@@ -374,14 +374,14 @@ class DFA(Settings):
             factor = item.factor or Factor()
             ratio = layers.scales[place.layer] / scale
             factor.value = (
-                ratio if place.mask is None else delivery.mask_for(place, self.masks) * ratio
+                ratio if place.mask is None else delivery.mask_for(place, plan.masks) * ratio
             )
             if self.signal_transform is not None:
                 factor.transform = functools.partial(self._transformed, indices[index])
             if item.factor is None:
                 own[index] = factor.apply
         return lambda error, _: delivery.deliver_views(
-            self.source, self._rows(error), layers, places, longest, own
+            self.source, self._rows(error, plan.batch_dims), layers, places, longest, own
         )
 
     def _transformed(self, index: int, signal: Tensor) -> Tensor:
@@ -513,9 +513,9 @@ class DFA(Settings):
             source = type(self.source).__name__
         return f"{len(self.dfa_layers)} layers, {source}"
 
-    def _rows(self, error: Tensor) -> Tensor:
+    def _rows(self, error: Tensor, batch_dims: Sequence[int]) -> Tensor:
         """The error as it is projected: [batch, n], transformed, where the projection runs."""
-        rows = to_rows(error, self.batch_dims, "DFA")
+        rows = to_rows(error, batch_dims, "DFA")
         if self.error_transform is not None:
             # A copy: one that works in place would change the last layer's gradient.
             transformed = self.error_transform(rows.clone())

@@ -8,7 +8,7 @@ from torch import nn
 
 from dfa_kernels import DFA, DFALayer
 from dfa_kernels.nn import FeedbackPointsHandling
-from tests.nn.networks import assert_equal, backward, batch, gradients, perceptron
+from tests.nn.networks import WIDTHS, assert_equal, backward, batch, gradients, perceptron
 
 HANDLING = list(FeedbackPointsHandling)
 
@@ -74,9 +74,10 @@ def test_evaluation_after_an_aborted_pass_clears_it():
 def test_a_pass_that_fails_at_the_output_leaves_nothing():
     x, y = batch()
     model = perceptron()
-    model.points[1](torch.zeros(4, 12, requires_grad=True))
+    for point, width in zip(model.points, WIDTHS, strict=True):
+        point(torch.zeros(4, width, requires_grad=True))
     with pytest.raises(
-        ValueError, match=r"dfa_layers\[1\] must have the output's rows \[6\], .* got \[4\]"
+        ValueError, match=r"dfa_layers\[0\] must have the output's rows \[6\], .* got \[4\]"
     ):
         model.dfa(torch.zeros(6, 5))
     assert_equal(backward(model, x, y), backward(perceptron(), x, y))

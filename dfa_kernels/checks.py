@@ -30,6 +30,21 @@ def integer(function: str, argument: str, value: int, *, low: int, high: int) ->
     return value
 
 
+def boolean(function: str, argument: str, value: bool) -> bool:
+    """`value`, True or False, as a bool. Takes numpy's, but nothing else that counts as true."""
+    if is_boolean(value):
+        return bool(value)
+    raise TypeError(
+        f"{function}: {argument} must be True or False, got {type(value).__name__} {value!r}"
+    )
+
+
+def is_boolean(value: Any) -> bool:
+    """Whether this is a bool, Python's or numpy's."""
+    kind = type(value)
+    return kind is bool or (kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_"))
+
+
 def integers(
     function: str, argument: str, values: Sequence[int], *, low: int, high: int
 ) -> list[int]:

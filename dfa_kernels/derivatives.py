@@ -38,7 +38,9 @@ def transformed() -> bool:
 
 def forward_mode() -> bool:
     """Whether forward mode is on, plainly or by a transform of torch.func."""
-    return forward_ad._current_level >= 0 or "Jvp" in _transforms()
+    if forward_ad._current_level >= 0:
+        return True
+    return torch._C._are_functorch_transforms_active() and "Jvp" in _transforms()
 
 
 @torch.compiler.assume_constant_result  # while tracing, torch.compile enters transforms

@@ -14,6 +14,7 @@ from dfa_kernels.nn.dfa import DFA
 from dfa_kernels.nn.hooks import CutHook, InputHook, LoadHook, OutputHook, SaveHook
 from dfa_kernels.nn.layer import DFALayer, FeedbackPointsHandling
 from dfa_kernels.nn.points import Names, Points
+from dfa_kernels.nn.recompile import forget_compiled
 from dfa_kernels.nn.sources import Scales, Source
 
 
@@ -59,6 +60,7 @@ class Attachment:
                 model.register_state_dict_post_hook(SaveHook(state, dfa)),
                 model.register_load_state_dict_pre_hook(LoadHook(state, dfa)),
             ]
+        forget_compiled()
 
     @property
     def mode(self) -> str:
@@ -73,6 +75,8 @@ class Attachment:
         """Undo `attach`; the model keeps what it has learned."""
         for handle in self._handles:
             handle.remove()
+        if self._handles:
+            forget_compiled()
         self._handles = []
         if self._state is not None:
             self._model.__dict__.pop(self._state, None)
@@ -110,7 +114,9 @@ def attach(
         handle.detach()
 
     Args:
-        model: any module. Of a DistributedDataParallel or a compiled wrapper, the module inside.
+        model: any module. Of a DistributedDataParallel or a compiled wrapper, the module inside. If
+            anything in the process ran compiled already, all of it is compiled anew, since compiled
+            code does not look at hooks; so it is with `detach()`.
         points: the submodules whose outputs are trained by a signal, by name or as modules, in any
             order. Each should end in its non-linearity or residual sum, and returns a tensor, or a
             tuple or list that begins with it. Gradients end there: what lies between two points is

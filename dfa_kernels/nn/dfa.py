@@ -38,7 +38,9 @@ from dfa_kernels.nn.layer import (
 )
 from dfa_kernels.nn.plan import Plan, Target, make_plan
 from dfa_kernels.nn.rows import to_rows
+from dfa_kernels.nn.scripting import tracing
 from dfa_kernels.nn.settings import Settings
+from dfa_kernels.nn.shards import refuse_shards
 from dfa_kernels.nn.sources import (
     Scales,
     Seeded,
@@ -201,12 +203,16 @@ class DFA(Settings):
         if len(set(names)) < len(names):
             raise ValueError(f"DFA: dfa_layers must have distinct names, got {names}")
         count = len(self.dfa_layers)
-        mode = "shallow" if no_training else "dfa"
+        mode = "shallow" if checks.boolean("DFA", "no_training", no_training) else "dfa"
         self._group = Group(mode, None, None, False, False)
         self._slicing = Slicing((0,) * count, "layer")
         self._chosen = {}
         source, share = check_matrix(
-            matrix, shared is None or bool(shared), seeded, count, self.rp_device
+            matrix,
+            shared is None or checks.boolean("DFA", "shared", shared),
+            seeded,
+            count,
+            self.rp_device,
         )
         self._hold("source", source)
         self._share(share)
@@ -246,7 +252,7 @@ class DFA(Settings):
 
     @no_training.setter
     def no_training(self, value: bool) -> None:
-        self.mode = "shallow" if value else "dfa"
+        self.mode = "shallow" if checks.boolean("DFA", "no_training", value) else "dfa"
 
     @property
     def feedback_points_handling(self) -> FeedbackPointsHandling:
@@ -297,13 +303,24 @@ class DFA(Settings):
 
     def forward(self, output: Tensor) -> Tensor:
         """`output`, tied to the activations that wait for it."""
+        if torch.jit.is_scripting():
+            if self.training and torch.is_grad_enabled() and output.requires_grad:
+                raise RuntimeError(
+                    "DFA: a model by torch.jit.script does not train; call eval() for inference"
+                )
+            return output
+        return self._tie(output)
+
+    @torch.jit.unused
+    def _tie(self, output: Tensor) -> Tensor:
         if not isinstance(output, Tensor):
             raise TypeError(f"DFA: output must be a tensor, got {type(output).__name__}")
+        refuse_shards("DFA", "output", output)
         waiting, idle = self._group.take()
         record = self._group.record
         if not torch.is_grad_enabled() or (record is None and self.mode != "dfa"):
             return output
-        if recomputing("DFA"):
+        if tracing("DFA", self.training, output) or recomputing("DFA"):
             return output
         if record is None and (waiting or output.requires_grad):
             self._warn(waiting, idle, output)
@@ -563,7 +580,8 @@ class DFA(Settings):
             ]
             if not tracing:  # a graph that read what it wrote would be made twice
                 self._all_called = not uncalled
-        if not all(layer.passthrough for layer in self.dfa_layers):
+        missing = idle or uncalled or not waiting
+        if missing and not all(layer.passthrough for layer in self.dfa_layers):
             guards.warn_of_layers_without_signals(group.said, idle, uncalled, len(waiting))
         if not tracing and "ranks" not in group.said and ranks.inside_data_parallel():
             group.said.add("ranks")

@@ -9,12 +9,15 @@ import copy
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dfa_kernels.nn.dfa import DFA
 from dfa_kernels.nn.layer import DFALayer
+from dfa_kernels.nn.shards import refuse_a_shard
 
 
 class OutputHook:
@@ -23,6 +26,7 @@ class OutputHook:
     def __init__(self, name: str, target: DFALayer | DFA):
         self.name = name
         self.target = target
+        self._checked = False
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """`output` with its tensor replaced."""
@@ -31,6 +35,9 @@ class OutputHook:
                 f"attach: {self.name!r} returns its loss, which no signal would reach; give "
                 "output=..., the submodule that makes the logits"
             )
+        if not self._checked and not torch.compiler.is_compiling():
+            self._checked = True
+            through(partial(_whole, self.name, module), output, self.name)
         return through(self.target, output, self.name)
 
 
@@ -40,11 +47,18 @@ class InputHook:
     def __init__(self, name: str, layer: DFALayer):
         self.name = name
         self.layer = layer
+        self._checked = False
 
     def __call__(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         """The arguments with that tensor replaced."""
+        if not self._checked and not torch.compiler.is_compiling():
+            self._checked = True
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, Tensor):
+                    refuse_a_shard(self.name, module, value, is_input=True)
+                    break
         for index, value in enumerate(args):
             if isinstance(value, Tensor):
                 return (*args[:index], self.layer(value), *args[index + 1 :]), kwargs
@@ -123,6 +137,11 @@ class LoadHook:
         load(self.dfa, whole)
         for key in ours:
             del state[key]
+
+
+def _whole(name: str, module: nn.Module, tensor: Tensor) -> Tensor:
+    refuse_a_shard(name, module, tensor)
+    return tensor
 
 
 def through(function: Callable[[Tensor], Tensor], output: Any, name: str) -> Any:

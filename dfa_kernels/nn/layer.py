@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfa_kernels import checks, derivatives
 from dfa_kernels.nn import guards
 from dfa_kernels.nn.functions import Factor, Scaled, Stopped
 from dfa_kernels.nn.plan import Plan
+from dfa_kernels.nn.scripting import Scriptable, tracing
+from dfa_kernels.nn.shards import refuse_shards
 
 
 class FeedbackPointsHandling(enum.Enum):
@@ -110,7 +112,7 @@ class Group:
         return {**self.__dict__, "waiting": {}, "idle": {}, "record": None}
 
 
-class DFALayer(nn.Module):
+class DFALayer(Scriptable):
     """Marks a hidden activation, after its non-linearity, for the `DFA` it is given to.
 
     Without a `DFA` it cuts backpropagation, and warns once: nothing trains what is before it.
@@ -180,7 +182,7 @@ class DFALayer(nn.Module):
 
     @passthrough.setter
     def passthrough(self, passthrough: bool) -> None:
-        self._passthrough = bool(passthrough)
+        self._passthrough = checks.boolean("DFALayer", "passthrough", passthrough)
 
     @property
     def requires_grad(self) -> bool | None:
@@ -189,7 +191,11 @@ class DFALayer(nn.Module):
 
     @requires_grad.setter
     def requires_grad(self, requires_grad: bool | None) -> None:
-        self._requires_grad = None if requires_grad is None else bool(requires_grad)
+        self._requires_grad = (
+            None
+            if requires_grad is None
+            else checks.boolean("DFALayer", "requires_grad", requires_grad)
+        )
 
     @property
     def size(self) -> int | None:
@@ -198,10 +204,22 @@ class DFALayer(nn.Module):
 
     def forward(self, activation: Tensor) -> Tensor:
         """`activation`, detached unless backpropagation is to pass."""
+        if torch.jit.is_scripting():
+            if self.training and torch.is_grad_enabled() and activation.requires_grad:
+                raise RuntimeError(
+                    "DFALayer: a model by torch.jit.script does not train; "
+                    "call eval() for inference"
+                )
+            return activation
+        return self._mark(activation)
+
+    @torch.jit.unused
+    def _mark(self, activation: Tensor) -> Tensor:
         if not isinstance(activation, Tensor):
             raise TypeError(
                 f"DFALayer: activation must be a tensor, got {type(activation).__name__}"
             )
+        refuse_shards("DFALayer", "activation", activation)
         if self.passthrough:
             return activation
         group = self._group
@@ -211,6 +229,8 @@ class DFALayer(nn.Module):
             return activation.detach()
         recorded = group.record is not None
         if group.mode == "backprop" and not recorded:
+            return activation
+        if tracing("DFALayer", self.training, activation):
             return activation
         if (group.mode == "dfa" or recorded) and not recomputing("DFALayer"):
             if derivatives.forward_mode():

@@ -47,17 +47,29 @@ class Names:
         outer = name.rpartition(".")[0]
         if type(module).forward is nn.Module.forward and "forward" not in vars(module):
             why = f"a {type(module).__name__} has no forward; give its elements"
-        elif isinstance(self._modules[outer], nn.MultiheadAttention):
+        elif type(self._modules[outer]).forward is nn.MultiheadAttention.forward:
             why = f"attention takes the weights of its parts and calls none; give {outer!r}"
         elif ".parametrizations." in f".{name}.":
             whole = name.partition(".parametrizations.")[0]
             why = f"it makes a weight, no activation; give {whole!r}"
+        elif around := self._data_parallel(name):
+            why = (
+                f"{around!r} is an nn.DataParallel, whose copies run at the same time; use "
+                "DistributedDataParallel"
+            )
         else:
             return
         raise ValueError(
             f"attach: {argument} must be submodules that the forward pass calls, got {name!r}: "
             f"{why}"
         )
+
+    def _data_parallel(self, name: str) -> str:
+        """The name of the `nn.DataParallel` that a module is in, or ""."""
+        while name := name.rpartition(".")[0]:
+            if isinstance(self._modules[name], nn.DataParallel):
+                return name
+        return ""
 
     def _hint(self, point: Any) -> str:
         names = [name for name in self._modules if name]

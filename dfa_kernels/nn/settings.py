@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfa_kernels import checks
 from dfa_kernels.nn.layer import DFALayer, Group
+from dfa_kernels.nn.scripting import Scriptable
 from dfa_kernels.nn.signals import check_masks
 from dfa_kernels.nn.sources import (
     INDEPENDENT_ROWS,
@@ -23,7 +25,7 @@ from dfa_kernels.nn.sources import (
 )
 
 
-class Settings(nn.Module):
+class Settings(Scriptable):
     """The attributes of a `DFA` that say how its signals are made.
 
     Setting one checks it as the constructor does, and leaves all as it was where that fails.
@@ -124,7 +126,7 @@ class Settings(nn.Module):
             raise AttributeError(
                 "DFA: shared follows from the number of stored matrices; set source to others"
             )
-        self._share(shared is None or bool(shared))
+        self._share(shared is None or checks.boolean("DFA", "shared", shared))
         self._choose("shared", shared is not None)
 
     @property
@@ -134,8 +136,9 @@ class Settings(nn.Module):
 
     @lean.setter
     def lean(self, lean: bool) -> None:
-        self._check_lean(bool(lean), self.shared)
-        self._group.lean = bool(lean)
+        lean = checks.boolean("DFA", "lean", lean)
+        self._check_lean(lean, self.shared)
+        self._group.lean = lean
 
     @property
     def normalization(self) -> str | float | Scales:
@@ -147,7 +150,8 @@ class Settings(nn.Module):
         law = check_normalization(normalization)
         self._slicing = self._slicing._replace(normalization=law)
         self._submodule("normalization", law)
-        self._choose("normalization", normalization is not True)
+        chosen = not checks.is_boolean(normalization) or not normalization
+        self._choose("normalization", chosen)
 
     @property
     def error_transform(self) -> Callable[[Tensor], Tensor] | None:
@@ -174,7 +178,7 @@ class Settings(nn.Module):
 
     @scale_repeats.setter
     def scale_repeats(self, scale_repeats: bool) -> None:
-        self._scale_repeats = bool(scale_repeats)
+        self._scale_repeats = checks.boolean("DFA", "scale_repeats", scale_repeats)
 
     @property
     def requires_grad(self) -> bool:
@@ -183,7 +187,7 @@ class Settings(nn.Module):
 
     @requires_grad.setter
     def requires_grad(self, requires_grad: bool) -> None:
-        self._group.requires_grad = bool(requires_grad)
+        self._group.requires_grad = checks.boolean("DFA", "requires_grad", requires_grad)
 
     @property
     def rp_device(self) -> torch.device | None:

@@ -236,7 +236,7 @@ def check_normalization(
     normalization: bool | str | float | Scales, function: str = "DFA"
 ) -> str | float | Scales:
     """`DFA`'s argument `normalization` as a name, a float or a function."""
-    if isinstance(normalization, bool):
+    if checks.is_boolean(normalization):
         return "layer" if normalization else "shared"
     if isinstance(normalization, (str, Real)):
         (scale,) = checks.scales(function, normalization, [1], 1)

@@ -253,10 +253,7 @@ def test_attributes_take_effect_in_compiled_models():
         ("normalization", False),
         ("error_transform", torch.sign),
         ("mask", {"h0": MATRIX[:, 0]}),
-        ("shared", False),
-        ("matrix", MATRIX),
         ("matrix", Learned()),
-        ("error_transform", Halved()),
     ):
         setattr(model.dfa, name, value)
         found = backward(model, x, y, call=compiled)

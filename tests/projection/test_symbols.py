@@ -54,8 +54,15 @@ VARIED = {
 }
 
 
-@pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+@pytest.mark.parametrize(
+    ("dynamic", "requires_grad"),
+    [
+        pytest.param(None, True, id="automatic"),
+        pytest.param(None, False, id="automatic, no gradient", marks=pytest.mark.battery),
+        pytest.param(True, True, id="dynamic", marks=pytest.mark.battery),
+        pytest.param(True, False, id="dynamic, no gradient"),
+    ],
+)
 @pytest.mark.parametrize(("function", "shape"), VARIED.values(), ids=VARIED)
 def test_one_graph_serves_all(counted, function, shape, dynamic, requires_grad):
     compiled, counter = counted(function, dynamic)

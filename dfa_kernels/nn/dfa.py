@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dfa_kernels import checks, stream
+from dfa_kernels import checks, derivatives, stream
 from dfa_kernels.layers import Layers
 from dfa_kernels.nn import guards, loading, ranks, state
 from dfa_kernels.nn import signals as delivery
@@ -322,7 +322,7 @@ class DFA(Settings):
             return output
         if tracing("DFA", self.training, output) or recomputing("DFA"):
             return output
-        if record is None and (waiting or output.requires_grad):
+        if record is None and (waiting or derivatives.requires_gradient(output)):
             self._warn(waiting, idle, output)
         if not waiting:
             return output

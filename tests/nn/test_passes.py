@@ -183,6 +183,31 @@ def test_retained_graph_gives_the_same_gradients_again():
     assert_equal(gradients(model), [2 * gradient for gradient in once])
 
 
+@pytest.mark.parametrize("arguments", [{}, {"lean": True}, {"requires_grad": True}])
+def test_a_vmap_whose_backward_pass_is_outside(arguments):
+    """Inside it no tensor says that it requires a gradient."""
+    x, y = batch()
+    model = perceptron(**arguments)
+    expected = backward(model, x, y)
+
+    def mapped(x):
+        return torch.vmap(lambda row: model(row[None])[0])(x)
+
+    close = {"rtol": 1e-4, "atol": 1e-6}
+    assert_equal(backward(model, x, y, call=mapped), expected, **close)
+    compiled = torch.compile(mapped, backend="aot_eager")
+    assert_equal(backward(model, x, y, call=compiled), expected, **close)
+
+    def loss(parameters):
+        def call(row):
+            return torch.func.functional_call(model, parameters, (row[None],))[0]
+
+        return F.cross_entropy(torch.vmap(call)(x), y)
+
+    found = torch.func.grad(loss)({name: p.detach() for name, p in model.named_parameters()})
+    assert_equal(found.values(), expected, **close)
+
+
 def test_gradient_of_a_frozen_layer_is_not_made():
     x, y = batch()
     model = perceptron()

@@ -74,6 +74,23 @@ _eager = torch.compiler.disable(
 )
 
 
+def requires_gradient(tensor: Tensor) -> bool:
+    """Whether a tensor requires a gradient, also of what is outside a vmap, which hides that.
+
+    Under vmap torch.compile breaks its graph here.
+    """
+    if tensor.requires_grad or "Vmap" not in _transforms():
+        return tensor.requires_grad
+    return _hidden_requires_gradient(tensor)
+
+
+@_eager
+def _hidden_requires_gradient(tensor: Tensor) -> bool:
+    while not tensor.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
 @_eager
 def _uncompiled(error: Tensor, *arguments: Any) -> list[Tensor]:
     """A call that stays out of compiled graphs.

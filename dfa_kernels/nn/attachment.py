@@ -42,8 +42,11 @@ class Attachment:
             modules[name].register_forward_hook(OutputHook(name, layer))
             for name, layer in points.items()
         ]
-        before: list[tuple[str, Any]] = [(name, CutHook(dfa)) for name in cut]
-        before += [(name, InputHook(name, layer)) for name, layer in inputs.items()]
+        # Of a module with both hooks, its input is a point before it is cut.
+        before: list[tuple[str, Any]] = [
+            (name, InputHook(name, layer)) for name, layer in inputs.items()
+        ]
+        before += [(name, CutHook(dfa)) for name in cut]
         self._handles += [
             modules[name].register_forward_pre_hook(hook, with_kwargs=True) for name, hook in before
         ]

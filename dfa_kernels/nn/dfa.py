@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dfa_kernels import checks, stream
+from dfa_kernels import checks, derivatives, stream
 from dfa_kernels.layers import Layers
 from dfa_kernels.nn import guards, loading, ranks, state
 from dfa_kernels.nn import signals as delivery
@@ -322,7 +322,7 @@ class DFA(Settings):
             return output
         if tracing("DFA", self.training, output) or recomputing("DFA"):
             return output
-        if record is None and output.requires_grad:
+        if record is None and (waiting or derivatives.requires_gradient(output)):
             self._warn(waiting, idle, output)
         if not waiting:
             return output
@@ -360,12 +360,15 @@ class DFA(Settings):
     def signals(self, plan: Plan, error: Tensor) -> list[Tensor]:
         """B_i e for every place, by one projection, each of its activation's shape and dtype."""
         layers, places, indices, *_ = plan
-        rows, share = self._rows(error), self.signal_transform is None
-        signals = delivery.deliver(self.source, rows, layers, places, self.masks, share=share)
+        rows, share = self._rows(error, plan.batch_dims), self.signal_transform is None
+        signals = delivery.deliver(self.source, rows, layers, places, plan.masks, share=share)
         if share:
             return signals
-        pairs = zip(indices, signals, strict=True)
-        return [self._transformed(index, signal) for index, signal in pairs]
+        # A transform may work in place, where the k rows of a layer may share memory.
+        return [
+            self._transformed(index, signal.clone() if 0 in signal.stride() else signal)
+            for index, signal in zip(indices, signals, strict=True)
+        ]
 
     def _planned_signals(self, plan: Plan, error: Tensor, _: Sequence[Tensor]) -> list[Tensor]:
         return self.signals(plan, error)
@@ -388,14 +391,14 @@ class DFA(Settings):
             factor = item.factor or Factor()
             ratio = layers.scales[place.layer] / scale
             factor.value = (
-                ratio if place.mask is None else delivery.mask_for(place, self.masks) * ratio
+                ratio if place.mask is None else delivery.mask_for(place, plan.masks) * ratio
             )
             if self.signal_transform is not None:
                 factor.transform = functools.partial(self._transformed, indices[index])
             if item.factor is None:
                 own[index] = factor.apply
         return lambda error, _: delivery.deliver_views(
-            self.source, self._rows(error), layers, places, longest, own
+            self.source, self._rows(error, plan.batch_dims), layers, places, longest, own
         )
 
     def _transformed(self, index: int, signal: Tensor) -> Tensor:
@@ -527,9 +530,9 @@ class DFA(Settings):
             source = type(self.source).__name__
         return f"{len(self.dfa_layers)} layers, {source}"
 
-    def _rows(self, error: Tensor) -> Tensor:
+    def _rows(self, error: Tensor, batch_dims: Sequence[int]) -> Tensor:
         """The error as it is projected: [batch, n], transformed, where the projection runs."""
-        rows = to_rows(error, self.batch_dims, "DFA")
+        rows = to_rows(error, batch_dims, "DFA")
         if self.error_transform is not None:
             # A copy: one that works in place would change the last layer's gradient.
             transformed = self.error_transform(rows.clone())

@@ -224,7 +224,7 @@ class DFALayer(Scriptable):
             return activation
         group = self._group
         if group is None:
-            if torch.is_grad_enabled() and activation.requires_grad:
+            if torch.is_grad_enabled() and derivatives.requires_gradient(activation):
                 guards.warn_of_a_layer_alone(self._said, self.name)
             return activation.detach()
         recorded = group.record is not None
@@ -239,7 +239,7 @@ class DFALayer(Scriptable):
                     "jacfwd, hessian, forward_ad): its gradients are of no function; use reverse "
                     'mode, or mode "backprop"'
                 )
-            if torch.is_grad_enabled() and activation.requires_grad:
+            if torch.is_grad_enabled() and derivatives.requires_gradient(activation):
                 group.wait(self._index, activation)
             else:
                 group.pass_over(self._index)

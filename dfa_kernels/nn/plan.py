@@ -29,6 +29,8 @@ class Plan(NamedTuple):
     """The distinct layers of a forward pass, the places that their signals go to, and sizes.
 
     `indices` has the index of each place's `DFALayer`, `own_sizes` the size that each had last.
+    `batch_dims` are the output's. They and `masks` stay, whatever the `DFA` gets before the
+    backward pass.
     """
 
     layers: Layers
@@ -36,6 +38,8 @@ class Plan(NamedTuple):
     indices: list[int]
     own_sizes: dict[int, int]
     error_size: int
+    batch_dims: Sequence[int]
+    masks: Mapping[int, Tensor]
 
 
 def make_plan(
@@ -83,7 +87,8 @@ def make_plan(
         Place(position, *target[1:], target.dfa_layer if target.dfa_layer in masks else None)
         for position, target in zip(positions, targets, strict=True)
     ]
-    return Plan(layers, places, [target.dfa_layer for target in targets], own, error_size)
+    indices = [target.dfa_layer for target in targets]
+    return Plan(layers, places, indices, own, error_size, output_dims, masks)
 
 
 def _split(target: Target) -> tuple[list[int], int]:

@@ -162,6 +162,17 @@ def test_inputs_are_points_of_functional_activations(by_name, arguments):
     assert_equal(backward(model, x, y), backward(Functional(), x, y))
 
 
+def test_an_input_that_is_cut_is_a_point_still():
+    x, y = batch()
+    model = Functional()
+    handle = attach(model, inputs=["fc2", "fc3"])
+    expected = backward(model, x, y)
+    handle.detach()
+    handle = attach(model, inputs=["fc2", "fc3"], cut=["fc2", "fc3"])
+    assert handle.dfa.requires_grad
+    assert_equal(backward(model, x, y), expected)
+
+
 def test_points_and_inputs_together_and_batch_dimensions():
     model = Functional()
     handle = attach(

@@ -171,6 +171,18 @@ def test_frozen_layers_say_so():
     )
 
 
+def test_guards_hold_beside_a_frozen_output():
+    """The output itself then requires no gradient before it is tied to the activations."""
+    x, y = batch()
+    model = perceptron()
+    model.linears[0].requires_grad_(False)
+    model.output.requires_grad_(False)
+    once(
+        lambda: backward(model, x, y),
+        r"DFA: dfa_layers \[0\] got activations that require no gradient",
+    )
+
+
 def test_layers_called_without_gradients_say_so():
     x, y = batch()
     model = perceptron()

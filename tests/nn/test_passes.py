@@ -8,7 +8,7 @@ from torch import nn
 
 from dfa_kernels import DFA, DFALayer
 from dfa_kernels.nn import FeedbackPointsHandling
-from tests.nn.networks import assert_equal, backward, batch, gradients, perceptron
+from tests.nn.networks import WIDTHS, assert_equal, backward, batch, gradients, perceptron
 
 HANDLING = list(FeedbackPointsHandling)
 
@@ -74,9 +74,10 @@ def test_evaluation_after_an_aborted_pass_clears_it():
 def test_a_pass_that_fails_at_the_output_leaves_nothing():
     x, y = batch()
     model = perceptron()
-    model.points[1](torch.zeros(4, 12, requires_grad=True))
+    for point, width in zip(model.points, WIDTHS, strict=True):
+        point(torch.zeros(4, width, requires_grad=True))
     with pytest.raises(
-        ValueError, match=r"dfa_layers\[1\] must have the output's rows \[6\], .* got \[4\]"
+        ValueError, match=r"dfa_layers\[0\] must have the output's rows \[6\], .* got \[4\]"
     ):
         model.dfa(torch.zeros(6, 5))
     assert_equal(backward(model, x, y), backward(perceptron(), x, y))
@@ -180,6 +181,31 @@ def test_retained_graph_gives_the_same_gradients_again():
     once = gradients(model)
     loss.backward()
     assert_equal(gradients(model), [2 * gradient for gradient in once])
+
+
+@pytest.mark.parametrize("arguments", [{}, {"lean": True}, {"requires_grad": True}])
+def test_a_vmap_whose_backward_pass_is_outside(arguments):
+    """Inside it no tensor says that it requires a gradient."""
+    x, y = batch()
+    model = perceptron(**arguments)
+    expected = backward(model, x, y)
+
+    def mapped(x):
+        return torch.vmap(lambda row: model(row[None])[0])(x)
+
+    close = {"rtol": 1e-4, "atol": 1e-6}
+    assert_equal(backward(model, x, y, call=mapped), expected, **close)
+    compiled = torch.compile(mapped, backend="aot_eager")
+    assert_equal(backward(model, x, y, call=compiled), expected, **close)
+
+    def loss(parameters):
+        def call(row):
+            return torch.func.functional_call(model, parameters, (row[None],))[0]
+
+        return F.cross_entropy(torch.vmap(call)(x), y)
+
+    found = torch.func.grad(loss)({name: p.detach() for name, p in model.named_parameters()})
+    assert_equal(found.values(), expected, **close)
 
 
 def test_gradient_of_a_frozen_layer_is_not_made():

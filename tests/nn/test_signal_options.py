@@ -85,6 +85,32 @@ def test_signal_transform_may_work_in_place(lean):
 
 
 @pytest.mark.parametrize("lean", [False, True])
+def test_signal_transform_may_work_in_place_on_repeated_rows(lean):
+    """Several rows of a layer get one signal, which must not be one memory to the transform."""
+    found = []
+    for transform in (lambda signal, layer: signal * 2, lambda signal, layer: signal.mul_(2)):
+        point = DFALayer(batch_dims=(0, 1))
+        dfa = DFA([point], lean=lean, signal_transform=transform)
+        hidden = torch.zeros(3, 4, 6, requires_grad=True)
+        point(hidden)
+        dfa(torch.zeros(3, 5, requires_grad=True)).backward(torch.arange(15.0).reshape(3, 5))
+        found.append(hidden.grad)
+    assert_equal(found[:1], found[1:])
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("change", [{"mask": None}, {"batch_dims": (1,)}])
+def test_what_holds_from_the_next_forward_pass_leaves_this_one_alone(lean, change):
+    x, y = batch()
+    model = perceptron(lean=lean, mask={1: torch.arange(12.0)})
+    expected = backward(model, x, y)
+    loss = F.cross_entropy(model(x), y)
+    for name, value in change.items():
+        setattr(model.dfa, name, value)
+    assert_equal(torch.autograd.grad(loss, list(model.parameters())), expected)
+
+
+@pytest.mark.parametrize("lean", [False, True])
 def test_bad_signal_transforms(lean):
     with pytest.raises(TypeError, match="DFA: signal_transform must be a function, got 'sign'"):
         DFA([DFALayer()], signal_transform="sign")

@@ -205,11 +205,7 @@ class DFALayer(Scriptable):
     def forward(self, activation: Tensor) -> Tensor:
         """`activation`, detached unless backpropagation is to pass."""
         if torch.jit.is_scripting():
-            if (
-                self.training
-                and torch.is_grad_enabled()
-                and derivatives.requires_gradient(activation)
-            ):
+            if self.training and torch.is_grad_enabled() and activation.requires_grad:
                 raise RuntimeError(
                     "DFALayer: a model by torch.jit.script does not train; "
                     "call eval() for inference"

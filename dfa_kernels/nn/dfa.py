@@ -359,16 +359,14 @@ class DFA(Settings):
 
     def signals(self, plan: Plan, error: Tensor) -> list[Tensor]:
         """B_i e for every place, by one projection, each of its activation's shape and dtype."""
-        rows = self._rows(error, plan.batch_dims)
-        signals = delivery.deliver(self.source, rows, plan.layers, plan.places, plan.masks)
-        if self.signal_transform is None:
+        rows, share = self._rows(error, plan.batch_dims), self.signal_transform is None
+        signals = delivery.deliver(
+            self.source, rows, plan.layers, plan.places, plan.masks, share=share
+        )
+        if share:
             return signals
-        # A transform may change its signal. Equal places share one, and k rows may share memory.
-        shared = len({id(signal) for signal in signals}) < len(signals)
-        return [
-            self._transformed(index, one.clone() if shared or 0 in one.stride() else one)
-            for index, one in zip(plan.indices, signals, strict=True)
-        ]
+        pairs = zip(plan.indices, signals, strict=True)
+        return [self._transformed(index, signal) for index, signal in pairs]
 
     def _planned_signals(self, plan: Plan, error: Tensor, _: Sequence[Tensor]) -> list[Tensor]:
         return self.signals(plan, error)

@@ -35,11 +35,14 @@ def deliver(
     layers: Layers,
     places: Sequence[Place],
     masks: Mapping[int, Tensor],
+    *,
+    share: bool = True,
 ) -> list[Tensor]:
     """The signal for every place, each of its activation's shape and dtype.
 
     error is [batch, n]. Different tensors never share memory, because autograd may keep a signal as
-    some parameter's gradient.
+    some parameter's gradient. With `share`, equal places get one tensor, and rows of one may share
+    memory.
     """
     made = _project(source, error, layers, places)
     of_layer: list[list[int]] = [[] for _ in made]  # its places without masks, each once
@@ -47,7 +50,7 @@ def deliver(
     for index, place in enumerate(places):
         rows, others = made[place.layer], of_layer[place.layer]
         if place.mask is None:
-            twins = [other for other in others if places[other] == place]
+            twins = [other for other in others if places[other] == place] if share else []
             if twins:
                 signals.append(signals[twins[0]])
                 continue
@@ -56,6 +59,8 @@ def deliver(
             others.append(index)
         signal = from_rows(rows, place.shape, place.batch_dims, "DFA")
         signal = signal.to(place.device, place.dtype)
+        if not share:
+            signal = signal.contiguous()  # k rows of one signal share memory
         if place.mask is not None:
             signal = signal * mask_for(place, masks)
         signals.append(signal)

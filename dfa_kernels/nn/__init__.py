@@ -5,8 +5,9 @@
 
 from dfa_kernels.nn.angles import Alignment, alignment
 from dfa_kernels.nn.attachment import Attachment, attach
-from dfa_kernels.nn.dfa import DFA, MODES
+from dfa_kernels.nn.dfa import DFA
 from dfa_kernels.nn.layer import DFALayer, FeedbackPointsHandling
+from dfa_kernels.nn.settings import MODES
 from dfa_kernels.nn.sources import INDEPENDENT_ROWS, Source, tinydfa_scales
 
 __all__ = [

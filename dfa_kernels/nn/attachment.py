@@ -51,6 +51,8 @@ class Attachment:
             modules[name].register_forward_pre_hook(hook, with_kwargs=True) for name, hook in before
         ]
         ends = model if output is None else modules[output]
+        if output is None:
+            dfa._group.entered = False
         hook = OutputHook(output or type(model).__name__, dfa)
         self._handles += [ends.register_forward_hook(hook), *dfa.watch(model)]
         if state is not None:

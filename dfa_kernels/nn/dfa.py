@@ -33,7 +33,6 @@ from dfa_kernels.nn.layer import (
     Group,
     Record,
     Waiting,
-    check_dims,
     recomputing,
 )
 from dfa_kernels.nn.plan import Plan, Target, make_plan
@@ -51,8 +50,6 @@ from dfa_kernels.nn.sources import (
     check_seeded,
     matrix_of,
 )
-
-MODES = ("dfa", "backprop", "shallow")
 
 
 class DFA(Settings):
@@ -229,61 +226,6 @@ class DFA(Settings):
         self._all_called = False
 
     @property
-    def mode(self) -> str:
-        """How the next forward passes train: "dfa", "backprop" or "shallow".
-
-        In "backprop" this module and its layers are the identity; in "shallow" nothing before the
-        last `DFALayer` is trained.
-        """
-        return self._group.mode
-
-    @mode.setter
-    def mode(self, mode: str) -> None:
-        if mode not in MODES:
-            raise ValueError(
-                f"DFA: mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}"
-            )
-        self._group.mode = mode
-
-    @property
-    def no_training(self) -> bool:
-        """tinydfa's name for mode "shallow"; False sets mode "dfa"."""
-        return self.mode == "shallow"
-
-    @no_training.setter
-    def no_training(self, value: bool) -> None:
-        self.mode = "shallow" if checks.boolean("DFA", "no_training", value) else "dfa"
-
-    @property
-    def feedback_points_handling(self) -> FeedbackPointsHandling:
-        """As given, or LAST; a change takes effect with the next forward pass."""
-        return self._group.handling or FeedbackPointsHandling.LAST
-
-    @feedback_points_handling.setter
-    def feedback_points_handling(self, handling: FeedbackPointsHandling | str | None) -> None:
-        if handling is None:
-            self._group.handling = None
-            return
-        if isinstance(handling, str) and handling in FeedbackPointsHandling.__members__:
-            handling = FeedbackPointsHandling[handling]
-        if not isinstance(handling, FeedbackPointsHandling):
-            names = ", ".join(map(repr, FeedbackPointsHandling.__members__))
-            raise TypeError(
-                f"DFA: feedback_points_handling must be a FeedbackPointsHandling or one of {names},"
-                f" got {handling!r}"
-            )
-        self._group.handling = handling
-
-    @property
-    def batch_dims(self) -> tuple[int, ...]:
-        """As given, or (0,); a change takes effect with the next forward pass."""
-        return (0,) if self._group.batch_dims is None else self._group.batch_dims
-
-    @batch_dims.setter
-    def batch_dims(self, dims: Sequence[int] | None) -> None:
-        self._group.batch_dims = None if dims is None else check_dims("DFA", dims)
-
-    @property
     def sends_signals(self) -> bool:
         """Whether a forward pass that begins now trains layers by signals."""
         return self._group.mode == "dfa" and self._group.record is None
@@ -296,9 +238,9 @@ class DFA(Settings):
         end of its `__init__`. Returns the hooks' handles.
         """
         return (
-            model.register_forward_pre_hook(self._group.forget),
+            model.register_forward_pre_hook(self._group.begin),
             model.register_forward_hook(self._group.warn_of_waiting),
-            model.register_forward_hook(self._group.forget, always_call=True),
+            model.register_forward_hook(self._group.end, always_call=True),
         )
 
     def forward(self, output: Tensor) -> Tensor:
@@ -359,16 +301,14 @@ class DFA(Settings):
 
     def signals(self, plan: Plan, error: Tensor) -> list[Tensor]:
         """B_i e for every place, by one projection, each of its activation's shape and dtype."""
-        layers, places, indices, *_ = plan
         rows, share = self._rows(error, plan.batch_dims), self.signal_transform is None
-        signals = delivery.deliver(self.source, rows, layers, places, plan.masks, share=share)
+        signals = delivery.deliver(
+            self.source, rows, plan.layers, plan.places, plan.masks, share=share
+        )
         if share:
             return signals
-        # A transform may work in place, where the k rows of a layer may share memory.
-        return [
-            self._transformed(index, signal.clone() if 0 in signal.stride() else signal)
-            for index, signal in zip(indices, signals, strict=True)
-        ]
+        pairs = zip(plan.indices, signals, strict=True)
+        return [self._transformed(index, signal) for index, signal in pairs]
 
     def _planned_signals(self, plan: Plan, error: Tensor, _: Sequence[Tensor]) -> list[Tensor]:
         return self.signals(plan, error)
@@ -446,7 +386,10 @@ class DFA(Settings):
         return matrix_of(self.source, layers, error_size, dtype, device)
 
     def release(self) -> tuple[DFALayer, ...]:
-        """Gives the layers back, so that another `DFA` may take them. This one then trains none."""
+        """Gives the layers back, so that another `DFA` may take them. This one then trains none.
+
+        Not between a forward pass and its backward pass.
+        """
         layers, self._layers, self._masks = self._layers, (), {}
         for layer in layers:
             layer._group, layer._index = None, 0

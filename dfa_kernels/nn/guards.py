@@ -10,8 +10,12 @@ from collections.abc import Mapping, Sequence
 import torch
 
 # What a warning points at is the first caller outside these folders.
-_INSIDE = tuple(
-    os.path.dirname(sys.modules[name].__file__ or "") + os.sep for name in ("torch", "dfa_kernels")
+_INSIDE = (
+    *(
+        os.path.dirname(sys.modules[name].__file__ or "") + os.sep
+        for name in ("torch", "dfa_kernels")
+    ),
+    "<eval_with_key>",  # code that torch.fx made
 )
 _said_while_tracing: set[str] = set()
 
@@ -53,6 +57,16 @@ def warn_of_a_second_call(said: set[str], layer: int) -> None:
     )
 
 
+def warn_of_a_pass_without_hooks(said: set[str]) -> None:
+    """A point was called while the model was not, whose output is what the DFA gets."""
+    warn_once(
+        said,
+        "no hooks",
+        "DFA: a point was called outside a call of the model, so nothing trains what is before it: "
+        "call model(x), not model.forward(x) nor a graph that was traced from it",
+    )
+
+
 def warn_of_waiting(said: set[str], layers: Sequence[int]) -> None:
     """A forward pass ended with layers that wait for the output."""
     warn_once(
@@ -77,9 +91,10 @@ def warn_of_layers_without_signals(
         warn_once(
             said,
             "frozen",
-            f"DFA: dfa_layers {frozen} got activations that require no gradient, so nothing before "
-            "them is trained: it is frozen, or cut off, as by a checkpoint with use_reentrant=True "
-            "whose input requires none (use use_reentrant=False, or requires_grad=True of DFA)",
+            f"DFA: dfa_layers {frozen} got activations that require no gradient, so no signal "
+            "trains what is between them and the layer before: it is frozen, or cut off, as by a "
+            "checkpoint with use_reentrant=True whose input requires none (use "
+            "use_reentrant=False, or requires_grad=True of DFA)",
         )
     if blind:
         warn_once(

@@ -54,7 +54,8 @@ class Group:
 
     `handling` and `batch_dims` are None where nobody chose them. `waiting` has the activations of
     each layer until the forward pass reaches the output, `idle` the layers that no signal can train
-    in this pass, and why. `said` has the warnings that were given.
+    in this pass, and why. `said` has the warnings that were given. `entered` says whether a call of
+    the model is under way, or is None where its output is not what the `DFA` gets.
     """
 
     mode: str
@@ -62,6 +63,7 @@ class Group:
     batch_dims: tuple[int, ...] | None
     lean: bool
     requires_grad: bool
+    entered: bool | None = None
     error_size: int | None = None  # n in the last forward pass that trained, or in a loaded state
     record: Record | None = None
     waiting: dict[int, list[Waiting]] = dataclasses.field(default_factory=dict)
@@ -70,6 +72,9 @@ class Group:
 
     def wait(self, layer: int, activation: Tensor) -> None:
         """Keep an activation until the forward pass reaches the output."""
+        if self.entered is False:
+            guards.warn_of_a_pass_without_hooks(self.said)
+            return
         if not self.waiting:
             # A new one: a compiled pass would have to return what it puts into an old one.
             self.waiting = {}
@@ -98,9 +103,21 @@ class Group:
         items = [item for layer in sorted(waiting) for item in waiting[layer]]
         return items, {layer: why for layer, why in idle.items() if layer not in waiting}
 
-    def forget(self, *_: Any) -> None:
-        """Drop what waits. Takes a forward hook's arguments."""
+    def forget(self) -> None:
+        """Drop what waits."""
         self.waiting, self.idle = {}, {}
+
+    def begin(self, *_: Any) -> None:
+        """A forward pass of the model begins. Takes a forward pre-hook's arguments."""
+        self.forget()
+        if self.entered is not None:
+            self.entered = True
+
+    def end(self, *_: Any) -> None:
+        """It ends. Takes a forward hook's arguments."""
+        self.forget()
+        if self.entered is not None:
+            self.entered = False
 
     def warn_of_waiting(self, *_: Any) -> None:
         """Warn at the end of a forward pass of layers that nothing will train. A forward hook."""
@@ -109,7 +126,8 @@ class Group:
 
     def __getstate__(self) -> dict:
         # A copy takes no part in the forward pass under way.
-        return {**self.__dict__, "waiting": {}, "idle": {}, "record": None}
+        entered = None if self.entered is None else False
+        return {**self.__dict__, "waiting": {}, "idle": {}, "record": None, "entered": entered}
 
 
 class DFALayer(Scriptable):

@@ -73,7 +73,12 @@ class Names:
 
     def _hint(self, point: Any) -> str:
         names = [name for name in self._modules if name]
-        near = difflib.get_close_matches(point, names, cutoff=0.5) if isinstance(point, str) else []
+        near = []
+        if isinstance(point, str):
+            bare = point
+            while bare.startswith(_WRAPPERS):
+                bare = bare.partition(".")[2]
+            near = difflib.get_close_matches(bare, names, cutoff=0.5)
         if near:
             return f"; the nearest are {', '.join(map(repr, near))}"
         shown = ", ".join(map(repr, names[:6])) + (", ..." if len(names) > 6 else "")

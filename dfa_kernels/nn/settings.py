@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dfa_kernels import checks
-from dfa_kernels.nn.layer import DFALayer, Group
+from dfa_kernels.nn.layer import DFALayer, FeedbackPointsHandling, Group, check_dims
 from dfa_kernels.nn.scripting import Scriptable
 from dfa_kernels.nn.signals import check_masks
 from dfa_kernels.nn.sources import (
@@ -23,6 +23,8 @@ from dfa_kernels.nn.sources import (
     check_normalization,
     check_seeded,
 )
+
+MODES = ("dfa", "backprop", "shallow")
 
 
 class Settings(Scriptable):
@@ -216,6 +218,61 @@ class Settings(Scriptable):
         self._masks = check_masks(mask, [layer.name for layer in self.dfa_layers])
 
     mask = masks
+
+    @property
+    def mode(self) -> str:
+        """How the next forward passes train: "dfa", "backprop" or "shallow".
+
+        In "backprop" this module and its layers are the identity; in "shallow" nothing before the
+        last `DFALayer` is trained.
+        """
+        return self._group.mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        if mode not in MODES:
+            raise ValueError(
+                f"DFA: mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}"
+            )
+        self._group.mode = mode
+
+    @property
+    def no_training(self) -> bool:
+        """tinydfa's name for mode "shallow"; False sets mode "dfa"."""
+        return self.mode == "shallow"
+
+    @no_training.setter
+    def no_training(self, value: bool) -> None:
+        self.mode = "shallow" if checks.boolean("DFA", "no_training", value) else "dfa"
+
+    @property
+    def feedback_points_handling(self) -> FeedbackPointsHandling:
+        """As given, or LAST; a change takes effect with the next forward pass."""
+        return self._group.handling or FeedbackPointsHandling.LAST
+
+    @feedback_points_handling.setter
+    def feedback_points_handling(self, handling: FeedbackPointsHandling | str | None) -> None:
+        if handling is None:
+            self._group.handling = None
+            return
+        if isinstance(handling, str) and handling in FeedbackPointsHandling.__members__:
+            handling = FeedbackPointsHandling[handling]
+        if not isinstance(handling, FeedbackPointsHandling):
+            names = ", ".join(map(repr, FeedbackPointsHandling.__members__))
+            raise TypeError(
+                f"DFA: feedback_points_handling must be a FeedbackPointsHandling or one of {names},"
+                f" got {handling!r}"
+            )
+        self._group.handling = handling
+
+    @property
+    def batch_dims(self) -> tuple[int, ...]:
+        """As given, or (0,); a change takes effect with the next forward pass."""
+        return (0,) if self._group.batch_dims is None else self._group.batch_dims
+
+    @batch_dims.setter
+    def batch_dims(self, dims: Sequence[int] | None) -> None:
+        self._group.batch_dims = None if dims is None else check_dims("DFA", dims)
 
     def _choose(self, name: str, chosen: bool) -> None:
         """Remember what was asked for, beside which a loaded state may be another."""

@@ -41,7 +41,8 @@ def deliver(
     """The signal for every place, each of its activation's shape and dtype.
 
     error is [batch, n]. Different tensors never share memory, because autograd may keep a signal as
-    some parameter's gradient. With `share`, equal places get one tensor.
+    some parameter's gradient. With `share`, equal places get one tensor, and rows of one may share
+    memory.
     """
     made = _project(source, error, layers, places)
     of_layer: list[list[int]] = [[] for _ in made]  # its places without masks, each once
@@ -58,6 +59,8 @@ def deliver(
             others.append(index)
         signal = from_rows(rows, place.shape, place.batch_dims, "DFA")
         signal = signal.to(place.device, place.dtype)
+        if not share:
+            signal = signal.contiguous()  # k rows of one signal share memory
         if place.mask is not None:
             signal = signal * mask_for(place, masks)
         signals.append(signal)

@@ -98,24 +98,25 @@ def test_a_compiled_shared_activation_says_so_too():
 # --- points that do not fire ---
 
 
-def test_a_forward_without_hooks_is_noticed_at_the_next_pass():
-    x, _ = batch()
+@pytest.mark.parametrize("handling", [None, "LAST", "REDUCE"])
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_pass_without_the_models_hooks_says_so(traced, handling):
+    """As by its forward, or by a traced graph: points are modules with hooks, the model's own hook
+    is not called."""
+    x, y = batch()
     model = nn.Sequential(nn.Linear(INPUTS, 16), nn.Tanh(), nn.Linear(16, CLASSES))
-    attach(model, ["1"])
-    model.forward(x)
-    with pytest.warns(UserWarning, match=r"or something called the model's forward without its"):
-        model.forward(x)
+    handle = attach(model, ["1"], feedback_points_handling=handling)
+    call = fx.symbolic_trace(model) if traced else model.forward
+    once(lambda: call(x), "DFA: a point was called outside a call of the model, so nothing trains")
+    assert handle.dfa._group.waiting == {}
+    assert backward(model, x, y)[0].any()
 
 
-def test_a_traced_graph_calls_points_without_the_output():
-    """Its points are modules with hooks, but the model's own hook is not in the graph."""
-    x, _ = batch()
+def test_a_submodule_as_the_output_needs_no_call_of_the_model():
+    x, y = batch()
     model = nn.Sequential(nn.Linear(INPUTS, 16), nn.Tanh(), nn.Linear(16, CLASSES))
-    attach(model, ["1"])
-    graph = fx.symbolic_trace(model)
-    graph(x)
-    with pytest.warns(UserWarning, match=r"dfa_layers\[0\] was called again before the DFA"):
-        graph(x)
+    attach(model, ["1"], output="2")
+    assert_equal(backward(model, x, y, call=model.forward), backward(model, x, y))
 
 
 def test_a_pass_without_layers_says_so():

@@ -56,10 +56,10 @@ def target(request):
 
 
 ON_CPU = [status.name for status in AVAILABLE if status.device == "cpu"]
-# For heavy tests: the definition (the torch backend) runs only in the slow battery.
+# For heavy tests: the definition (the torch backend) runs only in the battery.
 definition_is_slow = pytest.mark.parametrize(
     "backend",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name == "torch")) for name in ON_CPU],
+    [pytest.param(name, marks=[pytest.mark.battery] * (name == "torch")) for name in ON_CPU],
     indirect=True,
 )
 

@@ -82,6 +82,8 @@ class Attachment:
         self._handles = []
         if self._state is not None:
             self._model.__dict__.pop(self._state, None)
+            if self._model._modules.get(self._state) is self.dfa:  # by model.dfa = handle.dfa
+                del self._model._modules[self._state]
 
 
 def attach(
@@ -135,7 +137,7 @@ def attach(
             "fc2.input".
         cut: the submodules whose tensor arguments are detached while the `DFA` trains: those that
             come after a point with `requires_grad`, so that they make no product for a gradient
-            that nobody needs.
+            that nobody needs. All tensors among the arguments are detached, none inside tuples.
         state: the name under which the model's state_dict holds the state of the `DFA`: "dfa" adds
             "dfa._extra_state", some hundred bytes. Loading it restores the seed. `model.dfa` is the
             `DFA`, though it is no submodule. None: the model's state_dict stays as it is.
@@ -160,6 +162,13 @@ def attach(
             "attach: model must not be an nn.DataParallel, whose copies run at the same time; use "
             "DistributedDataParallel"
         )
+    for inner in model.modules():
+        if isinstance(inner, DistributedDataParallel) and inner.find_unused_parameters:
+            raise ValueError(
+                "attach: model must not hold a DistributedDataParallel with "
+                "find_unused_parameters=True, which would not find what the DFA trains; wrap the "
+                "whole model"
+            )
     if find_dfas(model):
         raise ValueError("attach: model must have no DFA yet; detach the other one first")
     names = Names(model)

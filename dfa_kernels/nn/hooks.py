@@ -36,8 +36,8 @@ class OutputHook:
                 "output=..., the submodule that makes the logits"
             )
         if not self._checked and not torch.compiler.is_compiling():
-            self._checked = True
             through(partial(_whole, self.name, module), output, self.name)
+            self._checked = True
         return through(self.target, output, self.name)
 
 
@@ -54,11 +54,11 @@ class InputHook:
     ) -> tuple[tuple, dict[str, Any]]:
         """The arguments with that tensor replaced."""
         if not self._checked and not torch.compiler.is_compiling():
-            self._checked = True
             for value in (*args, *kwargs.values()):
                 if isinstance(value, Tensor):
                     refuse_a_shard(self.name, module, value, is_input=True)
                     break
+            self._checked = True
         for index, value in enumerate(args):
             if isinstance(value, Tensor):
                 return (*args[:index], self.layer(value), *args[index + 1 :]), kwargs

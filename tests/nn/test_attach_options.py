@@ -155,9 +155,9 @@ def test_inputs_are_points_of_functional_activations(by_name, arguments):
         return dfa(twin.fc3(points[1](F.relu(twin.fc2(x)))))
 
     assert_equal(found, backward(twin, x, y, call=call))
-    torch.testing.assert_close(
-        backward(model, x, y, call=torch.compile(model, backend="aot_eager")), found
-    )
+    if by_name and "mask" in arguments:
+        call = torch.compile(model, backend="aot_eager")
+        torch.testing.assert_close(backward(model, x, y, call=call), found)
     handle.detach()
     assert_equal(backward(model, x, y), backward(Functional(), x, y))
 
@@ -325,6 +325,8 @@ def test_a_model_may_own_its_dfa():
     other.dfa = second.dfa
     other.load_state_dict(model.state_dict())
     assert second.dfa.seed == 3
+    second.detach()
+    assert list(other.state_dict()) == list(Functional().state_dict())
 
 
 def test_copies_and_files_hold_the_state():
@@ -368,6 +370,12 @@ def test_attached_to_a_data_parallel_wrapper(process_group, names, find_unused_p
     assert f"module.{KEY}" in wrapped.state_dict()
     handle.detach()
     assert_equal(backward(wrapped, x, y), backward(plain(), x, y))
+
+
+def test_a_data_parallel_part_that_looks_for_unused_parameters_is_refused(process_group):
+    part = DistributedDataParallel(plain(), find_unused_parameters=True)
+    with pytest.raises(ValueError, match=r"attach: model must not hold a DistributedDataParallel"):
+        attach(nn.Sequential(part), ["0.module.1"])
 
 
 @pytest.mark.parametrize("names", [POINTS, [f"_orig_mod.{name}" for name in POINTS]])
@@ -458,7 +466,7 @@ def test_tokens_with_cuts_and_compile():
         model = stack()
         names = ["embedding", "blocks.0", "blocks.1", "blocks.2"]
         attach(model, names, output="head", batch_dims=(0, 1), **arguments)
-        compiled = torch.compile(model, backend="aot_eager")
+        compiled = torch.compile(model, backend="eager")
         for call in (model, compiled) if arguments else (model,):
             model.zero_grad()
             call(x, y)["loss"].backward()

@@ -373,10 +373,7 @@ DAMAGED = [
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        pytest.param(one, marks=[pytest.mark.battery] * (i not in (0, 5)))
-        for i, one in enumerate(DAMAGED)
-    ],
+    [pytest.param(one, marks=[pytest.mark.battery] * (i > 0)) for i, one in enumerate(DAMAGED)],
 )
 @pytest.mark.usefixtures("one_thread")
 def test_a_state_damaged_anywhere_is_refused_or_trains(arguments):

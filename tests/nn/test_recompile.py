@@ -72,7 +72,10 @@ def gradient(model, loss):
 
 @pytest.mark.parametrize(
     "compiled",
-    [wrapper, pytest.param(in_place, marks=pytest.mark.battery), submodule, step],
+    [
+        step,
+        *(pytest.param(one, marks=pytest.mark.battery) for one in (wrapper, in_place, submodule)),
+    ],
 )
 def test_hooks_take_effect_after_compiled_calls(compiled):
     torch.manual_seed(0)
@@ -104,6 +107,7 @@ def test_nothing_compiled_is_nothing_done(monkeypatch):
     assert called
 
 
+@pytest.mark.battery
 def test_the_compiler_is_not_imported():
     code = (
         "import sys; from dfa_kernels.nn.recompile import forget_compiled\n"

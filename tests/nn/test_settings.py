@@ -244,6 +244,7 @@ def test_a_layers_size_and_dimensions_are_checked():
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.battery
 def test_attributes_take_effect_in_compiled_models():
     x, y = batch()
     model = perceptron()

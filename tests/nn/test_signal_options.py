@@ -59,16 +59,17 @@ def scaled(signal, layer):
 
 @pytest.mark.parametrize("widths", [WIDTHS, (16, 16, 16)])
 @pytest.mark.parametrize("arguments", [{}, {"lean": True}, {"mask": {"h1": torch.tensor(3.0)}}])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_signal_transform_gets_each_layers_signal(widths, arguments, compiled):
+def test_signal_transform_gets_each_layers_signal(widths, arguments):
     """A factor of a layer's signal is one of its gradients."""
     x, y = batch()
     expected = backward(perceptron(widths=widths, **arguments), x, y)
     for i in range(6):
         expected[i] *= i // 2 + 2
     model = perceptron(widths=widths, signal_transform=scaled, **arguments)
-    call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else None
-    assert_equal(backward(model, x, y, call=call), expected, rtol=1e-5, atol=1e-6)
+    assert_equal(backward(model, x, y), expected, rtol=1e-5, atol=1e-6)
+    if "lean" not in arguments and widths != WIDTHS:
+        call = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert_equal(backward(model, x, y, call=call), expected, rtol=1e-5, atol=1e-6)
 
 
 def noisy(signal, layer):

@@ -220,9 +220,9 @@ STEPS = {
     "jacrev": lambda loss, *inputs: func.jacrev(loss)(*inputs),
     "of samples": of_samples,
 }
-# Covers every step and every kind of model; the slow battery covers every pair.
+# Covers every step and every kind of model; the battery covers every pair.
 COMPILED_STEPS = [
-    pytest.param(step, arguments, marks=[pytest.mark.slow] * (i % len(ARGUMENTS) != j))
+    pytest.param(step, arguments, marks=[pytest.mark.battery] * (i % len(ARGUMENTS) != j))
     for i, step in enumerate(STEPS)
     for j, arguments in enumerate(ARGUMENTS)
 ]

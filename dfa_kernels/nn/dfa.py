@@ -401,13 +401,13 @@ class DFA(Settings):
     def recording(self) -> Iterator[Record]:
         """Runs forward passes as backpropagation does; the record keeps the last."""
         group = self._group
-        waiting, idle = group.waiting, group.idle
+        waiting, idle, outer = group.waiting, group.idle, group.record
         group.forget()
         group.record = Record()
         try:
             yield group.record
         finally:
-            group.record, group.waiting, group.idle = None, waiting, idle
+            group.record, group.waiting, group.idle = outer, waiting, idle
 
     def get_extra_state(self) -> Tensor:
         """What makes the same signals again, in a few bytes; see `state`."""
@@ -513,22 +513,22 @@ class DFA(Settings):
         """Say what a training pass will not train, or not as asked. Once, compare the ranks."""
         group = self._group
         uncalled = []
-        tracing = torch.compiler.is_compiling()
-        if tracing or not self._all_called:
+        compiling = torch.compiler.is_compiling()
+        if compiling or not self._all_called:
             called = {item.layer for item in waiting} | set(idle)
             uncalled = [
                 index
                 for index, layer in enumerate(self.dfa_layers)
                 if index not in called and layer.size is None and not layer.passthrough
             ]
-            if not tracing:  # a graph that read what it wrote would be made twice
+            if not compiling:  # a graph that read what it wrote would be made twice
                 self._all_called = not uncalled
         missing = idle or uncalled or not waiting
         if missing and not all(layer.passthrough for layer in self.dfa_layers):
             guards.warn_of_layers_without_signals(group.said, idle, uncalled, len(waiting))
-        if not tracing and "ranks" not in group.said and ranks.inside_data_parallel():
-            group.said.add("ranks")
+        if not compiling and "ranks" not in group.said and ranks.inside_data_parallel():
             ranks.check_equal(self.get_extra_state(), self.extra_repr())
+            group.said.add("ranks")
         if group.batch_dims is None and output.dim() == 3 and waiting:
             guards.warn_of_tokens(group.said)
 

@@ -128,8 +128,11 @@ class LoadHook:
         if not ours or module._modules.get(self.name) is self.dfa:  # then torch loads it
             return
 
+        assign = "assign_to_params_buffers"
+        given = {assign: metadata[assign]} if assign in metadata else {}
+
         def load(part: nn.Module, prefix: str) -> None:
-            part._load_from_state_dict(ours, prefix, {}, strict, missing, unexpected, errors)
+            part._load_from_state_dict(ours, prefix, given, strict, missing, unexpected, errors)
             for name, child in part._modules.items():
                 if child is not None:
                     load(child, f"{prefix}{name}.")

@@ -66,12 +66,16 @@ class Settings(Scriptable):
         if matrix is None:
             raise TypeError("DFA: matrix must be stored matrices or a Source, got None")
         count, device = len(self.dfa_layers), self.rp_device
-        seeded = check_seeded(self.seed, self.distribution, None)
+        seeded = Seeded(0, "normal", None)
+        if isinstance(self.source, (Seeded, Stored)):
+            seeded = Seeded(self.source.seed, self.source.distribution, None)
         source, shared = check_matrix(matrix, self.shared, seeded, count, device)
         self._share(shared)
         self._hold("source", source)
         for name in ("seed", "distribution"):
             self._choose(name, isinstance(source, Seeded))
+        if isinstance(source, Stored):
+            self._choose("shared", False)
 
     matrix = source
 
@@ -204,9 +208,9 @@ class Settings(Scriptable):
             raise type(refusal)(
                 f"DFA: rp_device must be a device or None, got {device!r}"
             ) from refusal
-        self._rp_device = place
         if isinstance(self.source, Stored):
             self._source = self.source.to(place)
+        self._rp_device = place
 
     @property
     def masks(self) -> dict[int, Tensor]:

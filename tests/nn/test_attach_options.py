@@ -329,6 +329,33 @@ def test_a_model_may_own_its_dfa():
     assert list(other.state_dict()) == list(Functional().state_dict())
 
 
+class Learned(nn.Module):
+    """A source with a matrix of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.ones(16, CLASSES))
+
+    def project(self, error, layers, dtype):
+        scales = zip(layers.sizes, layers.scales, strict=True)
+        return [scale * error @ self.matrix[:size].T for size, scale in scales]
+
+    def describe(self):
+        return {"learned": True}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_source_that_is_a_module_is_in_the_models_state(assign):
+    model, _ = attached(matrix=Learned())
+    other, handle = attached(matrix=Learned())
+    state = {key: value + 1 for key, value in model.state_dict().items() if key != KEY}
+    state[KEY] = model.state_dict()[KEY]
+    other.load_state_dict(state, assign=assign)
+    matrix = handle.dfa.source.matrix
+    assert torch.equal(matrix, torch.full((16, CLASSES), 2.0))
+    assert (matrix.data_ptr() == state["dfa.source.matrix"].data_ptr()) == assign
+
+
 def test_copies_and_files_hold_the_state():
     pair = attached(seed=3)
     file = io.BytesIO()

@@ -273,3 +273,21 @@ def test_attached_dfas_have_the_same_attributes():
     handle.detach()
     attach(model, ["1"], seed=2)
     assert_equal(backward(model, x, y), second)
+
+
+def test_a_device_that_is_not_there_changes_nothing():
+    model = perceptron(matrix=MATRIX)
+    with pytest.raises((RuntimeError, AssertionError, NotImplementedError)):
+        model.dfa.rp_device = "xla"
+    assert model.dfa.rp_device is None
+    backward(model, *batch())
+
+
+def test_other_sources_after_a_users_own():
+    """Whose attributes may be anything, also named as a seed's are."""
+    model = perceptron(matrix=Multiplied(MATRIX))
+    model.dfa.source.seed = "mine"
+    model.dfa.source = MATRIX
+    assert model.dfa.seed == 0
+    model.dfa.source = DFA([], seed=3).source
+    assert model.dfa.seed == 3

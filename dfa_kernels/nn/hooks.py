@@ -20,13 +20,26 @@ from dfa_kernels.nn.layer import DFALayer
 from dfa_kernels.nn.shards import refuse_a_shard
 
 
-class OutputHook:
-    """A forward hook that passes a module's output through a `DFALayer` or a `DFA`."""
+class _PointHook:
+    """Passes one tensor of a module through a `DFALayer` or a `DFA`."""
+
+    is_input = False
 
     def __init__(self, name: str, target: DFALayer | DFA):
         self.name = name
         self.target = target
         self._checked = False
+
+    def send(self, module: nn.Module, tensor: Tensor) -> Tensor:
+        """The tensor, passed through; the first time outside a graph it must be whole."""
+        if not self._checked and not torch.compiler.is_compiling():
+            refuse_a_shard(self.name, module, tensor, self.is_input)
+            self._checked = True
+        return self.target(tensor)
+
+
+class OutputHook(_PointHook):
+    """A forward hook for the tensor in a module's output."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """`output` with its tensor replaced."""
@@ -35,36 +48,24 @@ class OutputHook:
                 f"attach: {self.name!r} returns its loss, which no signal would reach; give "
                 "output=..., the submodule that makes the logits"
             )
-        if not self._checked and not torch.compiler.is_compiling():
-            through(partial(_whole, self.name, module), output, self.name)
-            self._checked = True
-        return through(self.target, output, self.name)
+        return through(partial(self.send, module), output, self.name)
 
 
-class InputHook:
-    """A forward pre-hook that passes a module's first tensor through a `DFALayer`."""
+class InputHook(_PointHook):
+    """A forward pre-hook for the first tensor among a module's arguments."""
 
-    def __init__(self, name: str, layer: DFALayer):
-        self.name = name
-        self.layer = layer
-        self._checked = False
+    is_input = True
 
     def __call__(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         """The arguments with that tensor replaced."""
-        if not self._checked and not torch.compiler.is_compiling():
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, Tensor):
-                    refuse_a_shard(self.name, module, value, is_input=True)
-                    break
-            self._checked = True
         for index, value in enumerate(args):
             if isinstance(value, Tensor):
-                return (*args[:index], self.layer(value), *args[index + 1 :]), kwargs
+                return (*args[:index], self.send(module, value), *args[index + 1 :]), kwargs
         for key, value in kwargs.items():
             if isinstance(value, Tensor):
-                return args, {**kwargs, key: self.layer(value)}
+                return args, {**kwargs, key: self.send(module, value)}
         got = ", ".join(type(value).__name__ for value in (*args, *kwargs.values()))
         raise TypeError(f"attach: {self.name!r} must be called with a tensor, got ({got})")
 
@@ -140,11 +141,6 @@ class LoadHook:
         load(self.dfa, whole)
         for key in ours:
             del state[key]
-
-
-def _whole(name: str, module: nn.Module, tensor: Tensor) -> Tensor:
-    refuse_a_shard(name, module, tensor)
-    return tensor
 
 
 def through(function: Callable[[Tensor], Tensor], output: Any, name: str) -> Any:

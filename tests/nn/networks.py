@@ -127,6 +127,20 @@ class Multiplied:
         return {"name": self.name, "shapes": [tuple(matrix.shape) for matrix in self.matrices]}
 
 
+class Learned(nn.Module):
+    """A source that is a module, like one that learns its matrix."""
+
+    def __init__(self, matrix):
+        super().__init__()
+        self.register_buffer("matrix", matrix.clone())
+
+    def project(self, error, layers, dtype):
+        return Multiplied(self.matrix).project(error, layers, dtype)
+
+    def describe(self):
+        return {}
+
+
 def perceptron(seed=None, dtype=torch.float32, **arguments):
     """A `Perceptron` with weights drawn from torch's seed 0."""
     torch.manual_seed(0)

@@ -20,6 +20,7 @@ from tests.nn.networks import (
     CLASSES,
     INPUTS,
     Calls,
+    Learned,
     assert_equal,
     backward,
     batch,
@@ -329,25 +330,10 @@ def test_a_model_may_own_its_dfa():
     assert list(other.state_dict()) == list(Functional().state_dict())
 
 
-class Learned(nn.Module):
-    """A source with a matrix of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.matrix = nn.Parameter(torch.ones(16, CLASSES))
-
-    def project(self, error, layers, dtype):
-        scales = zip(layers.sizes, layers.scales, strict=True)
-        return [scale * error @ self.matrix[:size].T for size, scale in scales]
-
-    def describe(self):
-        return {"learned": True}
-
-
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_source_that_is_a_module_is_in_the_models_state(assign):
-    model, _ = attached(matrix=Learned())
-    other, handle = attached(matrix=Learned())
+    model, _ = attached(matrix=Learned(torch.ones(16, CLASSES)))
+    other, handle = attached(matrix=Learned(torch.ones(16, CLASSES)))
     state = {key: value + 1 for key, value in model.state_dict().items() if key != KEY}
     state[KEY] = model.state_dict()[KEY]
     other.load_state_dict(state, assign=assign)

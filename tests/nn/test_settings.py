@@ -9,6 +9,7 @@ from dfa_kernels import DFA, DFALayer, attach, feedback_matrix, tinydfa_scales
 from dfa_kernels.nn import FeedbackPointsHandling
 from tests.nn.networks import (
     CLASSES,
+    Learned,
     Multiplied,
     assert_equal,
     backward,
@@ -30,16 +31,8 @@ class Halved(nn.Module):
         return error / 2
 
 
-class Learned(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("matrix", MATRIX.clone())
-
-    def project(self, error, layers, dtype):
-        return Multiplied(self.matrix).project(error, layers, dtype)
-
-    def describe(self):
-        return {}
+def learned():
+    return Learned(MATRIX)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +56,7 @@ class Learned(nn.Module):
         ("matrix", MATRIX),
         ("matrix", MATRICES),
         ("matrix", Multiplied(MATRIX)),
-        ("matrix", Learned()),
+        ("matrix", learned()),
         ("matrix", DFA([], seed=9).source),
         ("error_transform", torch.sign),
         ("error_transform", Halved()),
@@ -153,7 +146,7 @@ def two():
 
 
 @pytest.mark.parametrize("name", ["seed", "distribution", "backend"])
-@pytest.mark.parametrize("matrix", [MATRIX, Multiplied(MATRIX), Learned()])
+@pytest.mark.parametrize("matrix", [MATRIX, Multiplied(MATRIX), learned()])
 def test_a_seed_is_not_set_where_none_makes_the_signals(name, matrix):
     dfa = DFA([DFALayer()], matrix=matrix)
     with pytest.raises(AttributeError, match=f"DFA: {name} cannot be set, .* no seed makes? the"):
@@ -185,7 +178,7 @@ def test_what_is_no_argument_or_fixed_is_read_only(name):
 def test_modules_give_way_to_anything():
     """Also where torch would take what is set for a submodule, or refuse it."""
     x, y = batch()
-    model = perceptron(matrix=Learned(), normalization=Law(), error_transform=Halved())
+    model = perceptron(matrix=learned(), normalization=Law(), error_transform=Halved())
     names = {name for name, _ in model.dfa.named_children()}
     assert names == {"source", "normalization", "error_transform"}
     model.dfa.source = DFA([], seed=0).source
@@ -197,7 +190,7 @@ def test_modules_give_way_to_anything():
 
 @pytest.mark.parametrize("name", ["source", "normalization", "error_transform"])
 def test_modules_that_are_set_move_with_the_model(name):
-    module = {"source": Learned, "normalization": Law, "error_transform": Halved}[name]()
+    module = {"source": learned, "normalization": Law, "error_transform": Halved}[name]()
     module.register_buffer("extra", torch.zeros(1))
     model = perceptron()
     setattr(model.dfa, name, module)
@@ -254,7 +247,7 @@ def test_attributes_take_effect_in_compiled_models():
         ("normalization", False),
         ("error_transform", torch.sign),
         ("mask", {"h0": MATRIX[:, 0]}),
-        ("matrix", Learned()),
+        ("matrix", learned()),
     ):
         setattr(model.dfa, name, value)
         found = backward(model, x, y, call=compiled)

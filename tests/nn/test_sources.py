@@ -16,6 +16,7 @@ from dfa_kernels import DFA, DFALayer, alignment, feedback_matrix
 from dfa_kernels.nn import INDEPENDENT_ROWS, Source
 from tests.nn.networks import (
     CLASSES,
+    Learned,
     Multiplied,
     assert_equal,
     backward,
@@ -170,23 +171,9 @@ def test_a_state_with_other_rows_is_refused():
         model.load_state_dict(state)
 
 
-class Module(nn.Module):
-    """A source that is a module, like one that learns its matrix."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("matrix", MATRIX.clone())
-
-    def project(self, error, layers, dtype):
-        return Multiplied(self.matrix).project(error, layers, dtype)
-
-    def describe(self):
-        return {}
-
-
 def test_a_source_that_is_a_module_is_a_submodule():
     x, y = batch(torch.float64)
-    model = perceptron(matrix=Module()).double()
+    model = perceptron(matrix=Learned(MATRIX)).double()
     assert "dfa.source.matrix" in model.state_dict()
     expected = perceptron(matrix=MATRIX.double(), dtype=torch.float64)
     assert_equal(backward(model, x, y), backward(expected, x, y), **CLOSE)

@@ -110,6 +110,7 @@ def attach(
     lean: bool = False,
     requires_grad: bool | None = None,
     backend: str | None = None,
+    match_output: str | nn.Linear | None = None,
 ) -> Attachment:
     """Train a model by Direct Feedback Alignment without editing it.
 
@@ -142,6 +143,9 @@ def attach(
             "dfa._extra_state", some hundred bytes. Loading it restores the seed. `model.dfa` is the
             `DFA`, though it is no submodule. None: the model's state_dict stays as it is.
         requires_grad: as for `DFA`. None: where `cut` is given.
+        match_output: the output layer, an nn.Linear, by name or as a module. Its weights are set
+            from the feedback matrix, as by `DFA.match_output_`, so that residual networks as
+            transformers learn. `detach()` leaves them so.
 
     All others are those of `DFA`; `mask` goes by the points' names.
 
@@ -182,6 +186,7 @@ def attach(
     if end in layers:
         raise ValueError(f"attach: output must not be one of the points, got {end!r}")
     cuts = list(dict.fromkeys(names.listed("cut", cut)))
+    matched = None if match_output is None else names.module("match_output", match_output)
     _check_state(model, state)
     dfa = DFA(
         [*layers.values(), *input_layers.values()],
@@ -202,6 +207,8 @@ def attach(
         requires_grad=bool(cuts) if requires_grad is None else requires_grad,
         backend=backend,
     )
+    if matched is not None:
+        dfa.match_output_(matched)  # type: ignore[arg-type]  # which it checks
     return Attachment(model, layers, input_layers, end, cuts, state, dfa)
 
 

@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dfa_kernels import checks, derivatives, stream
 from dfa_kernels.layers import Layers
-from dfa_kernels.nn import guards, loading, ranks, state
+from dfa_kernels.nn import guards, loading, matching, ranks, state
 from dfa_kernels.nn import signals as delivery
 from dfa_kernels.nn.functions import Factor, Feedback, Signals
 from dfa_kernels.nn.layer import (
@@ -278,6 +278,8 @@ class DFA(Settings):
         for index, size in plan.own_sizes.items():
             self.dfa_layers[index]._size = size
         self._group.error_size = plan.error_size
+        if self._match is not None:
+            self._match.check(plan)
         source, device = self.source, self.rp_device or output.device
         if not isinstance(self.normalization, str) and isinstance(source, (Seeded, Stored)):
             scales, dtype, factors = plan.layers.scales, output.dtype, source.distribution
@@ -384,6 +386,58 @@ class DFA(Settings):
         scale = self._slicing.scales([one.size or 1 for one in self.dfa_layers], error_size)[index]
         layers = Layers((self._slicing.row_offsets[index],), (size,), (scale,))
         return matrix_of(self.source, layers, error_size, dtype, device)
+
+    def match_output_(
+        self,
+        linear: nn.Linear,
+        scale: float | None = None,
+        *,
+        layers: Iterable[int | str | DFALayer] | None = None,
+        row_offset: int | None = None,
+        column_offset: int | None = None,
+    ) -> Tensor:
+        """Start the output layer as the feedback: `linear.weight = scale * U[:l, :n].T`, in place.
+
+        For residual networks, as transformers are, whose layers have the size l of the output
+        layer's input. There the right signal is nearly W^T e, with W these weights, so it has the
+        signals' direction from the first step on. The output layer then learns as ever, and the
+        feedback stays. With SGD give the `DFA` normalization=scale too, which makes signals as long
+        as backpropagation's; Adam's steps do not depend on it.
+
+        Call it after whatever initializes or moves the model, on every rank of a sharded one: of a
+        DTensor each sets its own shard. Of tied embeddings it sets these too. The bias stays.
+
+        Args:
+            linear: the layer whose outputs are this module's input; weights [n, l], a parameter.
+            scale: of the weights. None: 1/sqrt(l), which gives logits of variance 1 where the input
+                is normalized.
+            layers: those that are to match, themselves, by name or by index; all have the size l
+                and one matrix. None: all of this `DFA`.
+            row_offset, column_offset: the first input and the first output that `linear` has of the
+                whole layer, if its weights are a plain tensor that holds a part. None: it is whole.
+
+        Returns:
+            linear.weight.
+
+        Raises:
+            TypeError, ValueError: naming what cannot match: a layer of another size, with a mask or
+                a matrix of its own; weights that are computed from others. Sizes that are not known
+                yet are checked in the forward passes to come.
+        """
+        given = checks.listed(self.dfa_layers if layers is None else layers)
+        if given is None:
+            got = repr(layers) if isinstance(layers, str) else type(layers).__name__
+            raise TypeError(f"{matching.WHERE}: layers must be a sequence of layers, got {got}")
+        chosen = dict.fromkeys(self._position(layer) for layer in given)
+        weight = matching.weight_of(linear)
+        part = matching.part_of(weight, row_offset, column_offset)
+        match = matching.Match(tuple(chosen), part)
+        first_row = matching.one_matrix(match.layers, self.row_offsets)
+        for index in match.layers:
+            match.check_layer(index, self.dfa_layers[index].size, self.masks)
+        matching.fill(weight, self.source, first_row, part, matching.scale_of(scale, part))
+        self._match = match
+        return weight
 
     def release(self) -> tuple[DFALayer, ...]:
         """Gives the layers back, so that another `DFA` may take them. This one then trains none.

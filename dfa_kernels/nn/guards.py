@@ -67,6 +67,16 @@ def warn_of_a_pass_without_hooks(said: set[str]) -> None:
     )
 
 
+def warn_of_another_matrix() -> None:
+    """The feedback matrix was changed after match_output_."""
+    warn_once(
+        set(),
+        "another matrix",
+        "DFA: the output layer was set from another feedback matrix than the one now in force; "
+        "call match_output_ again",
+    )
+
+
 def warn_of_waiting(said: set[str], layers: Sequence[int]) -> None:
     """A forward pass ended with layers that wait for the output."""
     warn_once(

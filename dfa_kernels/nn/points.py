@@ -41,6 +41,10 @@ class Names:
             f"attach: {argument} must be submodules of the model, got {got}{self._hint(point)}"
         )
 
+    def module(self, argument: str, point: str | nn.Module) -> nn.Module:
+        """The submodule that is given by name or itself."""
+        return self._modules[self.of(argument, point)]
+
     def _refuse_uncalled(self, argument: str, name: str) -> None:
         """Raise where nothing calls the module, so that a hook on it would do nothing."""
         module = self._modules[name]

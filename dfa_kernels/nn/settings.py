@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dfa_kernels import checks
+from dfa_kernels.nn.guards import warn_of_another_matrix
 from dfa_kernels.nn.layer import DFALayer, FeedbackPointsHandling, Group, check_dims
+from dfa_kernels.nn.matching import Match
 from dfa_kernels.nn.scripting import Scriptable
 from dfa_kernels.nn.signals import check_masks
 from dfa_kernels.nn.sources import (
@@ -39,6 +41,7 @@ class Settings(Scriptable):
     _signal_transform: Callable[[Tensor, DFALayer], Tensor] | None
     _layers: tuple[DFALayer, ...]
     _slicing: Slicing
+    _match: Match | None = None  # what match_output_ has to find in the forward passes
     _chosen: dict[str, Any]  # the arguments that a loaded state may contradict, where given
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -71,7 +74,7 @@ class Settings(Scriptable):
             seeded = Seeded(self.source.seed, self.source.distribution, None)
         source, shared = check_matrix(matrix, self.shared, seeded, count, device)
         self._share(shared)
-        self._hold("source", source)
+        self._exchange(source)
         for name in ("seed", "distribution"):
             self._choose(name, isinstance(source, Seeded))
         if isinstance(source, Stored):
@@ -87,7 +90,7 @@ class Settings(Scriptable):
     @seed.setter
     def seed(self, seed: int | None) -> None:
         _, distribution, backend = self._seeded("seed")
-        self._hold("source", check_seeded(seed, distribution, backend))
+        self._exchange(check_seeded(seed, distribution, backend))
         self._choose("seed", seed is not None)
 
     @property
@@ -98,7 +101,7 @@ class Settings(Scriptable):
     @distribution.setter
     def distribution(self, distribution: str | None) -> None:
         seed, _, backend = self._seeded("distribution")
-        self._hold("source", check_seeded(seed, distribution, backend))
+        self._exchange(check_seeded(seed, distribution, backend))
         self._choose("distribution", distribution is not None)
 
     @property
@@ -132,8 +135,11 @@ class Settings(Scriptable):
             raise AttributeError(
                 "DFA: shared follows from the number of stored matrices; set source to others"
             )
+        before = self.row_offsets
         self._share(shared is None or checks.boolean("DFA", "shared", shared))
         self._choose("shared", shared is not None)
+        if self.row_offsets != before:
+            self._unmatch()
 
     @property
     def lean(self) -> bool:
@@ -308,6 +314,18 @@ class Settings(Scriptable):
     def _check_lean(lean: bool, shared: bool) -> None:
         if lean and not shared:
             raise ValueError("DFA: lean needs one matrix for all layers, got independent ones")
+
+    def _exchange(self, source: Source) -> None:
+        """Take another source, which an output layer that was set from the old one misses."""
+        before = self.source
+        self._hold("source", source)
+        if before is not source and not (isinstance(source, Seeded) and source == before):
+            self._unmatch()
+
+    def _unmatch(self) -> None:
+        if self._match is not None:
+            self._match = None
+            warn_of_another_matrix()
 
     def _hold(self, name: str, value: Any) -> None:
         """Keep an attribute, and a module among the submodules too."""

@@ -45,6 +45,12 @@ def is_boolean(value: Any) -> bool:
     return kind is bool or (kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_"))
 
 
+def function(caller: str, argument: str, value: Any) -> None:
+    """Check that this is a function or None."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{caller}: {argument} must be a function, got {value!r}")
+
+
 def integers(
     function: str, argument: str, values: Sequence[int], *, low: int, high: int
 ) -> list[int]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 # Of CIFAR-10's training images by channel, from the published code.
@@ -44,7 +46,7 @@ class Data:
 
 
 def load(folder: Path | None, device: torch.device) -> Data:
-    """CIFAR-10 from the `folder` that holds cifar-10-batches-py; the digits if it is None."""
+    """CIFAR-10 from a folder, as `cifar10` takes it; the digits if it is None."""
     return digits(device) if folder is None else cifar10(folder, device)
 
 
@@ -64,7 +66,43 @@ def digits(device: torch.device) -> Data:
 
 
 def cifar10(folder: Path, device: torch.device) -> Data:
-    """CIFAR-10 through torchvision, standardized by channel, without augmentation."""
+    """CIFAR-10 from a folder, standardized by channel, without augmentation.
+
+    The folder holds `train/<class>/` and `test/<class>/`, with an image in each file, or
+    cifar-10-batches-py, for torchvision.
+    """
+    mean, deviation = (torch.tensor(v)[:, None, None] for v in (CIFAR10_MEAN, CIFAR10_DEVIATION))
+    read = of_files if (folder / "train").is_dir() else of_batches
+    tensors = []
+    for part in ("train", "test"):
+        pixels, classes = read(folder, part)
+        images = pixels.permute(0, 3, 1, 2).float() / 255
+        tensors += [(images - mean) / deviation, classes]
+    return Data("CIFAR-10", *(tensor.to(device) for tensor in tensors))
+
+
+def of_files(folder: Path, part: str) -> tuple[Tensor, Tensor]:
+    """Images [count, 32, 32, 3] in uint8 and their classes, which are folders, sorted by name."""
+    kinds = sorted(path for path in (folder / part).glob("*") if path.is_dir())
+    files = [(file, kind) for kind, path in enumerate(kinds) for file in sorted(path.iterdir())]
+    if len(kinds) != 10 or not files:
+        found = f"{len(kinds)} classes, {len(files)} files"
+        raise SystemExit(f"--data {folder}: no CIFAR-10 there: {part} has {found}")
+    images = []
+    for file, _ in files:
+        try:
+            with Image.open(file) as image:
+                images.append(numpy.asarray(image.convert("RGB")))
+        except OSError as error:
+            raise SystemExit(f"--data {folder}: {file} is no image: {error}") from error
+    shapes = {image.shape for image in images}
+    if shapes != {(32, 32, 3)}:
+        raise SystemExit(f"--data {folder}: images must be 32 x 32, got {sorted(shapes)}")
+    return torch.tensor(numpy.stack(images)), torch.tensor([kind for _, kind in files])
+
+
+def of_batches(folder: Path, part: str) -> tuple[Tensor, Tensor]:
+    """The same by torchvision."""
     try:
         from torchvision.datasets import CIFAR10
     except (ImportError, RuntimeError) as error:  # the latter if it was built for another torch
@@ -72,13 +110,8 @@ def cifar10(folder: Path, device: torch.device) -> Data:
             f"CIFAR-10 needs a torchvision that fits torch {torch.__version__} ({error}); without "
             "--data the experiments run on scikit-learn's digits"
         ) from error
-    tensors = []
-    mean, deviation = (torch.tensor(v)[:, None, None] for v in (CIFAR10_MEAN, CIFAR10_DEVIATION))
-    for train in (True, False):
-        try:
-            part = CIFAR10(str(folder), train=train, download=False)
-        except (RuntimeError, OSError) as error:
-            raise SystemExit(f"--data {folder}: no CIFAR-10 there: {error}") from error
-        images = torch.tensor(part.data).permute(0, 3, 1, 2).float() / 255
-        tensors += [(images - mean) / deviation, torch.tensor(part.targets)]
-    return Data("CIFAR-10", *(tensor.to(device) for tensor in tensors))
+    try:
+        found = CIFAR10(str(folder), train=part == "train", download=False)
+    except (RuntimeError, OSError) as error:
+        raise SystemExit(f"--data {folder}: no CIFAR-10 there: {error}") from error
+    return torch.tensor(found.data), torch.tensor(found.targets)

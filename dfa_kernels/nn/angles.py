@@ -60,7 +60,7 @@ def alignment(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Alignme
         records = [stack.enter_context(dfa.recording()) for dfa in found]
         value = loss()
         reached = {
-            prefix: (dfa, record.plan, [record.output, *record.activations])
+            prefix: (dfa, record.plan, record.output, record)
             for prefix, dfa, record in zip(_prefixes(model, found), found, records, strict=True)
             if record.output is not None and record.plan is not None
         }
@@ -73,13 +73,16 @@ def alignment(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Alignme
             raise TypeError(
                 f"alignment: loss must return a scalar tensor that requires a gradient, got {got}"
             )
-        wanted = [tensor for *_, tensors in reached.values() for tensor in tensors]
+        wanted = [
+            tensor for *_, output, record in reached.values() for tensor in (output, *record.before)
+        ]
         gradients = iter(torch.autograd.grad(value, wanted, materialize_grads=True))
     cosines: dict[str, list[Tensor]] = {}
     with torch.no_grad():
-        for prefix, (dfa, plan, _) in reached.items():
+        for prefix, (dfa, plan, _, record) in reached.items():
             signals = dfa.signals(plan, next(gradients))
-            for index, place, signal in zip(plan.indices, plan.places, signals, strict=True):
+            carried = map(_carried, record.activations, record.before, signals)
+            for index, place, signal in zip(plan.indices, plan.places, carried, strict=True):
                 ours, theirs = (
                     to_rows(tensor, place.batch_dims, "alignment").double()
                     for tensor in (signal, next(gradients))
@@ -89,6 +92,14 @@ def alignment(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Alignme
                 name = dfa.dfa_layers[index].name or str(index)
                 cosines.setdefault(prefix + name, []).append(cosine)
     return {name: _summary(torch.cat(values)) for name, values in cosines.items()}
+
+
+def _carried(activation: Tensor, before: Tensor, signal: Tensor) -> Tensor:
+    """The signal as it reaches what a layer got, through its `through`."""
+    if activation is before:
+        return signal
+    (carried,) = torch.autograd.grad(activation, before, signal)
+    return carried
 
 
 def _prefixes(model: nn.Module, dfas: list[DFA]) -> list[str]:

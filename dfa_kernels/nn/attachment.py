@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dfa_kernels.nn.dfa import DFA
 from dfa_kernels.nn.hooks import CutHook, InputHook, LoadHook, OutputHook, SaveHook
-from dfa_kernels.nn.layer import DFALayer, FeedbackPointsHandling
+from dfa_kernels.nn.layer import DFALayer, FeedbackPointsHandling, Through
 from dfa_kernels.nn.points import Names, Points
 from dfa_kernels.nn.recompile import forget_compiled
 from dfa_kernels.nn.sources import Scales, Source
@@ -109,6 +109,7 @@ def attach(
     scale_repeats: bool = True,
     lean: bool = False,
     requires_grad: bool | None = None,
+    through: Through | None = None,
     backend: str | None = None,
     match_output: str | nn.Linear | None = None,
 ) -> Attachment:
@@ -205,6 +206,7 @@ def attach(
         scale_repeats=scale_repeats,
         lean=lean,
         requires_grad=bool(cuts) if requires_grad is None else requires_grad,
+        through=through,
         backend=backend,
     )
     if matched is not None:

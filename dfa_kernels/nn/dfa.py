@@ -32,6 +32,7 @@ from dfa_kernels.nn.layer import (
     FeedbackPointsHandling,
     Group,
     Record,
+    Through,
     Waiting,
     recomputing,
 )
@@ -115,6 +116,12 @@ class DFA(Settings):
             back. Reentrant checkpoints need it, which train nothing where no input requires one,
             and so does whatever else waits for gradients of inputs. It costs the product for that
             gradient, one of three in each layer, unless the next layer detaches its input.
+        through: a function of a layer's activation. The signal is then the gradient of what it
+            returns, and autograd carries it back to the activation. With the norm before the output
+            layer, as in `lambda x: F.layer_norm(x, x.shape[-1:])`, blocks of a residual network
+            learn what the output layer would see of them. It runs in the training passes only. The
+            parameters of one that is a module get gradients from every layer; it becomes no
+            submodule.
 
     Attributes:
         Every argument is an attribute, which takes what the argument takes, checked at once; only
@@ -122,8 +129,9 @@ class DFA(Settings):
         seed, distribution, backend, matrix, error_transform, rp_device: take effect with the next
             signal. The first three belong to a seed: beside `matrix` setting them is an
             AttributeError.
-        normalization, shared, mask, lean, mode, no_training, feedback_points_handling, batch_dims:
-            with the next forward pass. Stored matrices decide `shared` by their number.
+        normalization, shared, mask, lean, mode, no_training, feedback_points_handling,
+        batch_dims, requires_grad, through: with the next forward pass. Stored matrices decide
+            `shared` by their number.
         source: the `Source` of the signals, which `matrix` reads and sets too; `masks`: those of
             `mask`, by index.
         matrices, row_offsets: as they are in force; read-only.
@@ -169,6 +177,7 @@ class DFA(Settings):
         scale_repeats: bool = True,
         lean: bool = False,
         requires_grad: bool = False,
+        through: Through | None = None,
         backend: str | None = None,
     ):
         super().__init__()
@@ -215,6 +224,7 @@ class DFA(Settings):
         self._share(share)
         self.lean = lean
         self.requires_grad = requires_grad
+        self.through = through
         self.normalization = normalization
         self.masks = mask
         for name, given in (("seed", seed), ("distribution", distribution), ("shared", shared)):
@@ -273,7 +283,7 @@ class DFA(Settings):
         plan = self._plan(indices, activations, output)
         if record is not None:
             record.output, record.plan = output, plan
-            record.activations = activations
+            record.activations, record.before = activations, [item.before for item in waiting]
             return output
         for index, size in plan.own_sizes.items():
             self.dfa_layers[index]._size = size

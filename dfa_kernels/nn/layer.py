@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,20 +31,32 @@ class FeedbackPointsHandling(enum.Enum):
     REDUCE = "REDUCE"
 
 
+# A function of an activation, of which the signal is.
+Through = Callable[[Tensor], Tensor]
+
+
 class Waiting(NamedTuple):
-    """A layer's activation until the forward pass reaches the output; only lean has a factor."""
+    """A layer's activation until the forward pass reaches the output; only lean has a factor.
+
+    `before` is what the layer got, of which `activation` is a function if it has a `through`.
+    """
 
     layer: int
     activation: Tensor
     factor: Factor | None
+    before: Tensor
 
 
 @dataclasses.dataclass
 class Record:
-    """A forward pass under `DFA.recording`: its output, and the activations it would train."""
+    """A forward pass under `DFA.recording`: its output, and the activations it would train.
+
+    Signals are of `activations`; backpropagation has gradients of those `before` any `through`.
+    """
 
     output: Tensor | None = None
     activations: Sequence[Tensor] = ()
+    before: Sequence[Tensor] = ()
     plan: Plan | None = None
 
 
@@ -63,6 +75,7 @@ class Group:
     batch_dims: tuple[int, ...] | None
     lean: bool
     requires_grad: bool
+    through: Through | None = None
     entered: bool | None = None
     error_size: int | None = None  # n in the last forward pass that trained, or in a loaded state
     record: Record | None = None
@@ -70,19 +83,20 @@ class Group:
     idle: dict[int, str] = dataclasses.field(default_factory=dict)
     said: set[str] = dataclasses.field(default_factory=set)
 
-    def wait(self, layer: int, activation: Tensor) -> None:
-        """Keep an activation until the forward pass reaches the output."""
+    def wait(self, layer: int, before: Tensor, through: Through | None) -> None:
+        """Keep an activation, or a function of it, until the forward pass reaches the output."""
         if self.entered is False:
             guards.warn_of_a_pass_without_hooks(self.said)
             return
         if not self.waiting:
             # A new one: a compiled pass would have to return what it puts into an old one.
             self.waiting = {}
+        activation = before if through is None else _carried(through, before)
         factor = None
         if self.lean and self.record is None and not torch.compiler.is_compiling():
             factor = Factor()
             activation = Scaled.apply(activation, factor)
-        item = Waiting(layer, activation, factor)
+        item = Waiting(layer, activation, factor, before)
         if layer in self.waiting and self.handling is FeedbackPointsHandling.REDUCE:
             self.waiting[layer].append(item)
             return
@@ -143,12 +157,13 @@ class DFALayer(Scriptable):
         passthrough: True lets backpropagation through and sends no signal.
         requires_grad: True passes on an activation that requires a gradient, although none is sent
             back; see `DFA`. None: as the `DFA` says.
+        through: a function of the activation that the signal is of; see `DFA`. None: the `DFA`'s.
 
     Attributes:
         size: l_i in the last forward pass that trained the layer, or in a loaded state. None before
             both. Read-only.
-        name, batch_dims, passthrough: as given. A change takes effect with the next forward pass;
-            the name stays once a `DFA` has the layer.
+        name, batch_dims, passthrough, requires_grad, through: as given. A change takes effect with
+            the next forward pass; the name stays once a `DFA` has the layer.
     """
 
     def __init__(
@@ -158,6 +173,7 @@ class DFALayer(Scriptable):
         passthrough: bool = False,
         *,
         requires_grad: bool | None = None,
+        through: Through | None = None,
     ):
         super().__init__()
         self._group: Group | None = None
@@ -168,6 +184,7 @@ class DFALayer(Scriptable):
         self.batch_dims = batch_dims
         self.passthrough = passthrough
         self.requires_grad = requires_grad
+        self.through = through
 
     @property
     def name(self) -> str | None:
@@ -216,6 +233,18 @@ class DFALayer(Scriptable):
         )
 
     @property
+    def through(self) -> Through | None:
+        """As given; a change takes effect with the next forward pass."""
+        through: Through | None = self.__dict__["_through"]
+        return through
+
+    @through.setter
+    def through(self, through: Through | None) -> None:
+        checks.function("DFALayer", "through", through)
+        # No submodule: the parameters of one that is a module belong to the model.
+        self.__dict__["_through"] = through
+
+    @property
     def size(self) -> int | None:
         """l_i in the last forward pass that trained the layer, or in a loaded state. Read-only."""
         return self._size
@@ -258,7 +287,7 @@ class DFALayer(Scriptable):
                     'mode, or mode "backprop"'
                 )
             if torch.is_grad_enabled() and derivatives.requires_gradient(activation):
-                group.wait(self._index, activation)
+                group.wait(self._index, activation, self.through or group.through)
             else:
                 group.pass_over(self._index)
         if recorded:
@@ -281,6 +310,18 @@ class DFALayer(Scriptable):
         names = ("name", "batch_dims", "passthrough", "requires_grad")
         facts = {name: getattr(self, name) for name in names}
         return ", ".join(f"{key}={value!r}" for key, value in facts.items() if value)
+
+
+def _carried(through: Through, before: Tensor) -> Tensor:
+    """What `through` makes of an activation. Raises where no signal could come back."""
+    activation = through(before)
+    if not isinstance(activation, Tensor):
+        got = f"a {type(activation).__name__}"
+    elif not derivatives.requires_gradient(activation):
+        got = "a tensor that requires no gradient"
+    else:
+        return activation
+    raise TypeError(f"DFALayer: through must return a tensor made of the activation, got {got}")
 
 
 def check_dims(function: str, dims: Sequence[int]) -> tuple[int, ...]:

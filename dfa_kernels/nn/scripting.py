@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 
 class Scriptable(nn.Module):
-    """A module of which `torch.jit.script` takes the `forward`, and no other attribute."""
+    """A module of which `torch.jit.script` takes the `forward`, and no other attribute.
+
+    Its properties are set as those of any object.
+    """
 
     __jit_unused_properties__: ClassVar[list[str]]
     __jit_ignored_attributes__: ClassVar[list[str]]
@@ -22,6 +25,13 @@ class Scriptable(nn.Module):
         annotated = {name for base in ours for name in vars(base).get("__annotations__", ())}
         cls.__jit_unused_properties__ = sorted(properties)
         cls.__jit_ignored_attributes__ = sorted({*properties, *annotated})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As for any object where the class has a property: torch would pass it by for modules."""
+        if isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
 
 def tracing(function: str, training: bool, tensor: Tensor) -> bool:

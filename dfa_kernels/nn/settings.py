@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dfa_kernels import checks
 from dfa_kernels.nn.guards import warn_of_another_matrix
-from dfa_kernels.nn.layer import DFALayer, FeedbackPointsHandling, Group, check_dims
+from dfa_kernels.nn.layer import DFALayer, FeedbackPointsHandling, Group, Through, check_dims
 from dfa_kernels.nn.matching import Match
 from dfa_kernels.nn.scripting import Scriptable
 from dfa_kernels.nn.signals import check_masks
@@ -43,13 +43,6 @@ class Settings(Scriptable):
     _slicing: Slicing
     _match: Match | None = None  # what match_output_ has to find in the forward passes
     _chosen: dict[str, Any]  # the arguments that a loaded state may contradict, where given
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """As for any object where the class has a property: torch would pass it by for modules."""
-        if isinstance(getattr(type(self), name, None), property):
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
 
     @property
     def dfa_layers(self) -> tuple[DFALayer, ...]:
@@ -172,7 +165,8 @@ class Settings(Scriptable):
 
     @error_transform.setter
     def error_transform(self, function: Callable[[Tensor], Tensor] | None) -> None:
-        self._hold("error_transform", _function("error_transform", function))
+        checks.function("DFA", "error_transform", function)
+        self._hold("error_transform", function)
 
     @property
     def signal_transform(self) -> Callable[[Tensor, DFALayer], Tensor] | None:
@@ -181,7 +175,8 @@ class Settings(Scriptable):
 
     @signal_transform.setter
     def signal_transform(self, function: Callable[[Tensor, DFALayer], Tensor] | None) -> None:
-        self._hold("signal_transform", _function("signal_transform", function))
+        checks.function("DFA", "signal_transform", function)
+        self._hold("signal_transform", function)
 
     @property
     def scale_repeats(self) -> bool:
@@ -200,6 +195,16 @@ class Settings(Scriptable):
     @requires_grad.setter
     def requires_grad(self, requires_grad: bool) -> None:
         self._group.requires_grad = checks.boolean("DFA", "requires_grad", requires_grad)
+
+    @property
+    def through(self) -> Through | None:
+        """What signals come back through, of layers that do not say; as given."""
+        return self._group.through
+
+    @through.setter
+    def through(self, through: Through | None) -> None:
+        checks.function("DFA", "through", through)
+        self._group.through = through
 
     @property
     def rp_device(self) -> torch.device | None:
@@ -336,9 +341,3 @@ class Settings(Scriptable):
         self._modules.pop(name, None)
         if isinstance(value, nn.Module):
             self._modules[name] = value
-
-
-def _function(argument: str, value: Any) -> Any:
-    if value is not None and not callable(value):
-        raise TypeError(f"DFA: {argument} must be a function, got {value!r}")
-    return value

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot as plt
+from PIL import Image
 from torch import nn
 
 from benchmarks.harness import provenance, shapes
@@ -528,6 +529,45 @@ def test_cifar10_from_a_folder(tmp_path, cifar10_class):
     red = torch.tensor(pixels[2, : 32 * 32].reshape(32, 32) / 255)
     expected = ((red - 0.4914) / 0.2023).float()
     torch.testing.assert_close(images.test_x[2, 0], expected)
+
+
+def write_images(folder, classes=10, side=32):
+    """Two random images of each class for training and one for testing; the pixels by file."""
+    written = {}
+    rng = np.random.default_rng(1)
+    for part, images in (("train", 2), ("test", 1)):
+        for kind in range(classes):
+            inner = folder / part / f"kind {kind}"
+            inner.mkdir(parents=True)
+            for index in range(images):
+                pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(inner / f"{index}.png")
+                written[part, kind, index] = pixels
+    return written
+
+
+def test_cifar10_from_image_files(tmp_path):
+    written = write_images(tmp_path)
+    images = data.load(tmp_path, CPU)
+    assert images.name == "CIFAR-10"
+    assert images.train_y.tolist() == [kind for kind in range(10) for _ in range(2)]
+    assert images.test_y.tolist() == list(range(10))
+    green = torch.tensor(written["train", 3, 1][:, :, 1] / 255)
+    torch.testing.assert_close(images.train_x[7, 1], ((green - 0.4822) / 0.1994).float())
+    assert images.test_x.shape == (10, 3, 32, 32)
+
+
+def test_image_files_that_are_not_cifar10(tmp_path):
+    write_images(tmp_path / "few", classes=9)
+    with pytest.raises(SystemExit, match="no CIFAR-10 there: train has 9 classes, 18 files"):
+        data.load(tmp_path / "few", CPU)
+    write_images(tmp_path / "small", side=28)
+    with pytest.raises(SystemExit, match=r"must be 32 x 32, got \[\(28, 28, 3\)\]"):
+        data.load(tmp_path / "small", CPU)
+    write_images(tmp_path / "text")
+    (tmp_path / "text" / "train" / "kind 0" / "notes.txt").write_text("no image")
+    with pytest.raises(SystemExit, match=r"notes\.txt is no image"):
+        data.load(tmp_path / "text", CPU)
 
 
 def test_cifar10_that_cannot_be_had_says_why(tmp_path):

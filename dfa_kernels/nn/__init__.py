@@ -8,7 +8,7 @@ from dfa_kernels.nn.attachment import Attachment, attach
 from dfa_kernels.nn.dfa import DFA
 from dfa_kernels.nn.layer import DFALayer, FeedbackPointsHandling
 from dfa_kernels.nn.settings import MODES
-from dfa_kernels.nn.sources import INDEPENDENT_ROWS, Source, tinydfa_scales
+from dfa_kernels.nn.sources import INDEPENDENT_ROWS, OutputWeights, Source, tinydfa_scales
 
 __all__ = [
     "DFA",
@@ -18,6 +18,7 @@ __all__ = [
     "Attachment",
     "DFALayer",
     "FeedbackPointsHandling",
+    "OutputWeights",
     "Source",
     "alignment",
     "attach",

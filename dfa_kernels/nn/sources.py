@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dfa_kernels import checks, functional, ops
 from dfa_kernels.backends import registry
 from dfa_kernels.layers import Layers
+from dfa_kernels.nn.shards import refuse_shards
 from dfa_kernels.stream import Stream
 
 # With a matrix of its own for every layer, layer i's rows of U begin at i times this.
@@ -156,6 +157,50 @@ class Stored(NamedTuple):
     def describe(self) -> dict[str, Any]:
         """What a state holds: no matrix."""
         return {"seed": self.seed, "distribution": self.distribution, "stored": True}
+
+
+class OutputWeights:
+    """Signals W^T e, by the weights W [n, l] that the output layer has at that moment.
+
+    A `Source` for residual networks whose layers have the size l of the output layer's input, as
+    transformers, from the start or to fine-tune: `DFA(layers, matrix=OutputWeights(model.head))`.
+    The skip connections carry most of backpropagation's gradient, and this is what they carry. No
+    matrix is stored beside the weights, and all layers share one product.
+
+    The matrix is W^T sqrt(l n), so that signals have backpropagation's length with the default
+    normalization, eq. 8.
+
+    Args:
+        linear: the layer whose outputs are the `DFA`'s input. It stays the model's.
+
+    Raises:
+        TypeError, ValueError: it is no nn.Linear, or another layer or error has other sizes.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        if not isinstance(linear, nn.Linear):
+            got = type(linear).__name__
+            raise TypeError(f"OutputWeights: linear must be an nn.Linear, got {got}")
+        self.linear = linear
+
+    def project(self, error: Tensor, layers: Layers, dtype: torch.dtype) -> list[Tensor]:
+        """See `Source`."""
+        weight = self.linear.weight.detach()
+        refuse_shards("OutputWeights", "linear.weight", weight)
+        n, size = weight.shape
+        if error.shape[1] != n or any(own != size for own in layers.sizes):
+            raise ValueError(
+                f"OutputWeights: linear must have the layers' size as its input and the error's as "
+                f"its output, got {size} and {n} beside layers of {list(layers.sizes)} and an "
+                f"error of {error.shape[1]}; batch_dims says that every token is a row"
+            )
+        product = error @ weight.to(error.dtype)
+        unit = math.sqrt(size * n)
+        return [(product * (scale * unit)).to(dtype) for scale in layers.scales]
+
+    def describe(self) -> dict[str, Any]:
+        """See `Source`."""
+        return {"output weights": [self.linear.out_features, self.linear.in_features]}
 
 
 class Slicing(NamedTuple):

@@ -275,11 +275,11 @@ class DFA(Settings):
             record.output, record.plan = output, plan
             record.activations = activations
             return output
+        if self._match is not None:
+            self._match.check(plan)
         for index, size in plan.own_sizes.items():
             self.dfa_layers[index]._size = size
         self._group.error_size = plan.error_size
-        if self._match is not None:
-            self._match.check(plan)
         source, device = self.source, self.rp_device or output.device
         if not isinstance(self.normalization, str) and isinstance(source, (Seeded, Stored)):
             scales, dtype, factors = plan.layers.scales, output.dtype, source.distribution
@@ -435,7 +435,8 @@ class DFA(Settings):
         first_row = matching.one_matrix(match.layers, self.row_offsets)
         for index in match.layers:
             match.check_layer(index, self.dfa_layers[index].size, self.masks)
-        matching.fill(weight, self.source, first_row, part, matching.scale_of(scale, part))
+        scale = matching.scale_of(scale, part, weight.dtype)
+        matching.fill(weight, self.source, first_row, part, scale)
         self._match = match
         return weight
 
@@ -444,7 +445,7 @@ class DFA(Settings):
 
         Not between a forward pass and its backward pass.
         """
-        layers, self._layers, self._masks = self._layers, (), {}
+        layers, self._layers, self._masks, self._match = self._layers, (), {}, None
         for layer in layers:
             layer._group, layer._index = None, 0
         self._group.forget()

@@ -36,14 +36,14 @@ class Span(NamedTuple):
     stop: int
     whole: bool
 
-    def check(self, what: str, size: int, ends: str) -> None:
-        """Raise where a layer, or the error, has another size than the output layer's inputs."""
+    def check(self, what: str, size: int, ends: str, way_out: str) -> None:
+        """Raise where a layer, or the error, is not as large as the output layer's `ends`."""
         if size < self.stop or (self.whole and size != self.stop):
             at_least = "" if self.whole else "at least "
             raise ValueError(
                 f"{WHERE}: {what} must have the size of the output layer's {ends}, "
-                f"{at_least}{self.stop}, got {size}; `layers` names those that are to match, and "
-                "batch_dims says that every token is a row"
+                f"{at_least}{self.stop}, got {size}; batch_dims says that every token is a row, "
+                f"{way_out}"
             )
 
 
@@ -62,14 +62,16 @@ class Match(NamedTuple):
 
     def check(self, plan: Plan) -> None:
         """Raise where a forward pass has other sizes, or masks the signals of these layers."""
-        self.part.columns.check("the error", plan.error_size, "outputs")
+        way_out = "and a new output layer has to be matched again"
+        self.part.columns.check("the error", plan.error_size, "outputs", way_out)
         for index in self.layers:
             self.check_layer(index, plan.own_sizes.get(index), plan.masks)
 
     def check_layer(self, index: int, size: int | None, masks: Mapping[int, Tensor]) -> None:
         """Raise where a layer has another size than the output layer's input, or a mask."""
         if size is not None:
-            self.part.rows.check(f"dfa_layers[{index}]", size, "inputs")
+            way_out = "and `layers` names those that are to match"
+            self.part.rows.check(f"dfa_layers[{index}]", size, "inputs", way_out)
         if index in masks:
             raise ValueError(f"{WHERE}: dfa_layers[{index}] must have no mask, got one")
 

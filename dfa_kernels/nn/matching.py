@@ -229,7 +229,7 @@ def _local(weight: Tensor) -> tuple[Tensor, int, int]:
     assert isinstance(weight, DTensor)
     if any(place.is_partial() for place in weight.placements):
         raise ValueError(f"{WHERE}: linear.weight must be no partial sum, got {weight.placements}")
-    _refuse_uneven_twice(weight.shape, weight.device_mesh.shape, weight.placements)
+    refuse_uneven_twice(weight.shape, weight.device_mesh.shape, weight.placements)
     _, offsets = _utils.compute_local_shape_and_global_offset(
         weight.shape, weight.device_mesh, weight.placements
     )
@@ -237,7 +237,7 @@ def _local(weight: Tensor) -> tuple[Tensor, int, int]:
     return weight.to_local(), below, beside
 
 
-def _refuse_uneven_twice(
+def refuse_uneven_twice(
     shape: Sequence[int], mesh: Sequence[int], placements: Sequence[Any]
 ) -> None:
     """Raise where fully_shard has split a dimension unevenly that tensor parallelism split before.

@@ -212,6 +212,14 @@ def test_an_equal_value_is_no_other_matrix(matrix):
     step(model)
 
 
+@pytest.mark.parametrize("other", [-MATRIX, MATRIX.double(), torch.cat([MATRIX, MATRIX])])
+def test_other_stored_matrices_warn(other):
+    model = Residual(matrix=MATRIX)
+    model.dfa.match_output_(model.head)
+    with pytest.warns(UserWarning, match="another feedback matrix"):
+        model.dfa.matrix = other
+
+
 def test_only_the_rows_of_the_layers_that_match_count():
     model = Residual(seed=4, shared=False)
     model.dfa.match_output_(model.head, layers=[0])

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dfa_kernels import DFA, DFALayer, feedback_matrix
+from dfa_kernels.nn import matching
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 
@@ -108,6 +109,16 @@ def test_weights_that_are_sharded_twice_unevenly_are_set_in_between():
             torch.testing.assert_close(linear.weight.to_local().detach(), expected, rtol=0, atol=0)
             with pytest.raises(ValueError, match=r"evenly .* got \[7, 10\] .*before fully_shard"):
                 DFA([DFALayer()]).match_output_(linear)
+
+
+def test_weights_whose_rows_here_are_not_consecutive_are_refused():
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    strided = _StridedShard(0, split_factor=2)
+    matching.refuse_uneven_twice((8, 3), (2, 2), (strided, Shard(0)))
+    with pytest.raises(ValueError, match=r"must be sharded evenly .* got \[8, 3\] on .*\[2, 2\]"):
+        matching.refuse_uneven_twice((8, 3), (2, 2), (Shard(0), strided))
 
 
 def test_replicated_weights():

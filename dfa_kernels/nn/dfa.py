@@ -285,11 +285,11 @@ class DFA(Settings):
             record.output, record.plan = output, plan
             record.activations, record.before = activations, [item.before for item in waiting]
             return output
+        if self._match is not None:
+            self._match.check(plan)
         for index, size in plan.own_sizes.items():
             self.dfa_layers[index]._size = size
         self._group.error_size = plan.error_size
-        if self._match is not None:
-            self._match.check(plan)
         source, device = self.source, self.rp_device or output.device
         if not isinstance(self.normalization, str) and isinstance(source, (Seeded, Stored)):
             scales, dtype, factors = plan.layers.scales, output.dtype, source.distribution
@@ -414,25 +414,27 @@ class DFA(Settings):
         feedback stays. With SGD give the `DFA` normalization=scale too, which makes signals as long
         as backpropagation's; Adam's steps do not depend on it.
 
-        Call it after whatever initializes or moves the model, on every rank of a sharded one: of a
-        DTensor each sets its own shard. Of tied embeddings it sets these too. The bias stays.
+        Call it after whatever initializes or moves the model, not between a forward pass and its
+        backward pass, and on every rank of a sharded model: of a DTensor each sets its own shard.
+        Of tied embeddings it sets these too, the row of a padding_idx included. The bias stays.
 
         Args:
             linear: the layer whose outputs are this module's input; weights [n, l], a parameter.
-            scale: of the weights. None: 1/sqrt(l), which gives logits of variance 1 where the input
-                is normalized.
+            scale: of the weights, above 0. None: 1/sqrt(l), which gives logits of variance 1 where
+                the input is normalized.
             layers: those that are to match, themselves, by name or by index; all have the size l
                 and one matrix. None: all of this `DFA`.
             row_offset, column_offset: the first input and the first output that `linear` has of the
                 whole layer, if its weights are a plain tensor that holds a part. None: it is whole.
+                With row_offset the scale is to be given, since l is not known.
 
         Returns:
             linear.weight.
 
         Raises:
             TypeError, ValueError: naming what cannot match: a layer of another size, with a mask or
-                a matrix of its own; weights that are computed from others. Sizes that are not known
-                yet are checked in the forward passes to come.
+                a matrix of its own; weights that are computed from others. Sizes and masks are
+                checked in the forward passes to come, too.
         """
         given = checks.listed(self.dfa_layers if layers is None else layers)
         if given is None:
@@ -445,7 +447,8 @@ class DFA(Settings):
         first_row = matching.one_matrix(match.layers, self.row_offsets)
         for index in match.layers:
             match.check_layer(index, self.dfa_layers[index].size, self.masks)
-        matching.fill(weight, self.source, first_row, part, matching.scale_of(scale, part))
+        scale = matching.scale_of(scale, part, weight.dtype)
+        matching.fill(weight, self.source, first_row, part, scale)
         self._match = match
         return weight
 
@@ -454,7 +457,7 @@ class DFA(Settings):
 
         Not between a forward pass and its backward pass.
         """
-        layers, self._layers, self._masks = self._layers, (), {}
+        layers, self._layers, self._masks, self._match = self._layers, (), {}, None
         for layer in layers:
             layer._group, layer._index = None, 0
         self._group.forget()

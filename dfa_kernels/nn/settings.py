@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dfa_kernels import checks
 from dfa_kernels.nn.guards import warn_of_another_matrix
 from dfa_kernels.nn.layer import DFALayer, FeedbackPointsHandling, Group, Through, check_dims
-from dfa_kernels.nn.matching import Match
+from dfa_kernels.nn.matching import Match, same_matrix
 from dfa_kernels.nn.scripting import Scriptable
 from dfa_kernels.nn.signals import check_masks
 from dfa_kernels.nn.sources import (
@@ -131,7 +131,8 @@ class Settings(Scriptable):
         before = self.row_offsets
         self._share(shared is None or checks.boolean("DFA", "shared", shared))
         self._choose("shared", shared is not None)
-        if self.row_offsets != before:
+        matched = () if self._match is None else self._match.layers
+        if any(self.row_offsets[index] != before[index] for index in matched):
             self._unmatch()
 
     @property
@@ -324,13 +325,12 @@ class Settings(Scriptable):
         """Take another source, which an output layer that was set from the old one misses."""
         before = self.source
         self._hold("source", source)
-        if before is not source and not (isinstance(source, Seeded) and source == before):
+        if self._match is not None and not same_matrix(before, source):
             self._unmatch()
 
     def _unmatch(self) -> None:
-        if self._match is not None:
-            self._match = None
-            warn_of_another_matrix()
+        self._match = None
+        warn_of_another_matrix()
 
     def _hold(self, name: str, value: Any) -> None:
         """Keep an attribute, and a module among the submodules too."""

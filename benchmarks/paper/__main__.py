@@ -15,10 +15,12 @@ from benchmarks.paper import data, distributions, drawings, table1, tables, vgg1
 from benchmarks.paper.architectures import ARCHITECTURES, STORAGES
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.training import Store
+from benchmarks.paper.transformers import recipes, summary
+from benchmarks.paper.transformers.trials import measured_steps
 from dfa_kernels.backends import registry
 
 RUNS = Path(__file__).parents[2] / "paper-runs"
-CHOICES = ("table1", *EXPERIMENTS, "distributions", "vgg16")
+CHOICES = ("table1", *EXPERIMENTS, "distributions", "transformers", "vgg16")
 QUICK_BYTES = 10**8  # of stored matrices; --quick measures no more
 
 
@@ -88,6 +90,23 @@ def run_distributions(options: argparse.Namespace, console: Console, progress: P
     return {"parts": summaries}
 
 
+def run_transformers(options: argparse.Namespace, console: Console, progress: Progress) -> dict:
+    """Residual networks whose output layer starts as the feedback; print and return summaries."""
+    store = Store(options.runs / options.device.type)
+    images, load = recipes.loader(options.data, options.device)
+    summaries = []
+    for part in (*recipes.FIRST_PARTS, *recipes.others(images)):
+        trials = list(part.trials(options.quick, options.seeds))
+        count = sum(len(measured_steps(trial.setting.steps)) for trial in trials)
+        task = progress.add_task(part.title, total=count)
+        done = summary.run(
+            part, trials, load, store, lambda n, task=task: progress.advance(task, n)
+        )
+        console.print(summary.table(done))
+        summaries.append(done)
+    return {"parts": summaries}
+
+
 def run_table1(options: argparse.Namespace, console: Console, progress: Progress) -> dict:
     """Table 1: stored bytes and measured peaks."""
     task = progress.add_task("Table 1", total=len(ARCHITECTURES) * len(STORAGES))
@@ -120,6 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
     others: dict[str, Callable[..., dict]] = {
         "table1": run_table1,
         "distributions": run_distributions,
+        "transformers": run_transformers,
         "vgg16": run_vgg16,
     }
     columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn())
@@ -127,13 +147,13 @@ def main(arguments: list[str] | None = None) -> None:
     with Progress(*columns, console=console) as progress:
         for name in options.what or CHOICES:
             if name in others:
-                summary = others[name](options, console, progress)
+                found = others[name](options, console, progress)
             else:
-                summary = run_experiment(name, options, console, progress)
+                found = run_experiment(name, options, console, progress)
             if options.output:
                 how = {"threads": torch.get_num_threads(), "quick": options.quick}
                 how["backend"] = registry.choose("project", options.device, None)
-                results = origin | how | summary
+                results = origin | how | found
                 provenance.save(options.output / f"paper_{name}.json", results)
                 if name in drawings.DRAWINGS:
                     drawings.draw(name, results, options.output)

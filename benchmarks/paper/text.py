@@ -5,6 +5,7 @@ The library's modules are those of the Python that runs, so texts differ between
 
 from __future__ import annotations
 
+import functools
 import re
 import sysconfig
 from collections import Counter
@@ -32,6 +33,12 @@ def sources() -> list[str]:
     """The modules at the top of the standard library by name, each byte a character."""
     folder = Path(sysconfig.get_path("stdlib"))
     return [path.read_bytes().decode("latin-1") for path in sorted(folder.glob("*.py"))]
+
+
+def headers() -> list[str]:
+    """The C++ headers of c10, which come with torch: another kind of text."""
+    folder = Path(torch.__file__).parent / "include" / "c10"
+    return [path.read_bytes().decode("latin-1") for path in sorted(folder.rglob("*.h"))]
 
 
 def byte_pairs(words: Counter[str], vocabulary: int) -> list[str]:
@@ -78,14 +85,42 @@ def windows(tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     return found[:, :-1], found[:, -1]
 
 
-def load(vocabulary: int, device: torch.device) -> Data:
-    """Contexts and their next tokens; every tenth module is for testing."""
-    modules = sources()
-    train = "".join(text for index, text in enumerate(modules) if index % 10)
+def sequences(tokens: Tensor, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Every `length` tokens [count, length] and what follows each of them, as views."""
+    found = tokens.to(device).unfold(0, length + 1, 1)
+    return found[:, :-1], found[:, 1:]
+
+
+def split(files: list[str]) -> tuple[str, str]:
+    """The text to learn from and the one to test on, which is every tenth file."""
+    train = "".join(text for index, text in enumerate(files) if index % 10)
+    return train, "".join(files[::10])
+
+
+@functools.cache
+def learned_pairs(vocabulary: int) -> list[str]:
+    """The byte pairs of the standard library's part to learn from."""
+    train, _ = split(sources())
     words = Counter(dict(Counter(WORDS.findall(train)).most_common(COMMON)))
-    pairs = byte_pairs(words, vocabulary)
-    train_x, train_y = windows(encode(train, pairs), device)
-    test_x, test_y = windows(encode("".join(modules[::10]), pairs), device)
+    return byte_pairs(words, vocabulary)
+
+
+def load_sequences(files: list[str], vocabulary: int, length: int, device: torch.device) -> Data:
+    """Sequences, and the next token at each of their places."""
+    pairs = learned_pairs(vocabulary)
+    train, test = (encode(part, pairs) for part in split(files))
+    train_x, train_y = sequences(train, length, device)
+    test_x, test_y = sequences(test, length, device)
+    apart = max(length, len(test_y) // TEST_WINDOWS)
+    return Data(name(vocabulary), train_x, train_y, test_x[::apart], test_y[::apart], vocabulary)
+
+
+def load(vocabulary: int, device: torch.device) -> Data:
+    """Contexts and their next tokens."""
+    pairs = learned_pairs(vocabulary)
+    train, test = (encode(part, pairs) for part in split(sources()))
+    train_x, train_y = windows(train, device)
+    test_x, test_y = windows(test, device)
     apart = max(1, len(test_y) // TEST_WINDOWS)
     test = (test_x[::apart][:TEST_WINDOWS], test_y[::apart][:TEST_WINDOWS])
     return Data(name(vocabulary), train_x, train_y, *test, vocabulary)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,16 @@ class Job:
         return f"{readable}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
 
 
+class Run(Protocol):
+    """A dataclass that says how a network is trained, and the name of the file for what came."""
+
+    __dataclass_fields__: ClassVar[dict]
+
+    @property
+    def file_name(self) -> str:
+        """Another for every run."""
+
+
 class Store:
     """A folder with one file for each finished job."""
 
@@ -78,12 +89,12 @@ class Store:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def get(self, job: Job) -> dict | None:
+    def get(self, job: Run) -> dict | None:
         """The result of a job, or None if it is still to be done."""
         path = self.folder / job.file_name
         return json.loads(path.read_text()) if path.exists() else None
 
-    def put(self, job: Job, result: dict) -> None:
+    def put(self, job: Run, result: dict) -> None:
         """Store a result; an interruption leaves the whole file or none."""
         path = self.folder / job.file_name
         partial = path.with_suffix(f".{os.getpid()}.partial")

@@ -2,8 +2,8 @@
 
 Both come from the committed JSON alone. In other files a table stands between
 `<!-- table NAME FILE -->` and `<!-- end -->`, where NAME is a function of `speed_tables`,
-`gpu_tables` or `paper_tables` and FILE a path in `results/`. A folder of results may have other
-Markdown files, to which its page leads.
+`gpu_tables`, `paper_tables` or `transformer_tables` and FILE a path in `results/`. A folder of
+results may have other Markdown files, to which its page leads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.harness import provenance
-from benchmarks.report import gpu_tables, paper_tables, speed_tables
+from benchmarks.report import gpu_tables, paper_tables, speed_tables, transformer_tables
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -131,6 +131,17 @@ PARTS: dict[str, tuple[Part, ...]] = {
     "paper_distributions.json": (
         Part("Distributions of the matrix", "", paper_tables.paper_distributions),
     ),
+    "paper_transformers.json": (
+        Part(
+            "Feedback in residual networks",
+            "[What was trained, and how](../../paper/transformers/README.md).",
+            transformer_tables.transformer_recipes,
+            "paper_transformers.png",
+        ),
+        Part("Other sizes", "", transformer_tables.transformer_sizes),
+        Part("Other networks", "", transformer_tables.transformer_others),
+        Part("Fine-tuning", "", transformer_tables.transformer_tuning),
+    ),
     "paper_vgg16.json": (Part("VGG-16", "", paper_tables.paper_vgg16, "paper_vgg16.png"),),
 }
 
@@ -176,7 +187,9 @@ def files(found: dict[str, dict]) -> list[str]:
 
 def render(text: str) -> str:
     """A Markdown file's text with every table generated again."""
-    tables = vars(speed_tables) | vars(gpu_tables) | vars(paper_tables)
+    tables: dict = {}
+    for module in (speed_tables, gpu_tables, paper_tables, transformer_tables):
+        tables |= vars(module)
 
     def table(match: re.Match) -> str:
         measured = _load(RESULTS / match[3])

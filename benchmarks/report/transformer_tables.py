@@ -5,21 +5,27 @@ from __future__ import annotations
 from benchmarks.harness import provenance
 from benchmarks.report.texts import deviating
 
+SHOWN = 6  # points
+
 
 def transformer_recipes(measured: dict) -> list[str]:
     """One network, every recipe: loss, the way closed, alignment by point and its null value."""
     part = _part(measured, "recipes")
-    points = max((row.get("alignment", {}) for row in part["rows"]), key=len)
-    names = [name.replace("blocks.", "block ") for name in points]
     lines = [
-        f"| trained by | test loss | way closed | {' | '.join(names)} | null |",
-        f"|---|---:|---:|{'---:|' * len(names)}---:|",
+        "| trained by | test loss | way closed | alignment, first to last point | null | output |",
+        "|---|---:|---:|---|---:|---:|",
     ]
     for row in part["rows"]:
-        angles = [_angle(row, point) for point in points]
         nulls = [abs(null["mean"]) for null in row.get("null", {}).values()]
-        cells = (row["recipe"]["name"], deviating(*row["loss"].values()), _closed(row), *angles)
-        lines.append(f"| {' | '.join(cells)} | {f'{max(nulls):.2f}' if nulls else ''} |")
+        cells = (
+            row["recipe"]["name"],
+            deviating(*row["loss"].values()),
+            _closed(row),
+            _angles(row),
+            f"{max(nulls):.2f}" if nulls else "",
+            f"{row['output']['mean']:.2f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", _runs(part)]
 
 
@@ -30,7 +36,10 @@ def transformer_sizes(measured: dict) -> list[str]:
 
 def transformer_others(measured: dict) -> list[str]:
     """Other networks, by accuracy too."""
-    return _grid(_part(measured, "others"), accuracy=True)
+    residual, plain = (_part(measured, name) for name in ("others", "perceptron"))
+    rows = residual["rows"] + plain["rows"]
+    commits = sorted({*residual["run_commits"], *plain["run_commits"]})
+    return _grid({"rows": rows, "run_commits": commits}, accuracy=True)
 
 
 def transformer_tuning(measured: dict) -> list[str]:
@@ -53,16 +62,14 @@ def _grid(part: dict, accuracy: bool = False) -> list[str]:
         if accuracy:
             mean, deviation = (100 * value for value in row["accuracy"].values())
             cells.append(f"{mean:.1f} ({deviation:.1f})")
-        angles = [_angle(row, point) for point in row.get("alignment", {})]
-        lines.append(f"| {' | '.join((*cells, _closed(row), ' '.join(angles)))} |")
+        lines.append(f"| {' | '.join((*cells, _closed(row), _angles(row)))} |")
         before = name
     return [*lines, "", _runs(part)]
 
 
 def setting(one: dict) -> str:
     """What was trained, in words."""
-    sizes = f"{one['depth']} x {one['width']}"
-    return f"{one['network']} {sizes}, {one['data']}, {one['steps']:,} steps"
+    return f"{one['network']} {one['depth']} x {one['width']}, {one['steps']:,} steps"
 
 
 def _part(measured: dict, name: str) -> dict:
@@ -76,9 +83,13 @@ def _closed(row: dict) -> str:
     return f"{mean:.0f} % ({deviation:.0f})"
 
 
-def _angle(row: dict, point: str) -> str:
-    angle = row.get("alignment", {}).get(point)
-    return f"{angle['mean']:.2f}" if angle else ""
+def _angles(row: dict) -> str:
+    """The alignment at each point; of many, at six that are evenly apart."""
+    angles = [angle["mean"] for angle in row.get("alignment", {}).values()]
+    if len(angles) > SHOWN:
+        last = len(angles) - 1
+        angles = [angles[round(place * last / (SHOWN - 1))] for place in range(SHOWN)]
+    return " ".join(f"{angle:.2f}" for angle in angles)
 
 
 def _runs(part: dict) -> str:

@@ -96,14 +96,14 @@ class Text:
     def load(cls, device: torch.device) -> Text:
         """From the modules at the top of the standard library of the Python that runs."""
         folder = Path(sysconfig.get_path("stdlib"))
-        sources = [path.read_bytes()[:BEGINNING] for path in sorted(folder.glob("*.py"))]
-        test = windows(b"".join(sources[9::10])).to(device)
-        del sources[9::10]
-        train = windows(b"".join(sources)).to(device)
+        modules = [path.read_bytes()[:BEGINNING] for path in sorted(folder.glob("*.py"))]
+        test = windows(b"".join(modules[9::10])).to(device)
+        rest = [module for index, module in enumerate(modules, 1) if index % 10]
+        train = windows(b"".join(rest)).to(device)
         if len(train) < BATCH or not len(test):
             raise FileNotFoundError(
-                f"demo: the standard library's sources must be files in {folder}, got "
-                f"{len(sources)} of them"
+                f"demo: the standard library's sources must be files with some text in {folder}, "
+                f"got {len(modules)} files"
             )
         return cls(train, test[:: math.ceil(len(test) / HELD_OUT)])
 

@@ -113,7 +113,8 @@ def test_a_python_without_sources_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(transformer.sysconfig, "get_path", lambda name: str(tmp_path))
     assert cli.main(["demo", "--network", "transformer"]) == 1
     shown = capsys.readouterr().out
-    assert f"demo: the standard library's sources must be files in {tmp_path}, got 0" in shown
+    assert "demo: the standard library's sources must be files" in shown
+    assert f"in {tmp_path}, got 0 files" in shown
 
 
 def test_the_way_is_measured_from_frozen_blocks():

@@ -1,5 +1,6 @@
 # Every target installs what it needs in $(VENV), if it is not there yet, and does its job.
-#   make demo    train a network on real data by DFA and compare it with backpropagation
+#   make demo    train a network on real data by DFA and compare it with backpropagation; a small
+#                language model with ARGS="--network transformer"
 #   make test    run the tests in PROCESSES processes; a test that hangs ends its own
 #   make coverage    the same, and say which lines no test runs; takes half as long again
 #   make test-slow    run what takes longer: all GPU kernels compiled, all pairs, the demo's accuracy
@@ -26,7 +27,7 @@ install_torch = $(bin)/pip install --quiet torch==$(TORCH)
 endif
 
 demo: $(VENV)/demo
-	$(bin)/dfa-kernels demo
+	$(bin)/dfa-kernels demo $(ARGS)
 
 # Threads that wait for work sleep, because the other processes' tests need the cores. A file's tests
 # run in one process, which compiles for them once.

@@ -21,6 +21,7 @@ from dfa_kernels.backends import registry, verdicts
 from dfa_kernels.version import __version__
 
 _BACKENDS = list(registry.BACKENDS)
+_EPOCHS = {"perceptron": 30, "transformer": 1}  # by the demo's network
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,16 +59,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo = commands.add_parser(
         "demo",
         help="train a network on real data by backpropagation, by DFA, and its last layer alone",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="The perceptron, of the paper's kind, learns scikit-learn's digits. The "
+        "transformer, a small language model, learns Python's own sources; its DFA is with and "
+        "without an output layer that starts as the feedback.",
     )
-    demo.add_argument("--epochs", type=_positive, default=30, help="passes over the training set")
-    demo.add_argument("--seed", type=_seed, default=0, help="of the weights, the batches and B")
     demo.add_argument(
-        "--distribution", choices=stream.DISTRIBUTIONS, default="normal", help="of B's entries"
+        "--network", choices=_EPOCHS, default="perceptron", help="by default the perceptron"
+    )
+    defaults = " and ".join(f"{epochs} for the {name}" for name, epochs in _EPOCHS.items())
+    demo.add_argument(
+        "--epochs", type=_positive, help=f"passes over the training set; by default {defaults}"
+    )
+    demo.add_argument(
+        "--seed", type=_seed, default=0, help="of the weights, the batches and B; by default 0"
+    )
+    demo.add_argument(
+        "--distribution",
+        choices=stream.DISTRIBUTIONS,
+        default="normal",
+        help="of B's entries; by default normal",
     )
     demo.add_argument("--backend", choices=_BACKENDS, help="of the projection; by default the best")
-    demo.add_argument("--device", type=_device, default="cpu", help="where to train")
-    demo.add_argument("--figure", type=_file, default="demo-digits.png", help="learning curves")
+    demo.add_argument("--device", type=_device, default="cpu", help="by default the CPU")
+    demo.add_argument(
+        "--figure",
+        type=_file,
+        help="learning curves; by default demo-digits.png or demo-transformer.png",
+    )
     demo.set_defaults(run=run_demo)
 
     bench = commands.add_parser(
@@ -210,24 +228,30 @@ def run_verify(options: argparse.Namespace) -> int:
 
 def run_demo(options: argparse.Namespace) -> int:
     """Train, compare and draw; see `dfa_kernels.demo`."""
+    network = options.network
     try:
-        from dfa_kernels import demo
+        demo = importlib.import_module(f"dfa_kernels.demo.{network}")
     except ModuleNotFoundError as missing:
         print(f"dfa-kernels demo: {missing}; it comes with `pip install dfa-kernels[demo]`")
         return 1
+    figure = "demo-digits.png" if network == "perceptron" else f"demo-{network}.png"
     try:
         registry.choose("demo", options.device, options.backend, options.distribution)
     except (RuntimeError, ValueError) as reason:
         print(f"dfa-kernels {reason}")
         return 1
-    demo.run(
-        options.epochs,
-        options.seed,
-        options.backend,
-        options.device,
-        options.figure,
-        options.distribution,
-    )
+    try:
+        demo.run(
+            options.epochs or _EPOCHS[network],
+            options.seed,
+            options.backend,
+            options.device,
+            options.figure or Path(figure),
+            options.distribution,
+        )
+    except FileNotFoundError as missing:
+        print(f"dfa-kernels {missing}")
+        return 1
     return 0
 
 

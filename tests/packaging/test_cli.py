@@ -7,8 +7,10 @@ import sys
 import pytest
 import torch
 
-from dfa_kernels import cli, demo
+from dfa_kernels import cli
 from dfa_kernels.backends import cpp
+from dfa_kernels.demo import perceptron
+from dfa_kernels.demo.common import Run
 from dfa_kernels.nn import DFA
 from dfa_kernels.version import __version__
 
@@ -37,6 +39,7 @@ def test_info_says_why_not_and_who_asked(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
+        (["--network", "rnn"], "invalid choice: 'rnn'"),
         (["--epochs", "0"], "must be at least 1, got 0"),
         (["--backend", "abacus"], "invalid choice: 'abacus'"),
         (["--distribution", "cauchy"], "invalid choice: 'cauchy'"),
@@ -70,11 +73,12 @@ def test_an_unknown_command_is_refused(capsys):
     assert "juggle" in capsys.readouterr().err
 
 
-def test_demo_without_its_extra_says_what_to_install(monkeypatch, capsys):
+@pytest.mark.parametrize("network", ["perceptron", "transformer"])
+def test_demo_without_its_extra_says_what_to_install(network, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    monkeypatch.delitem(sys.modules, "dfa_kernels.demo")
-    monkeypatch.delattr("dfa_kernels.demo")
-    assert cli.main(["demo"]) == 1
+    for module in ("common", network):
+        monkeypatch.delitem(sys.modules, f"dfa_kernels.demo.{module}", raising=False)
+    assert cli.main(["demo", "--network", network]) == 1
     assert "pip install dfa-kernels[demo]" in capsys.readouterr().out
 
 
@@ -90,22 +94,22 @@ def test_demo_shows_and_draws_what_it_did(tmp_path, capsys):
 def test_demo_trains_with_the_distribution_asked_for(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(
-        demo, "DFA", lambda *args, **options: made.append(DFA(*args, **options)) or made[-1]
+        perceptron, "DFA", lambda *args, **options: made.append(DFA(*args, **options)) or made[-1]
     )
     options = ["--epochs", "1", "--distribution", "hadamard", "--figure", str(tmp_path / "a.png")]
     assert cli.main(["demo", *options]) == 0
-    assert [dfa.distribution for dfa in made] == ["hadamard"] * len(demo.LABELS)
+    assert [dfa.distribution for dfa in made] == ["hadamard"] * len(perceptron.LABELS)
 
 
 @pytest.mark.slow
 def test_demo_accuracy():
     """After half the default epochs DFA is within 3 points of backpropagation, and beats frozen
     hidden layers."""
-    data = demo.Data.load(torch.device("cpu"))
-    runs = {mode: demo.Run() for mode in demo.LABELS}
+    data = perceptron.Data.load(torch.device("cpu"))
+    runs = {mode: Run() for mode in perceptron.LABELS}
     for mode, run in runs.items():
-        assert len(list(demo.train(mode, data, 15, 0, None, run))) == 15
-    accuracy = {mode: run.accuracies[-1] for mode, run in runs.items()}
+        assert len(list(perceptron.train(mode, data, 15, 0, None, run))) == 15
+    accuracy = {mode: run.values[-1] for mode, run in runs.items()}
     assert accuracy["backprop"] > 0.95
     assert accuracy["dfa"] > accuracy["backprop"] - 0.03
     assert accuracy["dfa"] > accuracy["shallow"]

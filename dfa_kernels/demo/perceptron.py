@@ -5,34 +5,28 @@ Needs the `demo` extra (scikit-learn for the digits, rich, matplotlib).
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("agg")
 
 import torch
 import torch.nn.functional as F
-from matplotlib import pyplot as plt
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
+from dfa_kernels.demo.common import Run, angles, draw, take_turns, timed
 from dfa_kernels.nn import DFA, DFALayer
-from dfa_kernels.nn.angles import Alignment, alignment
+from dfa_kernels.nn.angles import alignment
 
 HIDDEN = (800, 800, 800)
 CLASSES = 10
 BATCH = 128
 LEARNING_RATE = 1e-3
 LABELS = {"backprop": "backpropagation", "dfa": "DFA", "shallow": "hidden layers frozen"}
+TITLE = "Digits, 3x800 tanh network"
 
 
 class Perceptron(nn.Module):
@@ -82,15 +76,6 @@ class Data:
         return cls(train_x, train_y, test_x, test_y)
 
 
-@dataclass
-class Run:
-    """The results of one way of training."""
-
-    accuracies: list[float] = field(default_factory=list)  # on the test set, after each epoch
-    step_seconds: list[float] = field(default_factory=list)
-    alignments: dict[str, Alignment] = field(default_factory=dict)
-
-
 def train(
     mode: str,
     data: Data,
@@ -100,7 +85,7 @@ def train(
     run: Run,
     distribution: str = "normal",
 ) -> Iterator[None]:
-    """Train one network in one mode, yielding after every epoch; results go into `run`."""
+    """Train one network in one mode, yielding after every epoch; accuracies go into `run`."""
     torch.manual_seed(seed)
     model = Perceptron(data.train_x.shape[1], mode, seed, backend, distribution)
     model.to(data.train_x.device)
@@ -109,15 +94,13 @@ def train(
     for _ in range(epochs):
         for batch in torch.randperm(len(data.train_x), generator=order).split(BATCH):
             x, y = data.train_x[batch], data.train_y[batch]
-            start = time.perf_counter()
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
-            run.step_seconds.append(time.perf_counter() - start)
+            with timed(run, x.device):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
         with torch.no_grad():
-            run.accuracies.append(
-                (model(data.test_x).argmax(1) == data.test_y).double().mean().item()
-            )
+            right = model(data.test_x).argmax(1) == data.test_y
+            run.note(right.double().mean().item())
         yield
     if mode == "dfa":
         run.alignments = alignment(model, lambda: F.cross_entropy(model(data.test_x), data.test_y))
@@ -125,37 +108,15 @@ def train(
 
 def report(runs: dict[str, Run]) -> list[Table]:
     """The tables: the three ways of training, the alignment, the memory for feedback."""
-    training = Table(
-        "trained by", "test accuracy", "ms per step", title="Digits, 3x800 tanh network"
-    )
+    training = Table("trained by", "test accuracy", "ms per step", title=TITLE)
     for mode, run in runs.items():
-        milliseconds = 1e3 * statistics.median(run.step_seconds)
-        training.add_row(LABELS[mode], f"{100 * run.accuracies[-1]:.2f} %", f"{milliseconds:.2f}")
-    angles = Table(
-        "layer", "mean of cos(beta)", "std", title="Alignment of DFA with backpropagation (eq. 6)"
-    )
-    for name, value in runs["dfa"].alignments.items():
-        angles.add_row(name, f"{value.mean:.3f}", f"{value.std:.3f}")
+        training.add_row(LABELS[mode], f"{100 * run.values[-1]:.2f} %", run.milliseconds)
     storage = Table("feedback matrices", "bytes stored", title="Memory for feedback, fp32")
     element = torch.float32.itemsize
     storage.add_row("one per layer", f"{element * sum(HIDDEN) * CLASSES:,}")
     storage.add_row("one, shared", f"{element * max(HIDDEN) * CLASSES:,}")
     storage.add_row("dfa_kernels, from the seed", "0")
-    return [training, angles, storage]
-
-
-def draw(runs: dict[str, Run], figure: Path) -> None:
-    """Test accuracy against epochs, as a PNG."""
-    fig, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for mode, run in runs.items():
-        axes.plot(
-            range(1, len(run.accuracies) + 1), [100 * a for a in run.accuracies], label=LABELS[mode]
-        )
-    axes.set(xlabel="epoch", ylabel="test accuracy (%)", title="Digits, 3x800 tanh network")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    fig.savefig(figure, dpi=150)
-    plt.close(fig)
+    return [training, angles({"DFA": runs["dfa"].alignments}), storage]
 
 
 def run(
@@ -168,23 +129,20 @@ def run(
 ) -> dict[str, Run]:
     """Train in the three ways, print the tables, write the figure; returns their results.
 
-    The ways take turns, epoch by epoch, so background load affects all alike.
+    The ways take turns, epoch by epoch.
     """
     console = Console()
     data = Data.load(device)
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     runs = {mode: Run() for mode in LABELS}
-    with Progress(*columns, console=console) as progress:
-        tasks = [progress.add_task(label, total=epochs) for label in LABELS.values()]
-        ways = [
-            train(mode, data, epochs, seed, backend, run, distribution)
-            for mode, run in runs.items()
-        ]
-        for _ in zip(*ways, strict=True):  # strict: each runs to its end and measures alignment
-            for task in tasks:
-                progress.advance(task)
+    ways = {
+        LABELS[mode]: train(mode, data, epochs, seed, backend, run, distribution)
+        for mode, run in runs.items()
+    }
+    take_turns(console, ways, epochs)
     for table in report(runs):
         console.print(table)
-    draw(runs, figure)
+    passes = range(1, epochs + 1)
+    curves = {LABELS[m]: (passes, [100 * v for v in run.values]) for m, run in runs.items()}
+    draw(curves, figure, across="epoch", up="test accuracy (%)", title=TITLE)
     console.print(f"Learning curves: {figure}")
     return runs

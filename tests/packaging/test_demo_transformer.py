@@ -1,0 +1,137 @@
+"""The demo's language model, on a text so small that it trains for a few steps."""
+
+import pytest
+import torch
+
+from dfa_kernels import cli, feedback_matrix
+from dfa_kernels.demo import transformer
+from dfa_kernels.demo.common import Run
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A standard library of ten modules, the last of which is held out."""
+    monkeypatch.setattr(transformer.sysconfig, "get_path", lambda name: str(tmp_path))
+    window = bytes(range(32, 32 + transformer.CONTEXT))
+    for index in range(8):
+        (tmp_path / f"m0{index}.py").touch()
+    (tmp_path / "m08.py").write_bytes(window * (3 * transformer.BATCH + 1))
+    (tmp_path / "m09.py").write_bytes(window * 3)
+    return tmp_path
+
+
+def test_it_shows_and_draws_what_it_did(folder, monkeypatch, capsys):
+    figure, made = folder / "curves.png", []
+    feedback = transformer.feedback
+
+    def noting(*args):
+        made.append(feedback(*args))
+        return made[-1]
+
+    monkeypatch.setattr(transformer, "feedback", noting)
+    options = ["--epochs", "2", "--seed", "3", "--backend", "torch", "--figure", str(figure)]
+    options += ["--network", "transformer", "--distribution", "hadamard"]
+    assert cli.main(["demo", *options]) == 0
+    text = capsys.readouterr().out
+    for expected in ("backpropagation", *transformer.LABELS.values(), "6 steps", "blocks.3"):
+        assert expected in " ".join(text.split())
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert [handle.mode for handle in made] == ["backprop", "dfa", "dfa", "shallow"]
+    for handle in made:
+        source = handle.dfa.source
+        assert (source.seed, source.backend, source.distribution) == (3, "torch", "hadamard")
+
+
+def start(way):
+    torch.manual_seed(0)
+    model = transformer.Transformer()
+    return model, transformer.feedback(model, way, 5, None, "normal")
+
+
+def test_only_the_matched_output_layer_starts_as_the_feedback():
+    plain, _ = start("backprop")
+    for way in transformer.LABELS:
+        model, handle = start(way)
+        assert (handle.dfa.through is not None) == (way == "matched")
+        for name, parameter in model.named_parameters():
+            expected = plain.get_parameter(name)
+            if way == "matched" and name == "output.weight":
+                matrix = feedback_matrix(transformer.WIDTH, transformer.BYTES, seed=5)
+                expected = matrix.T / transformer.WIDTH**0.5
+            torch.testing.assert_close(parameter, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("way", transformer.LABELS)
+def test_each_way_trains_what_it_says(way, folder, monkeypatch):
+    model, handle = start(way)
+    monkeypatch.setattr(transformer, "Transformer", lambda: model)
+    monkeypatch.setattr(transformer, "feedback", lambda *_: handle)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    run, text = Run(), transformer.Text.load(CPU)
+    assert len(list(transformer.train(way, text, 1, 0, None, run))) == 3
+    after = dict(model.named_parameters())
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    last = {name for name in before if name.startswith(("norm.", "output."))}
+    assert changed == (last if way == "shallow" else before.keys())
+    assert run.values[-1] < run.values[0]
+    assert run.steps == [1, 2, 3]
+    assert bool(run.alignments) == (way in ("matched", "dfa"))
+
+
+def test_the_model_sees_no_byte_before_its_turn():
+    model, _ = start("backprop")
+    tokens = torch.randint(256, (2, 10))
+    other = tokens.clone()
+    other[:, 6:] = 0
+    assert torch.equal(model(tokens)[:, :6], model(other)[:, :6])
+    assert not torch.equal(model(tokens)[:, 6:], model(other)[:, 6:])
+
+
+def test_every_tenth_module_is_held_out_each_up_to_a_limit(folder, monkeypatch):
+    length = 2 * transformer.CONTEXT
+    for index in range(10, 32):
+        (folder / f"m{index}.py").write_bytes(bytes([index]) * length + b"more")
+    monkeypatch.setattr(transformer, "BATCH", 1)
+    monkeypatch.setattr(transformer, "BEGINNING", length)
+    text = transformer.Text.load(CPU)
+    held_out = {19, 29}
+    assert set(text.test.flatten().tolist()) & {*range(32)} == held_out
+    assert set(text.train.flatten().tolist()) & {*range(32)} == {*range(10, 32)} - held_out
+    assert ord("r") not in text.train
+
+
+def test_windows_share_a_byte_with_the_next():
+    text = bytes(range(2 * transformer.CONTEXT + 3))
+    first, second = transformer.windows(text).tolist()
+    assert first == [*range(65)]
+    assert second == [*range(64, 129)]
+
+
+def test_a_python_without_sources_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(transformer.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert cli.main(["demo", "--network", "transformer"]) == 1
+    shown = capsys.readouterr().out
+    assert "demo: the standard library's sources must be files" in shown
+    assert f"in {tmp_path}, got 0 files" in shown
+
+
+def test_the_way_is_measured_from_frozen_blocks():
+    runs = {"shallow": Run([2.5]), "backprop": Run([2.0]), "matched": Run([2.1])}
+    assert transformer.closed(runs, "matched") == "80 %"
+    assert transformer.closed(runs, "shallow") == "0 %"
+    assert transformer.closed({**runs, "backprop": Run([2.6])}, "matched") == "-"
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs", "figure"),
+    [([], 1, "demo-transformer.png"), (["--epochs", "2", "--figure", "a.png"], 2, "a.png")],
+)
+def test_what_is_left_out_goes_by_the_network(options, epochs, figure, monkeypatch):
+    given = []
+    monkeypatch.setattr(transformer, "run", lambda *args: given.append(args))
+    assert cli.main(["demo", "--network", "transformer", *options]) == 0
+    ((got_epochs, seed, backend, device, got_figure, distribution),) = given
+    assert (got_epochs, str(got_figure)) == (epochs, figure)
+    assert (seed, backend, device, distribution) == (0, None, CPU, "normal")

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dfa_kernels.demo.common import Run, angles, draw, take_turns, timed
-from dfa_kernels.nn import Attachment, attach
+from dfa_kernels.nn import Attachment, OutputWeights, attach
 from dfa_kernels.nn.angles import alignment
 
 BYTES = 256
@@ -33,8 +33,8 @@ OUTPUT_RATE = 3e-3  # of the output layer and the norm before it
 TITLE = f"Next byte of Python's sources, {BLOCKS} residual blocks of width {WIDTH}"
 LABELS = {
     "backprop": "backpropagation",
+    "weights": "DFA, by the output layer's weights",
     "matched": "DFA, output layer started as the feedback",
-    "dfa": "DFA",
     "shallow": "blocks frozen",
 }
 
@@ -53,13 +53,19 @@ class Embedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Causal attention and a perceptron, each normalized before and added to its input."""
+    """Causal attention and a perceptron, each normalized before and added to its input.
 
-    def __init__(self) -> None:
+    Starts as the identity, unless it starts at random.
+    """
+
+    def __init__(self, random: bool) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.attention, self.mix = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        if not random:
+            for parameter in (*self.mix.parameters(), *self.down.parameters()):
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, length, WIDTH] of both."""
@@ -71,12 +77,15 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal language model of bytes, without a trace of DFA."""
+    """A causal language model of bytes, without a trace of DFA. Its blocks start as the identity.
 
-    def __init__(self) -> None:
+    Frozen blocks must not: they start at random.
+    """
+
+    def __init__(self, random: bool = False) -> None:
         super().__init__()
         self.embed = Embedding()
-        self.blocks = nn.Sequential(*(Block() for _ in range(BLOCKS)))
+        self.blocks = nn.Sequential(*(Block(random) for _ in range(BLOCKS)))
         self.norm = nn.LayerNorm(WIDTH)
         self.output = nn.Linear(WIDTH, BYTES)
 
@@ -124,19 +133,26 @@ def loss(model: nn.Module, batch: Tensor) -> Tensor:
 def feedback(
     model: Transformer, way: str, seed: int, backend: str | None, distribution: str
 ) -> Attachment:
-    """Attach DFA to the embedding and every block, and switch it to a way of training.
+    """Attach DFA to every block, and switch it to a way of training.
 
-    "matched" starts the output layer as the feedback, and sends signals through the norm before it.
+    "weights" has the output layer's weights as the feedback, "matched" a seed's matrix, which the
+    output layer starts as.
     """
-    match: dict[str, Any] = {"match_output": "output", "through": normalized}
+    options: dict[str, dict[str, Any]] = {
+        "weights": {"matrix": OutputWeights(model.output)},
+        "matched": {
+            "match_output": "output",
+            "seed": seed,
+            "backend": backend,
+            "distribution": distribution,
+        },
+    }
     handle = attach(
         model,
-        ["embed", *(f"blocks.{index}" for index in range(BLOCKS))],
+        [f"blocks.{index}" for index in range(BLOCKS)],
         batch_dims=(0, 1),
-        seed=seed,
-        backend=backend,
-        distribution=distribution,
-        **(match if way == "matched" else {}),
+        through=normalized,
+        **options.get(way, {}),
     )
     if way in ("backprop", "shallow"):
         handle.mode = way
@@ -166,7 +182,7 @@ def train(
     """Train one network in one way, yielding after every turn; held-out losses go into `run`."""
     torch.manual_seed(seed)
     device = text.train.device
-    model = Transformer().to(device)
+    model = Transformer(random=way == "shallow").to(device)
     feedback(model, way, seed, backend, distribution)
     last = [*model.norm.parameters(), *model.output.parameters()]
     before = [*model.embed.parameters(), *model.blocks.parameters()]
@@ -186,7 +202,7 @@ def train(
             with torch.no_grad():
                 run.note(loss(model, text.test).item())
             yield
-    if way in ("matched", "dfa"):
+    if way in ("weights", "matched"):
         run.alignments = alignment(model, lambda: loss(model, text.test))
 
 
@@ -208,7 +224,7 @@ def report(runs: dict[str, Run]) -> list[Table]:
     )
     for way, run in runs.items():
         training.add_row(LABELS[way], f"{run.values[-1]:.3f}", closed(runs, way), run.milliseconds)
-    by_way = {"started": runs["matched"].alignments, "not": runs["dfa"].alignments}
+    by_way = {"weights": runs["weights"].alignments, "started": runs["matched"].alignments}
     return [training, angles(by_way)]
 
 

@@ -52,7 +52,7 @@ class Recipe:
     zero: bool = True  # whether each branch starts at 0
     learns: str = "all"  # or "embedding": of what is before the last norm
     backprop_every: int = 0  # steps; one of so many is backpropagation's
-    optimizer: str = "adam"  # or "sgd", with momentum 0.9 and signals as long as gradients
+    optimizer: str = "adam"  # or "sgd", with momentum 0.9
 
 
 @dataclass(frozen=True)
@@ -179,13 +179,15 @@ class Trainee:
 
 def _attached(model: Residual, trial: Trial, scale: float) -> Attachment:
     recipe = trial.recipe
+    # Where steps depend on it, signals are as long as gradients.
+    alike = recipe.optimizer == "sgd" or recipe.backprop_every > 0
     return attach(
         model,
         dict.fromkeys(model.points(recipe.points), model.dims),
         batch_dims=model.output_dims,
         seed=trial.seed,
         distribution=recipe.distribution,
-        normalization=scale if recipe.optimizer == "sgd" else True,
+        normalization=scale if alike else True,
         through=model.through if recipe.through_norm else None,
     )
 

@@ -59,7 +59,9 @@ class DFA(Settings):
     In the backward pass every marked activation gets B_i e as its gradient (Launay, Poli, Krzakala
     2019, eq. 3). The error e is the gradient of the loss by this module's output; the feedback
     matrix B_i comes from a seed. Autograd carries that gradient back as far as the `DFALayer`
-    before. The last layer is trained as by backpropagation.
+    before. The last layer is trained as by backpropagation. In residual networks, as transformers,
+    DFA learns far more with the output layer as the feedback: see `match_output_` and
+    `dfa_kernels.nn.OutputWeights`.
 
     Args:
         dfa_layers: the network's `DFALayer`s.

@@ -30,16 +30,15 @@ def transformer_recipes(measured: dict) -> list[str]:
 
 
 def transformer_sizes(measured: dict) -> list[str]:
-    """The same recipes for other depths, widths and lengths of training."""
-    return _grid(_part(measured, "sizes"))
+    """The same recipes for other lengths of training, depths and widths."""
+    longer, sizes = (_part(measured, name) for name in ("longer", "sizes"))
+    return _grid(_joined(longer, sizes))
 
 
 def transformer_others(measured: dict) -> list[str]:
     """Other networks, by accuracy too."""
     residual, plain = (_part(measured, name) for name in ("others", "perceptron"))
-    rows = residual["rows"] + plain["rows"]
-    commits = sorted({*residual["run_commits"], *plain["run_commits"]})
-    return _grid({"rows": rows, "run_commits": commits}, accuracy=True)
+    return _grid(_joined(residual, plain), accuracy=True)
 
 
 def transformer_tuning(measured: dict) -> list[str]:
@@ -74,6 +73,11 @@ def setting(one: dict) -> str:
 
 def _part(measured: dict, name: str) -> dict:
     return next(part for part in measured["parts"] if part["name"] == name)
+
+
+def _joined(*parts: dict) -> dict:
+    commits = {commit for part in parts for commit in part["run_commits"]}
+    return {"rows": [row for part in parts for row in part["rows"]], "run_commits": sorted(commits)}
 
 
 def _closed(row: dict) -> str:

@@ -187,6 +187,7 @@ def test_the_command_runs_it(tmp_path, monkeypatch, capsys):
     plain = replace(TINY, network="perceptron", data="digits")
     parts = [
         summary.Part("recipes", "Recipes", (TINY,), MAIN, 1),
+        summary.Part("longer", "Longer", (TINY,), MAIN, 1),
         summary.Part("sizes", "Sizes", (replace(TINY, depth=3),), MAIN, 1),
         summary.Part("fine-tuning", "Tuning", (replace(TINY, before_steps=1),), MAIN, 1),
     ]

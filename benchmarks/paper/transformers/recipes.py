@@ -36,12 +36,16 @@ def changed(recipe: Recipe, what: str, **changes: Any) -> Recipe:
     return replace(recipe, name=f"{recipe.name}: {what}", **changes)
 
 
+UNMATCHED = changed(MATCHED, "but the weights", matched=False)
+EMBEDDING = changed(
+    OUTPUT_WEIGHTS, "only the embedding learns", points="embedding", learns="embedding"
+)
 VARIANTS = (
     changed(BACKPROPAGATION, "block rate 3e-4", hidden_rate=3e-4),
     changed(BACKPROPAGATION, "block rate 3e-3", hidden_rate=3e-3),
     changed(PUBLISHED, "block rate 1e-3", hidden_rate=1e-3),
     changed(MATCHED, "only the embedding learns", points="embedding", learns="embedding"),
-    changed(MATCHED, "but the weights", matched=False),
+    UNMATCHED,
     changed(MATCHED, "not through a norm", through_norm=False),
     changed(MATCHED, "branches do not start at 0", zero=False),
     changed(MATCHED, "a point at the embedding too", points="embedding too"),
@@ -62,20 +66,23 @@ VARIANTS = (
     changed(MATCHED, "a tenth of backpropagation", backprop_every=10),
     changed(MATCHED, "SGD", optimizer="sgd", output_rate=0.3, hidden_rate=0.1, embedding_rate=0.3),
     *(changed(MATCHED, name, distribution=name) for name in DISTRIBUTIONS if name != "normal"),
-    changed(OUTPUT_WEIGHTS, "only the embedding learns", points="embedding", learns="embedding"),
+    EMBEDDING,
     changed(OUTPUT_WEIGHTS, "not through a norm", through_norm=False),
     changed(OUTPUT_WEIGHTS, "branches do not start at 0", zero=False),
     changed(OUTPUT_WEIGHTS, "points at every second block", points="every second block"),
 )
 RECIPES = Part("recipes", "Recipes", (SMALL,), (*MAIN, *VARIANTS), seeds=3)
+LONGER = Part(
+    "longer",
+    "Four times as long",
+    (replace(SMALL, steps=1600),),
+    (*MAIN, UNMATCHED, EMBEDDING),
+    seeds=3,
+)
 SIZES = Part(
     "sizes",
-    "Depth, width and length of training",
-    (
-        replace(SMALL, steps=1600),
-        *(replace(SMALL, depth=depth) for depth in (2, 8, 12)),
-        replace(SMALL, width=128),
-    ),
+    "Depth and width",
+    (*(replace(SMALL, depth=depth) for depth in (2, 8, 12)), replace(SMALL, width=128)),
     MAIN,
     seeds=3,
 )
@@ -129,7 +136,7 @@ TUNING = Part(
     ),
     seeds=3,
 )
-FIRST_PARTS = (RECIPES, SIZES, TUNING)
+FIRST_PARTS = (RECIPES, LONGER, SIZES, TUNING)
 
 
 def loader(folder: Path | None, device: torch.device) -> tuple[str, Callable[[str], Data]]:

@@ -91,9 +91,20 @@ def compiler():
     torch.compiler.reset()
 
 
+# Compiled, these pass through the same code as their parts.
+COMPOSED = ("grad of jvp", "jvp of grad", "vjp of vmap", "vmap of jacrev", "vmap of vmap")
+COMPOSED += ("vmap of grad", "vmap along another dimension")
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:torch._dynamo")
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to")
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize(
+    "transform",
+    [
+        pytest.param(transform, id=name, marks=[pytest.mark.battery] * (name in COMPOSED))
+        for name, transform in TRANSFORMS.items()
+    ],
+)
 def test_compiled_transforms(transform):
     """Correct, in the graph or left out of it; what a graph must leave out, fullgraph refuses.
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -65,11 +65,14 @@ class Job:
     @property
     def file_name(self) -> str:
         """A readable name that differs for every job."""
-        described = asdict(self)
-        text = json.dumps(described, sort_keys=True)
-        parts = (self.data, self.experiment, self.practice.name, self.mode, str(self.seed))
-        readable = re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower())
-        return f"{readable}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+        return name_of(self, self.data, self.experiment, self.practice.name, self.mode, self.seed)
+
+
+def name_of(run: Any, *parts: str | int) -> str:
+    """The name of the file for what came of a run, a dataclass: readable, another for every run."""
+    text = json.dumps(asdict(run), sort_keys=True)
+    readable = re.sub(r"[^a-z0-9.]+", "-", "-".join(map(str, parts)).lower())
+    return f"{readable}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
 
 
 class Run(Protocol):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import provenance
 from benchmarks.paper.data import Data
+from benchmarks.paper.training import name_of
 from benchmarks.paper.transformers.feedback import exchange, feedback_of
 from benchmarks.paper.transformers.residual import NETWORKS, Add, Residual
 from dfa_kernels import DFA, Attachment, alignment, attach
@@ -80,11 +78,7 @@ class Trial:
     @property
     def file_name(self) -> str:
         """A readable name that differs for every trial."""
-        described = asdict(self)
-        text = json.dumps(described, sort_keys=True)
-        parts = (self.setting.network, self.setting.data, self.recipe.name, str(self.seed))
-        readable = re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower())
-        return f"{readable}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+        return name_of(self, self.setting.network, self.setting.data, self.recipe.name, self.seed)
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -98,7 +98,10 @@ def of_files(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     shapes = {image.shape for image in images}
     if shapes != {(32, 32, 3)}:
         raise SystemExit(f"--data {folder}: images must be 32 x 32, got {sorted(shapes)}")
-    return torch.tensor(numpy.stack(images)), torch.tensor([kind for _, kind in files])
+    # In an order in which every part has all classes.
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
+    classes = torch.tensor([kind for _, kind in files])
+    return torch.tensor(numpy.stack(images))[order], classes[order]
 
 
 def of_batches(folder: Path, part: str) -> tuple[Tensor, Tensor]:

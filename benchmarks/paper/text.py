@@ -105,14 +105,16 @@ def learned_pairs(vocabulary: int) -> list[str]:
     return byte_pairs(words, vocabulary)
 
 
-def load_sequences(files: list[str], vocabulary: int, length: int, device: torch.device) -> Data:
+def load_sequences(
+    name: str, files: list[str], vocabulary: int, length: int, device: torch.device
+) -> Data:
     """Sequences, and the next token at each of their places."""
     pairs = learned_pairs(vocabulary)
     train, test = (encode(part, pairs) for part in split(files))
     train_x, train_y = sequences(train, length, device)
     test_x, test_y = sequences(test, length, device)
     apart = max(length, len(test_y) // TEST_WINDOWS)
-    return Data(name(vocabulary), train_x, train_y, test_x[::apart], test_y[::apart], vocabulary)
+    return Data(name, train_x, train_y, test_x[::apart], test_y[::apart], vocabulary)
 
 
 def load(vocabulary: int, device: torch.device) -> Data:

@@ -57,7 +57,9 @@ def feedback_of(name: str, output: nn.Linear, dfa: DFA) -> Tensor | Source:
     seeded = dfa.source
     n, size = start.shape
     layers = Layers((0,), (size,), (1.0,))
-    (matrix,) = seeded.project(torch.eye(n), layers, torch.float32)  # [n, size]
+    (matrix,) = seeded.project(
+        torch.eye(n, device=start.device), layers, torch.float32
+    )  # [n, size]
     return LowRank(start - matrix, seeded)
 
 

@@ -17,6 +17,7 @@ from benchmarks.paper.transformers.trials import (
     Recipe,
     Setting,
     Trial,
+    before_of,
     learned_before,
     measured_steps,
     train,
@@ -24,7 +25,8 @@ from benchmarks.paper.transformers.trials import (
 from benchmarks.report.texts import deviating
 
 QUICK_STEPS, QUICK_RECIPES = 2, 5
-BACKPROP, FROZEN = "backpropagation", "blocks frozen"  # the recipes that others are compared with
+# The recipes that others are compared with.
+BACKPROP, FROZEN, ONLY_EMBEDDING = "backpropagation", "blocks frozen", "only the embedding"
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,7 @@ def run(
 
 def _learned(trial: Trial, data: Data, store: Store) -> dict:
     """What backpropagation learned of `data` with that seed; it is stored too."""
-    setting = trial.setting
-    sizes = f"{setting.network}-{setting.depth}-{setting.width}-{setting.before_steps}"
-    path = store.folder / f"learned-{sizes}-{trial.seed}.pt"
+    path = store.folder / f"learned-{before_of(trial, data).file_name}.pt"
     if not path.exists():
         partial = path.with_suffix(f".{os.getpid()}.partial")
         torch.save(learned_before(trial, data), partial)
@@ -112,19 +112,28 @@ def _row(setting: Setting, recipe: Recipe, curves: dict[Trial, list[dict]]) -> d
         for trial, curve in curves.items()
         if trial.setting == setting
     }
-    if recipe.name not in (BACKPROP, FROZEN):
-        row["closed"] = spread(
-            [
-                (others[FROZEN, seed] - curve[-1]["loss"])
-                / (others[FROZEN, seed] - others[BACKPROP, seed])
-                for seed, curve in ours.items()
-            ]
-        )
+    for key, floor in (("closed", FROZEN), ("beyond", ONLY_EMBEDDING)):
+        if recipe.name not in (BACKPROP, floor) and (floor, min(ours)) in others:
+            row[key] = spread(
+                [
+                    (others[floor, seed] - curve[-1]["loss"])
+                    / (others[floor, seed] - others[BACKPROP, seed])
+                    for seed, curve in ours.items()
+                ]
+            )
     row["curve"] = [_mean(measured) for measured in zip(*ours.values(), strict=True)]
     for key in ("alignment", "null"):
         if key in last[0]:
-            row[key] = {point: spread([end[key][point] for end in last]) for point in last[0][key]}
+            row[key] = {
+                point: spread([_cosine(end[key][point], key) for end in last])
+                for point in last[0][key]
+            }
     return row
+
+
+def _cosine(value: float, key: str) -> float:
+    """A cosine; a null value without its sign, which would cancel over the seeds."""
+    return abs(value) if key == "null" else value
 
 
 def _mean(measured: tuple[dict, ...]) -> dict:

@@ -18,7 +18,8 @@ from benchmarks.paper.transformers.residual import NETWORKS, Add, Residual
 from dfa_kernels import DFA, Attachment, alignment, attach
 
 OTHER_SEED = 2**32  # added to a seed, it makes the matrix of the null values
-EVALUATION = 8192  # rows of the output
+EVALUATION = 4096  # rows of the output to measure the loss on
+ALIGNMENT = 512  # and the alignment
 CURVE = 8  # measurements of a run
 
 
@@ -118,7 +119,8 @@ class Trainee:
         self.start = weight.detach().clone()
         self.trial = trial
         self.order = torch.Generator().manual_seed(trial.seed)
-        top = [*self.model.norm.parameters(), weight]
+        top = [weight]
+        norm = [*self.model.norm.parameters()]
         embed = [*self.model.embed.parameters()]
         body = [*self.model.blocks.parameters()]
         groups = [
@@ -128,6 +130,7 @@ class Trainee:
                 "lr": recipe.embedding_rate,
                 "weight_decay": 0.0,
             },
+            {"params": norm, "lr": recipe.output_rate, "weight_decay": 0.0},
             {"params": top, "lr": recipe.output_rate, "weight_decay": recipe.output_decay},
         ]
         self.optimizer: torch.optim.Optimizer = (
@@ -198,34 +201,38 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     return loss / rows, right / rows
 
 
-def measure(trainee: Trainee, data: Data) -> dict:
+def measure(trainee: Trainee, data: Data, null: bool = True) -> dict:
     """The test loss and accuracy and, of DFA, the alignment by point and the output layer's.
 
-    `null` is the alignment that signals of another seed would have. `output` is the cosine of the
+    "null" is the alignment that signals of another seed would have. "output" is the cosine of the
     output layer's weights with its first ones.
     """
     trial, model = trainee.trial, trainee.model
-    rows = math.prod(data.test_y.shape[1:])
-    count = EVALUATION // rows
     found: dict = {}
-    found["loss"], found["accuracy"] = evaluate(model, data.test_x[:count], data.test_y[:count])
+    found["loss"], found["accuracy"] = evaluate(model, *sample(data, EVALUATION))
     weight = model.output.weight.detach()
     found["output"] = F.cosine_similarity(weight.flatten(), trainee.start.flatten(), 0).item()
     if trial.recipe.mode != "dfa":
         return found
-    few = count // 8
-    x, y = data.test_x[:few], data.test_y[:few]
+    x, y = sample(data, ALIGNMENT)
     dfa = trainee.handle.dfa
     mode, source = dfa.mode, dfa.source
     dfa.mode = "dfa"
-    for key in ("alignment", "null"):  # the second with another seed
+    other = DFA([], seed=trial.seed + OTHER_SEED, distribution=trial.recipe.distribution)
+    for key, its in (("alignment", source), ("null", other.source))[: 1 + null]:
+        exchange(dfa, its)
         angles = alignment(model, lambda: loss_of(model, x, y))
         found[key] = {name: angle.mean for name, angle in angles.items()}
-        other = DFA([], seed=trial.seed + OTHER_SEED, distribution=trial.recipe.distribution)
-        exchange(dfa, other.source)
     exchange(dfa, source)
     dfa.mode = mode
     return found
+
+
+def sample(data: Data, rows: int) -> tuple[Tensor, Tensor]:
+    """Test data that make so many rows of the output, evenly from all there are."""
+    wanted = rows // math.prod(data.test_y.shape[1:])
+    apart = max(1, len(data.test_y) // wanted)
+    return data.test_x[::apart][:wanted], data.test_y[::apart][:wanted]
 
 
 def measured_steps(steps: int) -> list[int]:
@@ -233,13 +240,18 @@ def measured_steps(steps: int) -> list[int]:
     return sorted({max(1, round(steps * part / CURVE)) for part in range(1, CURVE + 1)})
 
 
-def learned_before(trial: Trial, data: Data) -> dict:
-    """The state of a network after backpropagation on other data."""
+def before_of(trial: Trial, data: Data) -> Trial:
+    """The training by backpropagation that a trial goes on from."""
     steps = trial.setting.before_steps
     setting = replace(trial.setting, data=data.name, steps=steps, before=None, before_steps=0)
-    recipe = Recipe("before", mode="backprop", matched=False)
-    trainee = Trainee(Trial(setting, recipe, trial.seed), data)
-    trainee.learn(data, range(steps))
+    return Trial(setting, Recipe("before", mode="backprop", matched=False), trial.seed)
+
+
+def learned_before(trial: Trial, data: Data) -> dict:
+    """The state of a network after backpropagation on other data."""
+    before = before_of(trial, data)
+    trainee = Trainee(before, data)
+    trainee.learn(data, range(before.setting.steps))
     trainee.handle.detach()
     return trainee.model.state_dict()
 
@@ -254,7 +266,7 @@ def train(trial: Trial, data: Data, tick: Callable[[], None], learned: dict | No
     begin = 0
     for end in measured_steps(setting.steps):
         trainee.learn(data, range(begin, end))
-        curve.append({"step": end} | measure(trainee, data))
+        curve.append({"step": end} | measure(trainee, data, null=end == setting.steps))
         begin = end
         tick()
     return {"commit": provenance.commit(), "curve": curve}

@@ -38,7 +38,7 @@ def changed(recipe: Recipe, what: str, **changes: Any) -> Recipe:
 ALONE = {"points": "embedding", "learns": "embedding"}
 EMBEDDING = Recipe(ONLY_EMBEDDING, matched=False, feedback="output weights", **ALONE)
 PUBLISHED_FASTER = changed(PUBLISHED, "block rate 1e-3", hidden_rate=1e-3)
-UNMATCHED = changed(MATCHED, "but the weights", matched=False)
+UNMATCHED = replace(MATCHED, name="not matched", matched=False)
 MAIN = (BACKPROPAGATION, BLOCKS_FROZEN, EMBEDDING, PUBLISHED, UNMATCHED, MATCHED, OUTPUT_WEIGHTS)
 VARIANTS = (
     changed(BACKPROPAGATION, "block rate 3e-4", hidden_rate=3e-4),

@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "demo",
         help="train a network on real data by backpropagation, by DFA, and its last layer alone",
         description="The perceptron, of the paper's kind, learns scikit-learn's digits. The "
-        "transformer, a small language model, learns Python's own sources; its DFA is with and "
-        "without an output layer that starts as the feedback.",
+        "transformer, a small language model, learns Python's own sources; its DFA has the output "
+        "layer's weights as the feedback, or an output layer that starts as a seed's matrix.",
     )
     demo.add_argument(
         "--network", choices=_EPOCHS, default="perceptron", help="by default the perceptron"

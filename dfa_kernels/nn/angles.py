@@ -27,9 +27,10 @@ def alignment(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Alignme
 
     cos(beta_i) (Launay, Poli, Krzakala 2019, eq. 6) is that of the angle between B_i e and the
     gradient that backpropagation gives the same activation, after the non-linearity, for each row
-    of the batch. A row where either is zero has no angle and does not count. Works in every mode,
-    also between a forward pass and its backward pass: parameters, their gradients, buffers and
-    torch's random number generators stay as they are. Compiled models run uncompiled.
+    of the batch. With `through`, B_i e is carried back through it first. A row where either is zero
+    has no angle and does not count. Works in every mode, also between a forward pass and its
+    backward pass: parameters, their gradients, buffers and torch's random number generators stay as
+    they are. Compiled models run uncompiled.
 
     Args:
         model: any module that holds a `DFA` or has one attached. With several, as of two heads,

@@ -209,9 +209,14 @@ def attach(
         through=through,
         backend=backend,
     )
+    attachment = Attachment(model, layers, input_layers, end, cuts, state, dfa)
     if matched is not None:
-        dfa.match_output_(matched)  # type: ignore[arg-type]  # which it checks
-    return Attachment(model, layers, input_layers, end, cuts, state, dfa)
+        try:
+            dfa.match_output_(matched)  # type: ignore[arg-type]  # which it checks
+        except BaseException:
+            attachment.detach()
+            raise
+    return attachment
 
 
 def find_dfas(model: nn.Module) -> list[DFA]:

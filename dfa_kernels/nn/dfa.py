@@ -42,6 +42,7 @@ from dfa_kernels.nn.scripting import tracing
 from dfa_kernels.nn.settings import Settings
 from dfa_kernels.nn.shards import refuse_shards
 from dfa_kernels.nn.sources import (
+    OutputWeights,
     Scales,
     Seeded,
     Slicing,
@@ -305,34 +306,43 @@ class DFA(Settings):
         signals: Signals
         # Inside a transform of torch.func nothing can be kept for its shape while tracing.
         keep = torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+        if isinstance(source, OutputWeights) and not torch.compiler.is_compiling():
+            weights: Source | None = source.of_this_pass()
+        else:
+            weights = None
         if keep:
             signals = functools.partial(self._traced_signals, indices)
         elif any(item.factor is not None for item in waiting):
-            signals = self._lean(plan, waiting)
+            signals = self._lean(plan, waiting, weights)
         else:
-            signals = functools.partial(self._planned_signals, plan)
+            signals = functools.partial(self._planned_signals, plan, weights)
         return Feedback.apply(signals, keep, output, *activations)
 
-    def signals(self, plan: Plan, error: Tensor) -> list[Tensor]:
-        """B_i e for every place, by one projection, each of its activation's shape and dtype."""
+    def signals(self, plan: Plan, error: Tensor, source: Source | None = None) -> list[Tensor]:
+        """B_i e for every place, by one projection, each of its activation's shape and dtype.
+
+        `source` makes them, or the one that is in force.
+        """
         rows, share = self._rows(error, plan.batch_dims), self.signal_transform is None
         signals = delivery.deliver(
-            self.source, rows, plan.layers, plan.places, plan.masks, share=share
+            source or self.source, rows, plan.layers, plan.places, plan.masks, share=share
         )
         if share:
             return signals
         pairs = zip(plan.indices, signals, strict=True)
         return [self._transformed(index, signal) for index, signal in pairs]
 
-    def _planned_signals(self, plan: Plan, error: Tensor, _: Sequence[Tensor]) -> list[Tensor]:
-        return self.signals(plan, error)
+    def _planned_signals(
+        self, plan: Plan, source: Source | None, error: Tensor, _: Sequence[Tensor]
+    ) -> list[Tensor]:
+        return self.signals(plan, error, source)
 
     def _traced_signals(
         self, indices: Sequence[int], error: Tensor, activations: Sequence[Tensor]
     ) -> list[Tensor]:
         return self.signals(self._plan(indices, activations, error), error)
 
-    def _lean(self, plan: Plan, waiting: Sequence[Waiting]) -> Signals:
+    def _lean(self, plan: Plan, waiting: Sequence[Waiting], source: Source | None) -> Signals:
         """The same, where each activation scales and masks its view of one signal by its factor.
 
         An activation that a compiled part of the model passed on has no factor.
@@ -352,7 +362,12 @@ class DFA(Settings):
             if item.factor is None:
                 own[index] = factor.apply
         return lambda error, _: delivery.deliver_views(
-            self.source, self._rows(error, plan.batch_dims), layers, places, longest, own
+            source or self.source,
+            self._rows(error, plan.batch_dims),
+            layers,
+            places,
+            longest,
+            own,
         )
 
     def _transformed(self, index: int, signal: Tensor) -> Tensor:

@@ -279,15 +279,22 @@ class DFALayer(Scriptable):
             return activation
         if tracing("DFALayer", self.training, activation):
             return activation
-        if (group.mode == "dfa" or recorded) and not recomputing("DFALayer"):
+        through = self.through or group.through
+        learns = torch.is_grad_enabled() and derivatives.requires_gradient(activation)
+        if group.mode != "dfa" and not recorded:
+            pass
+        elif recomputing("DFALayer"):
+            if through is not None and learns:
+                through(activation)  # saves again what it saved in the first pass
+        else:
             if derivatives.forward_mode():
                 raise NotImplementedError(
                     "DFALayer: there are no forward-mode derivatives of DFA (torch.func.jvp, "
                     "jacfwd, hessian, forward_ad): its gradients are of no function; use reverse "
                     'mode, or mode "backprop"'
                 )
-            if torch.is_grad_enabled() and derivatives.requires_gradient(activation):
-                group.wait(self._index, activation, self.through or group.through)
+            if learns:
+                group.wait(self._index, activation, through)
             else:
                 group.pass_over(self._index)
         if recorded:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from dfa_kernels import checks, functional, ops
 from dfa_kernels.backends import registry
 from dfa_kernels.layers import Layers
-from dfa_kernels.nn.shards import refuse_shards
 from dfa_kernels.stream import Stream
 
 # With a matrix of its own for every layer, layer i's rows of U begin at i times this.
@@ -160,18 +159,19 @@ class Stored(NamedTuple):
 
 
 class OutputWeights:
-    """Signals W^T e, by the weights W [n, l] that the output layer has at that moment.
+    """Signals W^T e, by the weights W [n, l] that the output layer has in that pass.
 
     A `Source` for residual networks whose layers have the size l of the output layer's input, as
     transformers, from the start or to fine-tune: `DFA(layers, matrix=OutputWeights(model.head))`.
     The skip connections carry most of backpropagation's gradient, and this is what they carry. No
     matrix is stored beside the weights, and all layers share one product.
 
-    The matrix is W^T sqrt(l n), so that signals have backpropagation's length with the default
-    normalization, eq. 8.
+    The matrix is W^T sqrt(l n), so that the default normalization, eq. 8, makes signals W^T e, as
+    long as backpropagation's gradients where a layer has one row for each of the error.
 
     Args:
-        linear: the layer whose outputs are the `DFA`'s input. It stays the model's.
+        linear: the layer whose outputs are the `DFA`'s input. It stays the model's, with weights
+            that are whole in each process. Where another takes its place, set `dfa.matrix` again.
 
     Raises:
         TypeError, ValueError: it is no nn.Linear, or another layer or error has other sizes.
@@ -182,11 +182,22 @@ class OutputWeights:
             got = type(linear).__name__
             raise TypeError(f"OutputWeights: linear must be an nn.Linear, got {got}")
         self.linear = linear
+        self._weight: Tensor | None = None
+
+    def of_this_pass(self) -> OutputWeights:
+        """The same with the weights of now, which torch.func.functional_call soon takes back."""
+        found = OutputWeights(self.linear)
+        found._weight = self.linear.weight
+        return found
 
     def project(self, error: Tensor, layers: Layers, dtype: torch.dtype) -> list[Tensor]:
         """See `Source`."""
-        weight = self.linear.weight.detach()
-        refuse_shards("OutputWeights", "linear.weight", weight)
+        weight = self.linear.weight if self._weight is None else self._weight
+        if hasattr(weight, "placements"):
+            raise ValueError(
+                "OutputWeights: linear.weight must be whole in each process, got a DTensor; "
+                "match_output_ takes shards"
+            )
         n, size = weight.shape
         if error.shape[1] != n or any(own != size for own in layers.sizes):
             raise ValueError(
@@ -194,7 +205,7 @@ class OutputWeights:
                 f"its output, got {size} and {n} beside layers of {list(layers.sizes)} and an "
                 f"error of {error.shape[1]}; batch_dims says that every token is a row"
             )
-        product = error @ weight.to(error.dtype)
+        product = error @ weight.detach().to(error.device, error.dtype)
         unit = math.sqrt(size * n)
         return [(product * (scale * unit)).to(dtype) for scale in layers.scales]
 

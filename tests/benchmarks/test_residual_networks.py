@@ -90,7 +90,7 @@ def test_before_any_step_the_output_weights_give_backpropagations_signals(networ
     for recipe in (OUTPUT_WEIGHTS, MATCHED):
         found = trials.measure(Trainee(Trial(setting, recipe, 0), part), part)
         assert [*found["alignment"].values()] == pytest.approx([1.0, 1.0], abs=0.01)
-        assert max(map(abs, found["null"].values())) < 0.9
+        assert max(map(abs, found["null"].values())) < 0.6
         assert found["output"] == pytest.approx(1)
 
 
@@ -215,8 +215,8 @@ def test_the_command_runs_it(tmp_path, monkeypatch, capsys):
     assert "Recipes" in capsys.readouterr().out
     for name in ("recipes", "sizes", "others", "tuning"):
         lines = getattr(transformer_tables, f"transformer_{name}")(written)
-        assert any(line.split(" | ")[-4:] for line in lines)
-        assert any("output weights" in line for line in lines)
+        (row, *_) = [line for line in lines if "output weights" in line]
+        assert " % (0) |" in row
     figure = drawings.transformers(written)
     assert [axes.get_xlabel() for axes in figure.axes] == ["step", "step", "blocks"]
 

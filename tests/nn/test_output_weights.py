@@ -72,6 +72,30 @@ def test_each_layer_gets_a_tensor_of_its_own():
     assert_equal([*seen.values()], [expected.detach()] * 3, rtol=1e-5, atol=1e-6)
 
 
+def test_weights_that_a_functional_call_brings():
+    """Of the pass, though the backward pass comes when the model has its own again."""
+    model, (x, y) = network(), batch()
+    weights = {name: torch.randn_like(value) for name, value in model.named_parameters()}
+
+    def loss(parameters):
+        return F.cross_entropy(torch.func.functional_call(model, parameters, (x,)), y)
+
+    for lean in (False, True):
+        model[-1].lean = lean
+        model[-1].mode = "backprop"
+        expected = torch.func.grad(loss)(weights)
+        model[-1].mode = "dfa"
+        found = torch.func.grad(loss)(weights)
+        assert_equal(found.values(), expected.values(), rtol=1e-4, atol=1e-6)
+
+
+def test_weights_in_shards_are_refused(monkeypatch):
+    model = network()
+    monkeypatch.setattr(nn.Parameter, "placements", (), raising=False)
+    with pytest.raises(ValueError, match=r"OutputWeights: linear\.weight must be whole"):
+        model[-1].source.project(torch.ones(1, CLASSES), None, torch.float32)
+
+
 def test_compiled():
     compiled = torch.compile(network(), backend="aot_eager", fullgraph=True)
     assert_equal(gradients(compiled), gradients(network()), rtol=1e-5, atol=1e-7)
@@ -160,7 +184,6 @@ def test_a_residual_network_learns_where_frozen_blocks_do_not(way):
     frozen, _ = learned("shallow")
     exact, _ = learned("backprop")
     ours, angles = learned(way)
-    print(way, frozen, exact, ours, angles)
     assert frozen > 1.2
     assert exact < 0.7
     assert ours < 0.9

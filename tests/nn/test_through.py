@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dfa_kernels import DFA, DFALayer, alignment, attach, project
 from tests.nn.networks import BATCH, CLASSES, INPUTS, assert_equal, backward, batch
@@ -69,6 +70,21 @@ def test_a_layers_own_wins():
 def test_compiled():
     compiled = torch.compile(attached(through=norm), backend="aot_eager", fullgraph=True)
     assert_equal(gradients(compiled), gradients(attached(through=norm)), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_inside_a_checkpoint(lean):
+    """The pass that is repeated saves what the first saved."""
+
+    class Checkpointed(nn.Sequential):
+        def forward(self, x):
+            for linear, tanh in ((self[0], self[1]), (self[2], self[3])):
+                x = checkpoint(lambda x, a=linear, b=tanh: b(a(x)), x, use_reentrant=False)
+            return self[4](x)
+
+    model = Checkpointed(*network())
+    attach(model, ["1", "3"], seed=1, through=norm, lean=lean)
+    assert_equal(gradients(model), gradients(attached(through=norm, lean=lean)))
 
 
 def test_other_passes_do_without_it():

@@ -137,12 +137,11 @@ def vgg16(summary: dict) -> Figure:
 
 
 def transformers(summary: dict) -> Figure:
-    """Test loss and alignment over the steps, and the way closed by depth."""
+    """Test loss and alignment over the steps, and what the blocks add, by depth."""
     parts = {part["name"]: part["rows"] for part in summary["parts"]}
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
     left, middle, right = axes
-    main = [row for row in parts["recipes"] if ":" not in row["recipe"]["name"]]
-    for index, row in enumerate(main):
+    for index, row in enumerate(parts["longer"]):
         steps = [one["step"] for one in row["curve"]]
         style = {"color": f"C{index}", "label": row["recipe"]["name"]}
         left.plot(steps, [one["loss"] for one in row["curve"]], **style)
@@ -150,33 +149,32 @@ def transformers(summary: dict) -> Figure:
         for place, cosines in enumerate(zip(*curves, strict=True)):
             own = style if place == 0 else {"color": f"C{index}"}
             middle.plot(steps, cosines, alpha=0.4 + 0.6 * place / max(1, len(curves[0]) - 1), **own)
-    nulls = [abs(one["mean"]) for row in main for one in row.get("null", {}).values()]
+        if "beyond" in row and "alignment" in row:
+            chosen = by_depth(parts["recipes"] + parts["sizes"], row["recipe"])
+            right.errorbar(
+                [one["setting"]["depth"] for one in chosen],
+                [100 * one["beyond"]["mean"] for one in chosen],
+                yerr=[100 * one["beyond"]["deviation"] for one in chosen],
+                capsize=2,
+                **style,
+            )
+    nulls = [one["mean"] for row in parts["longer"] for one in row.get("null", {}).values()]
     middle.axhspan(-max(nulls), max(nulls), color="gray", alpha=0.3, label="another seed's")
-    rows = [*parts["recipes"], *parts["sizes"]]
-    for index, recipe in enumerate(row["recipe"] for row in main if "closed" in row):
-        chosen = [row for row in rows if row["recipe"] == recipe]
-        chosen = [row for row in chosen if _other_depth(row["setting"], main[0]["setting"])]
-        chosen.sort(key=lambda row: row["setting"]["depth"])
-        right.errorbar(
-            [row["setting"]["depth"] for row in chosen],
-            [100 * row["closed"]["mean"] for row in chosen],
-            yerr=[100 * row["closed"]["deviation"] for row in chosen],
-            capsize=2,
-            color=f"C{index + 2}",
-            label=recipe["name"],
-        )
     left.set(xlabel="step", ylabel="test loss")
     middle.set(xlabel="step", ylabel="cos(beta), deeper blocks darker")
-    right.set(xlabel="blocks", ylabel="way from frozen blocks to backpropagation, %")
+    right.set(xlabel="blocks", ylabel="beyond the embedding, %", ylim=(-200, 110))
     for one in axes:
         one.grid(alpha=0.3)
         one.legend(fontsize="small")
     return figure
 
 
-def _other_depth(setting: dict, base: dict) -> bool:
-    """Whether a setting differs from another in depth at most."""
-    return setting | {"depth": base["depth"]} == base
+def by_depth(rows: list[dict], recipe: dict) -> list[dict]:
+    """The rows of a recipe that differ from the first row's setting in depth at most."""
+    base = rows[0]["setting"]
+    chosen = [row for row in rows if row["recipe"] == recipe and "beyond" in row]
+    chosen = [row for row in chosen if row["setting"] | {"depth": base["depth"]} == base]
+    return sorted(chosen, key=lambda row: row["setting"]["depth"])
 
 
 DRAWINGS = {

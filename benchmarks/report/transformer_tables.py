@@ -12,15 +12,17 @@ def transformer_recipes(measured: dict) -> list[str]:
     """One network, every recipe: loss, the way closed, alignment by point and its null value."""
     part = _part(measured, "recipes")
     lines = [
-        "| trained by | test loss | way closed | alignment, first to last point | null | output |",
-        "|---|---:|---:|---|---:|---:|",
+        "| trained by | test loss | way closed | beyond the embedding "
+        "| alignment, first to last point | null | output |",
+        "|---|---:|---:|---:|---|---:|---:|",
     ]
     for row in part["rows"]:
-        nulls = [abs(null["mean"]) for null in row.get("null", {}).values()]
+        nulls = [null["mean"] for null in row.get("null", {}).values()]
         cells = (
             row["recipe"]["name"],
             deviating(*row["loss"].values()),
-            _closed(row),
+            _percent(row, "closed"),
+            _percent(row, "beyond"),
             _angles(row),
             f"{max(nulls):.2f}" if nulls else "",
             f"{row['output']['mean']:.2f}",
@@ -50,8 +52,9 @@ def _grid(part: dict, accuracy: bool = False) -> list[str]:
     """A row for each setting and recipe."""
     title = "test loss | test accuracy, %" if accuracy else "test loss"
     lines = [
-        f"| network | trained by | {title} | way closed | alignment, first to last point |",
-        f"|---|---|{'---:|' * (2 + accuracy)}---|",
+        f"| network | trained by | {title} | way closed | beyond the embedding "
+        "| alignment, first to last point |",
+        f"|---|---|{'---:|' * (3 + accuracy)}---|",
     ]
     before = None
     for row in part["rows"]:
@@ -61,7 +64,8 @@ def _grid(part: dict, accuracy: bool = False) -> list[str]:
         if accuracy:
             mean, deviation = (100 * value for value in row["accuracy"].values())
             cells.append(f"{mean:.1f} ({deviation:.1f})")
-        lines.append(f"| {' | '.join((*cells, _closed(row), _angles(row)))} |")
+        cells += [_percent(row, "closed"), _percent(row, "beyond"), _angles(row)]
+        lines.append(f"| {' | '.join(cells)} |")
         before = name
     return [*lines, "", _runs(part)]
 
@@ -80,10 +84,10 @@ def _joined(*parts: dict) -> dict:
     return {"rows": [row for part in parts for row in part["rows"]], "run_commits": sorted(commits)}
 
 
-def _closed(row: dict) -> str:
-    if "closed" not in row:
+def _percent(row: dict, key: str) -> str:
+    if key not in row:
         return ""
-    mean, deviation = (100 * value for value in row["closed"].values())
+    mean, deviation = (100 * value for value in row[key].values())
     return f"{mean:.0f} % ({deviation:.0f})"
 
 

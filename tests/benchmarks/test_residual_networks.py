@@ -132,6 +132,7 @@ def test_feedback_from_an_output_layer_that_is_trained():
 def made_up():
     """Two seeds: the way from 4 to 2 is closed by three quarters and by a half."""
     losses = {summary.BACKPROP: (2.0, 2.0), summary.FROZEN: (4.0, 4.0), "ours": (2.5, 3.0)}
+    losses |= {summary.ONLY_EMBEDDING: (3.0, 4.0)}
     part = summary.Part("recipes", "Title", (TINY,), (), seeds=2)
     results = []
     for name, values in losses.items():
@@ -149,17 +150,19 @@ def test_the_way_closed_is_seed_by_seed():
     closed = found["ours"]["closed"]
     assert closed["mean"] == pytest.approx(0.625)
     assert closed["deviation"] == pytest.approx(0.125 * 2**0.5)
+    assert found["ours"]["beyond"]["mean"] == pytest.approx(0.5)
     assert "closed" not in found[summary.BACKPROP]
+    assert "beyond" not in found[summary.ONLY_EMBEDDING]
     assert [one["step"] for one in found["ours"]["curve"]] == [1, 2]
     assert found["ours"]["alignment"]["blocks.0"]["mean"] == 0.25
 
 
 def test_the_tables_show_it():
     lines = transformer_tables.transformer_recipes({"parts": [made_up()]})
-    row = "| ours | 2.750 (0.354) | 62 % (18) | 0.25 | 0.01 | 0.90 |"
+    row = "| ours | 2.750 (0.354) | 62 % (18) | 50 % (0) | 0.25 | 0.01 | 0.90 |"
     assert row in lines
     assert lines[-1] == "2 seeds, trained at commit 000000000."
-    assert summary.table(made_up()).row_count == 3
+    assert summary.table(made_up()).row_count == 4
     many = {"alignment": {str(i): {"mean": i / 100} for i in range(12)}}
     assert transformer_tables._angles(many) == "0.00 0.02 0.04 0.07 0.09 0.11"
 

@@ -150,19 +150,20 @@ def _mean(measured: tuple[dict, ...]) -> dict:
 
 def table(summary: dict) -> Table:
     """A part for the terminal."""
-    columns = ("network", "trained by", "test loss", "way to backpropagation", "alignment")
+    columns = ("network", "trained by", "test loss", "way closed", "beyond", "alignment")
     found = Table(*columns, title=summary["title"])
     for row in summary["rows"]:
         setting = row["setting"]
         network = f"{setting['network']} {setting['depth']} x {setting['width']}"
         network += f", {setting['steps']:,} steps"
-        closed = row.get("closed")
+        closed, beyond = (row.get(key) for key in ("closed", "beyond"))
         angles = [f"{angle['mean']:.2f}" for angle in row.get("alignment", {}).values()]
         found.add_row(
             network,
             row["recipe"]["name"],
             deviating(*row["loss"].values()),
             f"{closed['mean']:.0%}" if closed else "",
+            f"{beyond['mean']:.0%}" if beyond else "",
             " ".join(angles),
         )
     return found

@@ -141,7 +141,9 @@ def transformers(summary: dict) -> Figure:
     parts = {part["name"]: part["rows"] for part in summary["parts"]}
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
     left, middle, right = axes
-    for index, row in enumerate(parts["longer"]):
+    longest = max(row["setting"]["steps"] for row in parts["main"])
+    longer = [row for row in parts["main"] if row["setting"]["steps"] == longest]
+    for index, row in enumerate(longer):
         steps = [one["step"] for one in row["curve"]]
         style = {"color": f"C{index}", "label": row["recipe"]["name"]}
         left.plot(steps, [one["loss"] for one in row["curve"]], **style)
@@ -150,7 +152,7 @@ def transformers(summary: dict) -> Figure:
             own = style if place == 0 else {"color": f"C{index}"}
             middle.plot(steps, cosines, alpha=0.4 + 0.6 * place / max(1, len(curves[0]) - 1), **own)
         if "beyond" in row and "alignment" in row:
-            chosen = by_depth(parts["recipes"] + parts["sizes"], row["recipe"])
+            chosen = by_depth(parts["variants"] + parts["sizes"], row["recipe"])
             right.errorbar(
                 [one["setting"]["depth"] for one in chosen],
                 [100 * one["beyond"]["mean"] for one in chosen],
@@ -158,7 +160,7 @@ def transformers(summary: dict) -> Figure:
                 capsize=2,
                 **style,
             )
-    nulls = [one["mean"] for row in parts["longer"] for one in row.get("null", {}).values()]
+    nulls = [one["mean"] for row in longer for one in row.get("null", {}).values()]
     middle.axhspan(-max(nulls), max(nulls), color="gray", alpha=0.3, label="another seed's")
     left.set(xlabel="step", ylabel="test loss")
     middle.set(xlabel="step", ylabel="cos(beta), deeper blocks darker")

@@ -135,9 +135,10 @@ PARTS: dict[str, tuple[Part, ...]] = {
         Part(
             "Feedback in residual networks",
             "[What was trained, and how](../../paper/transformers/README.md).",
-            transformer_tables.transformer_recipes,
+            transformer_tables.transformer_main,
             "paper_transformers.png",
         ),
+        Part("One thing changed", "", transformer_tables.transformer_variants),
         Part("Other sizes", "", transformer_tables.transformer_sizes),
         Part("Other networks", "", transformer_tables.transformer_others),
         Part("Fine-tuning", "", transformer_tables.transformer_tuning),

@@ -8,9 +8,14 @@ from benchmarks.report.texts import deviating
 SHOWN = 6  # points
 
 
-def transformer_recipes(measured: dict) -> list[str]:
-    """One network, every recipe: loss, the way closed, alignment by point and its null value."""
-    part = _part(measured, "recipes")
+def transformer_main(measured: dict) -> list[str]:
+    """One network, trained for two lengths in the main ways."""
+    return _grid(_part(measured, "main"))
+
+
+def transformer_variants(measured: dict) -> list[str]:
+    """The same network by recipes with one thing changed; also null values and the output layer."""
+    part = _part(measured, "variants")
     lines = [
         "| trained by | test loss | way closed | beyond the embedding "
         "| alignment, first to last point | null | output |",
@@ -32,9 +37,8 @@ def transformer_recipes(measured: dict) -> list[str]:
 
 
 def transformer_sizes(measured: dict) -> list[str]:
-    """The same recipes for other lengths of training, depths and widths."""
-    longer, sizes = (_part(measured, name) for name in ("longer", "sizes"))
-    return _grid(_joined(longer, sizes))
+    """Other depths and widths."""
+    return _grid(_part(measured, "sizes"))
 
 
 def transformer_others(measured: dict) -> list[str]:
@@ -102,6 +106,8 @@ def _angles(row: dict) -> str:
 
 def _runs(part: dict) -> str:
     seeds = sorted({row["seeds"] for row in part["rows"]})
-    count = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
+    count = f"{seeds[-1]} seeds" if seeds[-1] > 1 else "1 seed"
+    if len(seeds) > 1:
+        count = f"{seeds[0]} to {count}"
     commits = ", ".join(map(provenance.short, part["run_commits"]))
     return f"{count}, trained at commit {commits}."

@@ -40,7 +40,7 @@ EMBEDDING = Recipe(ONLY_EMBEDDING, matched=False, feedback="output weights", **A
 PUBLISHED_FASTER = changed(PUBLISHED, "block rate 1e-3", hidden_rate=1e-3)
 UNMATCHED = replace(MATCHED, name="not matched", matched=False)
 MAIN = (BACKPROPAGATION, BLOCKS_FROZEN, EMBEDDING, PUBLISHED, UNMATCHED, MATCHED, OUTPUT_WEIGHTS)
-VARIANTS = (
+CHANGED = (
     changed(BACKPROPAGATION, "block rate 3e-4", hidden_rate=3e-4),
     changed(BACKPROPAGATION, "block rate 3e-3", hidden_rate=3e-3),
     PUBLISHED_FASTER,
@@ -69,20 +69,22 @@ VARIANTS = (
     changed(OUTPUT_WEIGHTS, "branches do not start at 0", zero=False),
     changed(OUTPUT_WEIGHTS, "points at every second block", points="every second block"),
 )
-RECIPES = Part("recipes", "Recipes", (SMALL,), (*MAIN, *VARIANTS), seeds=3)
-LONGER = Part(
-    "longer",
-    "Four times as long",
-    (replace(SMALL, steps=1600),),
-    MAIN,
-    seeds=3,
+LONGER = replace(SMALL, steps=1600)
+BASIC = Part("main", "A transformer", (SMALL, LONGER), MAIN, seeds=3)
+FLOORS = (BACKPROPAGATION, BLOCKS_FROZEN, EMBEDDING)
+VARIANTS = Part(
+    "variants",
+    "One thing changed",
+    (SMALL,),
+    (*FLOORS, MATCHED, OUTPUT_WEIGHTS, *CHANGED),
+    seeds=2,
 )
 SIZES = Part(
     "sizes",
     "Depth and width",
     (*(replace(SMALL, depth=depth) for depth in (2, 8, 12)), replace(SMALL, width=128)),
-    MAIN,
-    seeds=3,
+    (BACKPROPAGATION, EMBEDDING, MATCHED, OUTPUT_WEIGHTS),
+    seeds=2,
 )
 
 IMAGES = (
@@ -134,7 +136,7 @@ TUNING = Part(
     ),
     seeds=3,
 )
-FIRST_PARTS = (RECIPES, LONGER, SIZES, TUNING)
+FIRST_PARTS = (BASIC, VARIANTS, SIZES, TUNING)
 
 
 def loader(folder: Path | None, device: torch.device) -> tuple[str, Callable[[str], Data]]:

@@ -61,8 +61,8 @@ class DFA(Settings):
     2019, eq. 3). The error e is the gradient of the loss by this module's output; the feedback
     matrix B_i comes from a seed. Autograd carries that gradient back as far as the `DFALayer`
     before. The last layer is trained as by backpropagation. In residual networks, as transformers,
-    DFA learns far more with the output layer as the feedback: see `match_output_` and
-    `dfa_kernels.nn.OutputWeights`.
+    DFA learns far more with the output layer as the feedback: see `dfa_kernels.nn.OutputWeights`,
+    and `match_output_` for a fixed matrix.
 
     Args:
         dfa_layers: the network's `DFALayer`s.
@@ -428,8 +428,10 @@ class DFA(Settings):
         For residual networks, as transformers are, whose layers have the size l of the output
         layer's input. There the right signal is nearly W^T e, with W these weights, so it has the
         signals' direction from the first step on. The output layer then learns as ever, and the
-        feedback stays. With SGD give the `DFA` normalization=scale too, which makes signals as long
-        as backpropagation's; Adam's steps do not depend on it.
+        feedback stays, so that their directions part again: this helps at the start, and
+        `dfa_kernels.nn.OutputWeights` learns more in the end. With SGD give the `DFA`
+        normalization=scale too, which makes signals as long as backpropagation's; Adam's steps do
+        not depend on it.
 
         Call it after whatever initializes or moves the model, not between a forward pass and its
         backward pass, and on every rank of a sharded model: of a DTensor each sets its own shard.

@@ -6,6 +6,8 @@ from benchmarks.harness import provenance
 from benchmarks.report.texts import deviating
 
 SHOWN = 6  # points
+RESULTS = "test loss | accuracy, % | way closed, % | beyond the embedding, % | alignment by point"
+ALIGN = "---:|---:|---:|---:|---|"
 
 
 def transformer_main(measured: dict) -> list[str]:
@@ -17,21 +19,13 @@ def transformer_variants(measured: dict) -> list[str]:
     """The same network by recipes with one thing changed; also null values and the output layer."""
     part = _part(measured, "variants")
     lines = [
-        "| trained by | test loss | way closed | beyond the embedding "
-        "| alignment, first to last point | null | output |",
-        "|---|---:|---:|---:|---|---:|---:|",
+        f"| trained by | {RESULTS} | null | output |",
+        f"|---|{ALIGN}---:|---:|",
     ]
     for row in part["rows"]:
         nulls = [null["mean"] for null in row.get("null", {}).values()]
-        cells = (
-            row["recipe"]["name"],
-            deviating(*row["loss"].values()),
-            _percent(row, "closed"),
-            _percent(row, "beyond"),
-            _angles(row),
-            f"{max(nulls):.2f}" if nulls else "",
-            f"{row['output']['mean']:.2f}",
-        )
+        null, output = f"{max(nulls):.2f}" if nulls else "", f"{row['output']['mean']:.2f}"
+        cells = (row["recipe"]["name"], *_results(row), null, output)
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", _runs(part)]
 
@@ -42,9 +36,10 @@ def transformer_sizes(measured: dict) -> list[str]:
 
 
 def transformer_others(measured: dict) -> list[str]:
-    """Other networks, by accuracy too."""
+    """Other networks."""
     residual, plain = (_part(measured, name) for name in ("others", "perceptron"))
-    return _grid(_joined(residual, plain), accuracy=True)
+    commits = sorted({*residual["run_commits"], *plain["run_commits"]})
+    return _grid({"rows": residual["rows"] + plain["rows"], "run_commits": commits})
 
 
 def transformer_tuning(measured: dict) -> list[str]:
@@ -52,26 +47,22 @@ def transformer_tuning(measured: dict) -> list[str]:
     return _grid(_part(measured, "fine-tuning"))
 
 
-def _grid(part: dict, accuracy: bool = False) -> list[str]:
+def _grid(part: dict) -> list[str]:
     """A row for each setting and recipe."""
-    title = "test loss | test accuracy, %" if accuracy else "test loss"
-    lines = [
-        f"| network | trained by | {title} | way closed | beyond the embedding "
-        "| alignment, first to last point |",
-        f"|---|---|{'---:|' * (3 + accuracy)}---|",
-    ]
+    lines = [f"| network | trained by | {RESULTS} |", f"|---|---|{ALIGN}"]
     before = None
     for row in part["rows"]:
         name = setting(row["setting"])
-        cells = [name if name != before else "", row["recipe"]["name"]]
-        cells.append(deviating(*row["loss"].values()))
-        if accuracy:
-            mean, deviation = (100 * value for value in row["accuracy"].values())
-            cells.append(f"{mean:.1f} ({deviation:.1f})")
-        cells += [_percent(row, "closed"), _percent(row, "beyond"), _angles(row)]
+        cells = [name if name != before else "", row["recipe"]["name"], *_results(row)]
         lines.append(f"| {' | '.join(cells)} |")
         before = name
     return [*lines, "", _runs(part)]
+
+
+def _results(row: dict) -> list[str]:
+    """The cells of RESULTS."""
+    cells = [deviating(*row["loss"].values()), _percent(row, "accuracy", digits=1)]
+    return [*cells, _percent(row, "closed"), _percent(row, "beyond"), _angles(row)]
 
 
 def setting(one: dict) -> str:
@@ -83,16 +74,12 @@ def _part(measured: dict, name: str) -> dict:
     return next(part for part in measured["parts"] if part["name"] == name)
 
 
-def _joined(*parts: dict) -> dict:
-    commits = {commit for part in parts for commit in part["run_commits"]}
-    return {"rows": [row for part in parts for row in part["rows"]], "run_commits": sorted(commits)}
-
-
-def _percent(row: dict, key: str) -> str:
+def _percent(row: dict, key: str, digits: int = 0) -> str:
+    """Mean (deviation) in percent, if the row has it."""
     if key not in row:
         return ""
     mean, deviation = (100 * value for value in row[key].values())
-    return f"{mean:.0f} % ({deviation:.0f})"
+    return f"{mean:.{digits}f} ({deviation:.{digits}f})"
 
 
 def _angles(row: dict) -> str:

@@ -161,7 +161,7 @@ def test_the_way_closed_is_seed_by_seed():
 
 def test_the_tables_show_it():
     lines = transformer_tables.transformer_variants({"parts": [made_up()]})
-    row = "| ours | 2.750 (0.354) | 62 % (18) | 50 % (0) | 0.25 | 0.01 | 0.90 |"
+    row = "| ours | 2.750 (0.354) | 50.0 (0.0) | 62 (18) | 50 (0) | 0.25 | 0.01 | 0.90 |"
     assert row in lines
     assert lines[-1] == "2 seeds, trained at commit 000000000."
     assert summary.table(made_up()).row_count == 4
@@ -221,7 +221,7 @@ def test_the_command_runs_it(tmp_path, monkeypatch, capsys):
     for name in ("main", "variants", "sizes", "others", "tuning"):
         lines = getattr(transformer_tables, f"transformer_{name}")(written)
         (row, *_) = [line for line in lines if "output weights" in line]
-        assert " % (0) |" in row
+        assert row.count(" | ") == lines[0].count(" | ")
     figure = drawings.transformers(written)
     assert [axes.get_xlabel() for axes in figure.axes] == ["step", "step", "blocks"]
 

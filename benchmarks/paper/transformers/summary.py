@@ -150,7 +150,15 @@ def _mean(measured: tuple[dict, ...]) -> dict:
 
 def table(summary: dict) -> Table:
     """A part for the terminal."""
-    columns = ("network", "trained by", "test loss", "way closed", "beyond", "alignment")
+    columns = [
+        "network",
+        "trained by",
+        "test loss",
+        "accuracy",
+        "way closed",
+        "beyond",
+        "alignment",
+    ]
     found = Table(*columns, title=summary["title"])
     for row in summary["rows"]:
         setting = row["setting"]
@@ -162,6 +170,7 @@ def table(summary: dict) -> Table:
             network,
             row["recipe"]["name"],
             deviating(*row["loss"].values()),
+            f"{row['accuracy']['mean']:.1%}",
             f"{closed['mean']:.0%}" if closed else "",
             f"{beyond['mean']:.0%}" if beyond else "",
             " ".join(angles),

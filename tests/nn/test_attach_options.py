@@ -37,7 +37,8 @@ def test_attach_names_every_option_of_a_dfa():
     ours = inspect.signature(attach).parameters
     theirs = dict(inspect.signature(DFA).parameters)
     del theirs["dfa_layers"]
-    assert theirs.keys() == ours.keys() - {"model", "points", "output", "inputs", "cut", "state"}
+    own = {"model", "points", "output", "inputs", "cut", "state", "match_output"}
+    assert theirs.keys() == ours.keys() - own
     differ = {name for name in theirs if ours[name].default != theirs[name].default}
     assert differ == {"requires_grad"}
     assert all(ours[name].annotation == theirs[name].annotation for name in theirs.keys() - differ)

@@ -42,6 +42,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10; without it, the digits")
     parser.add_argument("--seeds", type=positive, help="runs of each variant")
     parser.add_argument("--epochs", type=positive)
+    parser.add_argument(
+        "--stored", action="store_true", help="of transformers: what was trained so far, no more"
+    )
     parser.add_argument("--resolution", type=positive, help="of VGG-16's images")
     parser.add_argument("--batch", type=positive, help="of VGG-16's images")
     parser.add_argument(
@@ -100,7 +103,12 @@ def run_transformers(options: argparse.Namespace, console: Console, progress: Pr
         count = sum(len(measured_steps(trial.setting.steps)) for trial in trials)
         task = progress.add_task(part.title, total=count)
         done = summary.run(
-            part, trials, load, store, lambda n, task=task: progress.advance(task, n)
+            part,
+            trials,
+            load,
+            store,
+            lambda n, task=task: progress.advance(task, n),
+            options.stored,
         )
         console.print(summary.table(done))
         summaries.append(done)

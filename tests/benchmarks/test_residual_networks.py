@@ -159,6 +159,20 @@ def test_the_way_closed_is_seed_by_seed():
     assert found["ours"]["alignment"]["blocks.0"]["mean"] == 0.25
 
 
+def test_seeds_without_a_floor_do_not_count():
+    part = summary.Part("variants", "Title", (TINY,), (), seeds=2)
+    end = {"step": 2, "accuracy": 0.5, "output": 0.9}
+    losses = {(summary.BACKPROP, 0): 2.0, (summary.FROZEN, 0): 4.0, ("x", 0): 3.0, ("x", 1): 9.0}
+    results = [
+        (Trial(TINY, replace(MATCHED, name=name), seed), {"curve": [end | {"loss": loss}]})
+        for (name, seed), loss in losses.items()
+    ]
+    rows = summary.summarize(part, [(t, r | {"commit": "0" * 40}) for t, r in results])["rows"]
+    assert rows[2]["closed"] == {"mean": 0.5, "deviation": 0}
+    assert rows[2]["seeds"] == 2
+    assert "beyond" not in rows[2]
+
+
 def test_the_tables_show_it():
     lines = transformer_tables.transformer_variants({"parts": [made_up()]})
     row = "| ours | 2.750 (0.354) | 50.0 (0.0) | 62 (18) | 50 (0) | 0.25 | 0.01 | 0.90 |"
@@ -186,6 +200,8 @@ def test_what_is_stored_is_not_trained_again(tmp_path, monkeypatch):
     ticks = []
     assert summary.run(part, todo, load, Store(tmp_path), ticks.append) == first
     assert ticks == [2] * len(MAIN)
+    more = [*part.trials(quick=False, seeds=2)]
+    assert summary.run(part, more, load, Store(tmp_path), lambda n: None, stored=True) == first
 
 
 def test_fine_tuning_begins_with_what_was_learned():

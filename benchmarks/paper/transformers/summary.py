@@ -57,15 +57,18 @@ def run(
     load: Callable[[str], Data],
     store: Store,
     tick: Callable[[int], None],
+    stored: bool = False,
 ) -> dict:
     """The summary of a part. Trials that are not in the store are trained and stored.
 
     `load` gives the data of a setting by name; `tick` is called with the number of measurements
-    just made.
+    just made. With `stored`, nothing is trained, and what is not there is left out.
     """
     results = []
     for trial in trials:
         result = store.get(trial)
+        if result is None and stored:
+            continue
         if result is None:
             before = trial.setting.before
             learned = None if before is None else _learned(trial, load(before), store)
@@ -113,14 +116,14 @@ def _row(setting: Setting, recipe: Recipe, curves: dict[Trial, list[dict]]) -> d
         if trial.setting == setting
     }
     for key, floor in (("closed", FROZEN), ("beyond", ONLY_EMBEDDING)):
-        if recipe.name not in (BACKPROP, floor) and (floor, min(ours)) in others:
-            row[key] = spread(
-                [
-                    (others[floor, seed] - curve[-1]["loss"])
-                    / (others[floor, seed] - others[BACKPROP, seed])
-                    for seed, curve in ours.items()
-                ]
-            )
+        ways = [
+            (others[floor, seed] - curve[-1]["loss"])
+            / (others[floor, seed] - others[BACKPROP, seed])
+            for seed, curve in ours.items()
+            if (floor, seed) in others and (BACKPROP, seed) in others
+        ]
+        if recipe.name not in (BACKPROP, floor) and ways:
+            row[key] = spread(ways)
     row["curve"] = [_mean(measured) for measured in zip(*ours.values(), strict=True)]
     for key in ("alignment", "null"):
         if key in last[0]:

@@ -151,8 +151,8 @@ def transformers(summary: dict) -> Figure:
         for place, cosines in enumerate(zip(*curves, strict=True)):
             own = style if place == 0 else {"color": f"C{index}"}
             middle.plot(steps, cosines, alpha=0.4 + 0.6 * place / max(1, len(curves[0]) - 1), **own)
-        if "beyond" in row and "alignment" in row:
-            chosen = by_depth(parts["variants"] + parts["sizes"], row["recipe"])
+        chosen = by_depth(parts["variants"] + parts["sizes"], row["recipe"])
+        if len(chosen) > 1:
             right.errorbar(
                 [one["setting"]["depth"] for one in chosen],
                 [100 * one["beyond"]["mean"] for one in chosen],

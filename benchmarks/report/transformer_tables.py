@@ -61,7 +61,9 @@ def _grid(part: dict) -> list[str]:
 
 def _results(row: dict) -> list[str]:
     """The cells of RESULTS."""
-    cells = [deviating(*row["loss"].values()), _percent(row, "accuracy", digits=1)]
+    loss = row["loss"]["mean"]
+    cells = [deviating(*row["loss"].values()) if row["seeds"] > 1 else f"{loss:.3f}"]
+    cells.append(_percent(row, "accuracy", digits=1))
     return [*cells, _percent(row, "closed"), _percent(row, "beyond"), _angles(row)]
 
 
@@ -75,11 +77,11 @@ def _part(measured: dict, name: str) -> dict:
 
 
 def _percent(row: dict, key: str, digits: int = 0) -> str:
-    """Mean (deviation) in percent, if the row has it."""
+    """Mean in percent, and the deviation if there are several seeds."""
     if key not in row:
         return ""
     mean, deviation = (100 * value for value in row[key].values())
-    return f"{mean:.{digits}f} ({deviation:.{digits}f})"
+    return f"{mean:.{digits}f}" + f" ({deviation:.{digits}f})" * (row["seeds"] > 1)
 
 
 def _angles(row: dict) -> str:

@@ -178,6 +178,8 @@ def test_the_tables_show_it():
     row = "| ours | 2.750 (0.354) | 50.0 (0.0) | 62 (18) | 50 (0) | 0.25 | 0.01 | 0.90 |"
     assert row in lines
     assert lines[-1] == "2 seeds, trained at commit 000000000."
+    alone = made_up()["rows"][2] | {"seeds": 1}
+    assert transformer_tables._results(alone)[:2] == ["2.750", "50.0"]
     assert summary.table(made_up()).row_count == 4
     many = {"alignment": {str(i): {"mean": i / 100} for i in range(12)}}
     assert transformer_tables._angles(many) == "0.00 0.02 0.04 0.07 0.09 0.11"

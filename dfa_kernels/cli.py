@@ -21,7 +21,8 @@ from dfa_kernels.backends import registry, verdicts
 from dfa_kernels.version import __version__
 
 _BACKENDS = list(registry.BACKENDS)
-_EPOCHS = {"perceptron": 30, "transformer": 1}  # by the demo's network
+# By the demo's network: epochs, and the file of the figure.
+_DEMOS = {"perceptron": (30, "demo-digits.png"), "transformer": (1, "demo-transformer.png")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,9 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "layer's weights as the feedback, or an output layer that starts as a seed's matrix.",
     )
     demo.add_argument(
-        "--network", choices=_EPOCHS, default="perceptron", help="by default the perceptron"
+        "--network", choices=_DEMOS, default="perceptron", help="by default the perceptron"
     )
-    defaults = " and ".join(f"{epochs} for the {name}" for name, epochs in _EPOCHS.items())
+    defaults = " and ".join(f"{epochs} for the {name}" for name, (epochs, _) in _DEMOS.items())
     demo.add_argument(
         "--epochs", type=_positive, help=f"passes over the training set; by default {defaults}"
     )
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument(
         "--figure",
         type=_file,
-        help="learning curves; by default demo-digits.png or demo-transformer.png",
+        help=f"learning curves; by default {' or '.join(file for _, file in _DEMOS.values())}",
     )
     demo.set_defaults(run=run_demo)
 
@@ -234,7 +235,7 @@ def run_demo(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as missing:
         print(f"dfa-kernels demo: {missing}; it comes with `pip install dfa-kernels[demo]`")
         return 1
-    figure = "demo-digits.png" if network == "perceptron" else f"demo-{network}.png"
+    epochs, figure = _DEMOS[network]
     try:
         registry.choose("demo", options.device, options.backend, options.distribution)
     except (RuntimeError, ValueError) as reason:
@@ -242,7 +243,7 @@ def run_demo(options: argparse.Namespace) -> int:
         return 1
     try:
         demo.run(
-            options.epochs or _EPOCHS[network],
+            options.epochs or epochs,
             options.seed,
             options.backend,
             options.device,

@@ -79,16 +79,16 @@ def encode(text: str, pairs: list[str]) -> Tensor:
     return torch.tensor([ord(token) for word in words for token in spelling[word]])
 
 
-def windows(tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Every CONTEXT tokens [count, CONTEXT] and the next token of each [count], as views."""
-    found = tokens.to(device).unfold(0, CONTEXT + 1, 1)
-    return found[:, :-1], found[:, -1]
-
-
 def sequences(tokens: Tensor, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Every `length` tokens [count, length] and what follows each of them, as views."""
     found = tokens.to(device).unfold(0, length + 1, 1)
     return found[:, :-1], found[:, 1:]
+
+
+def windows(tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Every CONTEXT tokens [count, CONTEXT] and the next token of each [count], as views."""
+    contexts, following = sequences(tokens, CONTEXT, device)
+    return contexts, following[:, -1]
 
 
 def split(files: list[str]) -> tuple[str, str]:
@@ -105,12 +105,18 @@ def learned_pairs(vocabulary: int) -> list[str]:
     return byte_pairs(words, vocabulary)
 
 
+def encoded(files: list[str], vocabulary: int) -> tuple[Tensor, Tensor]:
+    """The tokens to learn from and those to test on."""
+    pairs = learned_pairs(vocabulary)
+    train, test = split(files)
+    return encode(train, pairs), encode(test, pairs)
+
+
 def load_sequences(
     name: str, files: list[str], vocabulary: int, length: int, device: torch.device
 ) -> Data:
     """Sequences, and the next token at each of their places."""
-    pairs = learned_pairs(vocabulary)
-    train, test = (encode(part, pairs) for part in split(files))
+    train, test = encoded(files, vocabulary)
     train_x, train_y = sequences(train, length, device)
     test_x, test_y = sequences(test, length, device)
     apart = max(length, len(test_y) // TEST_WINDOWS)
@@ -119,8 +125,7 @@ def load_sequences(
 
 def load(vocabulary: int, device: torch.device) -> Data:
     """Contexts and their next tokens."""
-    pairs = learned_pairs(vocabulary)
-    train, test = (encode(part, pairs) for part in split(sources()))
+    train, test = encoded(sources(), vocabulary)
     train_x, train_y = windows(train, device)
     test_x, test_y = windows(test, device)
     apart = max(1, len(test_y) // TEST_WINDOWS)

@@ -105,16 +105,19 @@ class Store:
         partial.replace(path)
 
 
-def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """The mean cross-entropy of a model in evaluation mode, and the fraction it gets right."""
+def evaluate(model: nn.Module, x: Tensor, y: Tensor, batch: int = 1024) -> tuple[float, float]:
+    """The mean cross-entropy of a model in evaluation mode, and the fraction it gets right.
+
+    Of all rows of the output: one for each image, or for each token.
+    """
     x, y = x[:EVALUATION_IMAGES], y[:EVALUATION_IMAGES]
     loss, right = 0.0, 0
     with torch.no_grad():
-        for images, labels in zip(x.split(1024), y.split(1024), strict=True):
-            output = model(images)
-            loss += F.cross_entropy(output, labels, reduction="sum").item()
-            right += int((output.argmax(1) == labels).sum())
-    return loss / len(y), right / len(y)
+        for inputs, labels in zip(x.split(batch), y.split(batch), strict=True):
+            output, wanted = model(inputs).flatten(0, -2), labels.flatten()
+            loss += F.cross_entropy(output, wanted, reduction="sum").item()
+            right += int((output.argmax(1) == wanted).sum())
+    return loss / y.numel(), right / y.numel()
 
 
 class Trainee:

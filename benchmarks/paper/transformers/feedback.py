@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from dfa_kernels import DFA
+from dfa_kernels import DFA, feedback_matrix
 from dfa_kernels.layers import Layers
 from dfa_kernels.nn import OutputWeights, Source
 
@@ -41,9 +41,8 @@ class LowRank:
 def feedback_of(name: str, output: nn.Linear, dfa: DFA) -> Tensor | Source:
     """What makes the signals, by the weights that the output layer begins with.
 
-    "output weights": as they change; "their start": a copy, which stays; "rank 16": the
-    best approximation of that rank; "seed and rank 16": a seed's matrix, as long as the weights
-    are, and the best correction of it.
+    "output weights": as they change; "their start": a copy, which stays; "rank 16": the best
+    approximation of that rank; "seed and rank 16": a seed's matrix, and the best correction of it.
     """
     if name == "output weights":
         return OutputWeights(output)
@@ -54,13 +53,11 @@ def feedback_of(name: str, output: nn.Linear, dfa: DFA) -> Tensor | Source:
     if name == f"rank {RANK}":
         return LowRank(start, None)
     assert name == f"seed and rank {RANK}", name
-    seeded = dfa.source
     n, size = start.shape
-    layers = Layers((0,), (size,), (1.0,))
-    (matrix,) = seeded.project(
-        torch.eye(n, device=start.device), layers, torch.float32
-    )  # [n, size]
-    return LowRank(start - matrix, seeded)
+    matrix = feedback_matrix(
+        size, n, seed=dfa.seed, distribution=dfa.distribution, device=start.device
+    )
+    return LowRank(start - matrix.T, dfa.source)
 
 
 def exchange(dfa: DFA, matrix: Source | Tensor) -> None:

@@ -87,32 +87,22 @@ SIZES = Part(
     seeds=2,
 )
 
-IMAGES = (
-    Setting("ViT", "{}", depth=4, width=64, steps=800, batch=32),
-    Setting("residual perceptron", "{}", depth=8, width=128, steps=800, batch=32),
-    Setting("ResNet", "{}", depth=4, width=32, steps=400, batch=32),
-)
-# Without an embedding to give a point, norms and branches; both layers have the output's width.
-PERCEPTRON = Setting("perceptron", "{}", depth=3, width=256, steps=800, batch=32)
-
 
 def others(images: str) -> tuple[Part, ...]:
     """Other networks, on images of that name."""
+    residual = (
+        Setting("ViT", images, depth=4, width=64, steps=800, batch=32),
+        Setting("residual perceptron", images, depth=8, width=128, steps=800, batch=32),
+        Setting("ResNet", images, depth=4, width=32, steps=400, batch=32),
+    )
+    # Without an embedding to give a point, norms and branches.
+    plain = Setting("perceptron", images, depth=3, width=256, steps=800, batch=32)
+    recipes = (*MAIN, PUBLISHED_FASTER)
+    without = tuple(one for one in recipes if one is not EMBEDDING)
+    title = f"A network without skip connections, on {images}"
     return (
-        Part(
-            "others",
-            f"Other residual networks, on {images}",
-            tuple(replace(setting, data=images) for setting in IMAGES),
-            (*MAIN, PUBLISHED_FASTER),
-            seeds=3,
-        ),
-        Part(
-            "perceptron",
-            f"A network without skip connections, on {images}",
-            (replace(PERCEPTRON, data=images),),
-            tuple(one for one in (*MAIN, PUBLISHED_FASTER) if one is not EMBEDDING),
-            seeds=3,
-        ),
+        Part("others", f"Other residual networks, on {images}", residual, recipes, seeds=3),
+        Part("perceptron", title, (plain,), without, seeds=3),
     )
 
 

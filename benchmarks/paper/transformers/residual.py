@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 HEAD = 32  # width of an attention head
 PATCH = 4  # side of a ViT's patch
-CHANNELS_LAST = (0, 2, 3)  # batch dimensions of [batch, channels, height, width]
+PLACES = (0, 2, 3)  # batch dimensions of [batch, channels, height, width]
 
 
 class Attention(nn.Module):
@@ -47,8 +47,9 @@ class Add(nn.Module):
         """Of any shape that the branch keeps."""
         return x + self.scale * self.branch(x)
 
-    def start_at_zero(self) -> None:
-        """Set the last layer of the branch to 0."""
+    def start_at_zero(self, scale: float) -> None:
+        """Set the last layer of the branch to 0, and the factor of what it learns."""
+        self.scale = scale
         last = self.branch[-1]
         for parameter in (last.out if isinstance(last, Attention) else last).parameters():
             nn.init.zeros_(parameter)
@@ -183,13 +184,13 @@ def residual_perceptron(shape: tuple[int, ...], classes: int, width: int, depth:
 def resnet(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Residual:
     """Residual 3x3 convolutions of one width, at half of the image's side, pooled at the end."""
 
-    def convolution(inputs: int) -> list[nn.Module]:
-        return [nn.GroupNorm(8, inputs), nn.ReLU(), nn.Conv2d(inputs, width, 3, padding=1)]
+    def convolution() -> list[nn.Module]:
+        return [nn.GroupNorm(8, width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)]
 
     embed = nn.Conv2d(shape[0], width, 3, stride=2, padding=1)
-    layers: list[nn.Module] = [Add(*convolution(width), *convolution(width)) for _ in range(depth)]
+    layers: list[nn.Module] = [Add(*convolution(), *convolution()) for _ in range(depth)]
     norm, pool = nn.GroupNorm(8, width), Mean((2, 3))
-    return Residual(embed, layers, norm, pool, width, classes, CHANNELS_LAST)
+    return Residual(embed, layers, norm, pool, width, classes, PLACES)
 
 
 def plain(shape: tuple[int, ...], classes: int, width: int, depth: int) -> Residual:

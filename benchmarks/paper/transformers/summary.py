@@ -22,6 +22,7 @@ from benchmarks.paper.transformers.trials import (
     measured_steps,
     train,
 )
+from benchmarks.report import transformer_tables
 from benchmarks.report.texts import deviating
 
 QUICK_STEPS, QUICK_RECIPES = 2, 5
@@ -164,13 +165,10 @@ def table(summary: dict) -> Table:
     ]
     found = Table(*columns, title=summary["title"])
     for row in summary["rows"]:
-        setting = row["setting"]
-        network = f"{setting['network']} {setting['depth']} x {setting['width']}"
-        network += f", {setting['steps']:,} steps"
         closed, beyond = (row.get(key) for key in ("closed", "beyond"))
         angles = [f"{angle['mean']:.2f}" for angle in row.get("alignment", {}).values()]
         found.add_row(
-            network,
+            transformer_tables.setting(row["setting"]),
             row["recipe"]["name"],
             deviating(*row["loss"].values()),
             f"{row['accuracy']['mean']:.1%}",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import provenance
 from benchmarks.paper.data import Data
-from benchmarks.paper.training import name_of
+from benchmarks.paper.training import evaluate, name_of
 from benchmarks.paper.transformers.feedback import exchange, feedback_of
 from benchmarks.paper.transformers.residual import NETWORKS, Add, Residual
 from dfa_kernels import DFA, Attachment, alignment, attach
@@ -98,10 +98,8 @@ class Trainee:
         self.model.to(data.train_x.device)
         scale = recipe.scale / math.sqrt(setting.width)
         branches = [module for module in self.model.modules() if isinstance(module, Add)]
-        for module in branches:
-            if recipe.zero:
-                module.scale = 1 / math.sqrt(len(branches))
-                module.start_at_zero()
+        for module in branches if recipe.zero else ():
+            module.start_at_zero(scale=1 / math.sqrt(len(branches)))
         if recipe.learns == "embedding":
             self.model.blocks.requires_grad_(False)
         self.handle = _attached(self.model, trial, scale)
@@ -119,19 +117,15 @@ class Trainee:
         self.start = weight.detach().clone()
         self.trial = trial
         self.order = torch.Generator().manual_seed(trial.seed)
-        top = [weight]
-        norm = [*self.model.norm.parameters()]
-        embed = [*self.model.embed.parameters()]
-        body = [*self.model.blocks.parameters()]
+        parts = (
+            (self.model.blocks, recipe.hidden_rate, 0.0),
+            (self.model.embed, recipe.embedding_rate, 0.0),
+            (self.model.norm, recipe.output_rate, 0.0),
+            (self.model.output, recipe.output_rate, recipe.output_decay),
+        )
         groups = [
-            {"params": body, "lr": recipe.hidden_rate, "weight_decay": 0.0},
-            {
-                "params": embed,
-                "lr": recipe.embedding_rate,
-                "weight_decay": 0.0,
-            },
-            {"params": norm, "lr": recipe.output_rate, "weight_decay": 0.0},
-            {"params": top, "lr": recipe.output_rate, "weight_decay": recipe.output_decay},
+            {"params": [*part.parameters()], "lr": rate, "weight_decay": decay}
+            for part, rate, decay in parts
         ]
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.SGD(groups, momentum=0.9)
@@ -189,18 +183,6 @@ def _attached(model: Residual, trial: Trial, scale: float) -> Attachment:
     )
 
 
-def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Mean cross-entropy and the fraction of rows that a model gets right."""
-    loss, right, rows = 0.0, 0, 0
-    with torch.no_grad():
-        for inputs, labels in zip(x.split(128), y.split(128), strict=True):
-            output, flat = model(inputs).flatten(0, -2), labels.flatten()
-            loss += F.cross_entropy(output, flat, reduction="sum").item()
-            right += int((output.argmax(1) == flat).sum())
-            rows += len(flat)
-    return loss / rows, right / rows
-
-
 def measure(trainee: Trainee, data: Data, null: bool = True) -> dict:
     """The test loss and accuracy and, of DFA, the alignment by point and the output layer's.
 
@@ -209,7 +191,7 @@ def measure(trainee: Trainee, data: Data, null: bool = True) -> dict:
     """
     trial, model = trainee.trial, trainee.model
     found: dict = {}
-    found["loss"], found["accuracy"] = evaluate(model, *sample(data, EVALUATION))
+    found["loss"], found["accuracy"] = evaluate(model, *sample(data, EVALUATION), batch=128)
     weight = model.output.weight.detach()
     found["output"] = F.cosine_similarity(weight.flatten(), trainee.start.flatten(), 0).item()
     if trial.recipe.mode != "dfa":

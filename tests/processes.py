@@ -15,7 +15,6 @@ import contextlib
 import datetime
 import faulthandler
 import importlib
-import os
 import warnings
 
 import torch

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, overrides
 
-from dfa_kernels import checks, ops, stream
+from dfa_kernels import checks, ops, sharding, stream
 from dfa_kernels.backends import registry
 from dfa_kernels.layers import Layers
 from dfa_kernels.stream import Stream
@@ -37,7 +37,9 @@ def project(
 
     Args:
         error: (..., n), the gradient of the loss with respect to the output. fp16, bf16, fp32 or
-            fp64, any strides; leading dimensions are batch dimensions. Differentiable.
+            fp64, any strides; leading dimensions are batch dimensions. Differentiable. It may be a
+            DTensor: of an error that is sharded over its last dimension, as that of an output layer
+            over the vocabulary, each process projects its columns, and nothing is sent.
         sizes: the layers' sizes l_i, at least one, each at least 1.
         seed: selects the matrix, 0 <= seed < 2**64.
         distribution: of U's entries: "normal", "uniform" or "rademacher", independent, of mean 0
@@ -61,7 +63,8 @@ def project(
 
     Returns:
         One tensor (..., l_i) per size. Layers with equal size, offset and scale share one tensor
-        object.
+        object. Of a DTensor they are DTensors: `Partial` where the error is sharded over its last
+        dimension, for one all-reduce or reduce-scatter by `redistribute`; else placed like it.
 
     Raises:
         TypeError, ValueError: an argument is invalid. The message names it and what it got.
@@ -119,16 +122,19 @@ def project(
         checks.dtype("project", "dtype", dtype)
     # Equal layers share one output.
     layers, places = Layers.distinct(row_offsets, sizes, scales)
-    batch = error.shape[:-1]
-    signals = ops.project(
-        _rows(error),
-        layers,
-        Stream(seed, column_offset, distribution),
-        dtype,
-        registry.choose_for_call("project", error.device, backend, distribution),
-    )
-    if error.dim() != 2:
-        signals = [signal.view(*batch, signal.shape[1]) for signal in signals]
+    backend = registry.choose_for_call("project", error.device, backend, distribution)
+
+    def signals_of(part: Tensor, first: int) -> list[Tensor]:
+        matrix = Stream(seed, column_offset + first, distribution)
+        signals = ops.project(_rows(part), layers, matrix, dtype, backend)
+        if part.dim() == 2:
+            return signals
+        return [signal.view(*part.shape[:-1], signal.shape[1]) for signal in signals]
+
+    if sharding.is_dtensor(error):
+        signals = sharding.project(signals_of, error)
+    else:
+        signals = signals_of(error, 0)
     return [signals[place] for place in places]
 
 

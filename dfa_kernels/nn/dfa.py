@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dfa_kernels import checks, derivatives, stream
 from dfa_kernels.layers import Layers
-from dfa_kernels.nn import guards, loading, matching, ranks, state
+from dfa_kernels.nn import guards, loading, matching, ranks, sharded, state
 from dfa_kernels.nn import signals as delivery
 from dfa_kernels.nn.functions import Factor, Feedback, Signals
 from dfa_kernels.nn.layer import (
@@ -40,7 +40,7 @@ from dfa_kernels.nn.plan import Plan, Target, make_plan
 from dfa_kernels.nn.rows import to_rows
 from dfa_kernels.nn.scripting import tracing
 from dfa_kernels.nn.settings import Settings
-from dfa_kernels.nn.shards import refuse_shards
+from dfa_kernels.nn.shards import layout_of
 from dfa_kernels.nn.sources import (
     OutputWeights,
     Scales,
@@ -270,7 +270,6 @@ class DFA(Settings):
     def _tie(self, output: Tensor) -> Tensor:
         if not isinstance(output, Tensor):
             raise TypeError(f"DFA: output must be a tensor, got {type(output).__name__}")
-        refuse_shards("DFA", "output", output)
         waiting, idle = self._group.take()
         record = self._group.record
         if not torch.is_grad_enabled() or (record is None and self.mode != "dfa"):
@@ -312,7 +311,7 @@ class DFA(Settings):
             weights = None
         if keep:
             signals = functools.partial(self._traced_signals, indices)
-        elif any(item.factor is not None for item in waiting):
+        elif any(item.factor is not None for item in waiting) and not plan.shared:
             signals = self._lean(plan, waiting, weights)
         else:
             signals = functools.partial(self._planned_signals, plan, weights)
@@ -323,10 +322,16 @@ class DFA(Settings):
 
         `source` makes them, or the one that is in force.
         """
-        rows, share = self._rows(error, plan.batch_dims), self.signal_transform is None
-        signals = delivery.deliver(
-            source or self.source, rows, plan.layers, plan.places, plan.masks, share=share
-        )
+        source, share = source or self.source, self.signal_transform is None
+        if plan.shared:
+            signals = sharded.deliver(
+                source, error, plan, self.error_transform and self._transformed_error
+            )
+        else:
+            rows = self._rows(error, plan.batch_dims)
+            signals = delivery.deliver(
+                source, rows, plan.layers, plan.places, plan.masks, share=share
+            )
         if share:
             return signals
         pairs = zip(plan.indices, signals, strict=True)
@@ -561,14 +566,17 @@ class DFA(Settings):
 
     def _rows(self, error: Tensor, batch_dims: Sequence[int]) -> Tensor:
         """The error as it is projected: [batch, n], transformed, where the projection runs."""
-        rows = to_rows(error, batch_dims, "DFA")
-        if self.error_transform is not None:
-            # A copy: one that works in place would change the last layer's gradient.
-            transformed = self.error_transform(rows.clone())
-            if not isinstance(transformed, Tensor) or transformed.shape != rows.shape:
-                raise _other_shape("error_transform", rows, transformed)
-            rows = transformed
-        return rows.to(self.rp_device)
+        return self._transformed_error(to_rows(error, batch_dims, "DFA")).to(self.rp_device)
+
+    def _transformed_error(self, rows: Tensor) -> Tensor:
+        """The error through `error_transform`."""
+        if self.error_transform is None:
+            return rows
+        # A copy: one that works in place would change the last layer's gradient.
+        transformed = self.error_transform(rows.clone())
+        if not isinstance(transformed, Tensor) or transformed.shape != rows.shape:
+            raise _other_shape("error_transform", rows, transformed)
+        return transformed
 
     def _plan(self, indices: Sequence[int], activations: Sequence[Tensor], output: Tensor) -> Plan:
         """Which layer's signal goes to which activation. Moves masks to their activations."""
@@ -583,17 +591,27 @@ class DFA(Settings):
             if index in self.masks and self.masks[index].device != device:
                 self.masks[index] = self.masks[index].to(device)
             dims = self.dfa_layers[index].row_dims
-            targets.append(Target(index, activation.shape, dims, activation.dtype, device))
-        return make_plan(
+            layout = layout_of("DFA", f"dfa_layers[{index}]", activation)
+            shape = activation.shape if layout is None else layout.shape
+            targets.append(Target(index, shape, dims, activation.dtype, device, layout))
+        layout = layout_of("DFA", "output", output)
+        plan = make_plan(
             targets,
-            output.shape,
+            output.shape if layout is None else layout.shape,
             self.batch_dims,
+            layout,
             self._slicing,
             len(self.dfa_layers),
             lambda index: self.dfa_layers[index].size,
             self.masks,
             self.scale_repeats,
         )
+        if plan.shared and self.rp_device is not None:
+            raise ValueError(
+                "DFA: rp_device must be None where processes share the output or activations, "
+                f"got {self.rp_device}"
+            )
+        return plan
 
     def _warn(self, waiting: Sequence[Waiting], idle: Mapping[int, str], output: Tensor) -> None:
         """Say what a training pass will not train, or not as asked. Once, compare the ranks."""

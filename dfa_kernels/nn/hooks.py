@@ -9,33 +9,20 @@ import copy
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dfa_kernels.nn.dfa import DFA
 from dfa_kernels.nn.layer import DFALayer
-from dfa_kernels.nn.shards import refuse_a_shard
 
 
 class _PointHook:
     """Passes one tensor of a module through a `DFALayer` or a `DFA`."""
 
-    is_input = False
-
     def __init__(self, name: str, target: DFALayer | DFA):
         self.name = name
         self.target = target
-        self._checked = False
-
-    def send(self, module: nn.Module, tensor: Tensor) -> Tensor:
-        """The tensor, passed through; the first time outside a graph it must be whole."""
-        if not self._checked and not torch.compiler.is_compiling():
-            refuse_a_shard(self.name, module, tensor, self.is_input)
-            self._checked = True
-        return self.target(tensor)
 
 
 class OutputHook(_PointHook):
@@ -48,13 +35,11 @@ class OutputHook(_PointHook):
                 f"attach: {self.name!r} returns its loss, which no signal would reach; give "
                 "output=..., the submodule that makes the logits"
             )
-        return through(partial(self.send, module), output, self.name)
+        return through(self.target, output, self.name)
 
 
 class InputHook(_PointHook):
     """A forward pre-hook for the first tensor among a module's arguments."""
-
-    is_input = True
 
     def __call__(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -62,10 +47,10 @@ class InputHook(_PointHook):
         """The arguments with that tensor replaced."""
         for index, value in enumerate(args):
             if isinstance(value, Tensor):
-                return (*args[:index], self.send(module, value), *args[index + 1 :]), kwargs
+                return (*args[:index], self.target(value), *args[index + 1 :]), kwargs
         for key, value in kwargs.items():
             if isinstance(value, Tensor):
-                return args, {**kwargs, key: self.send(module, value)}
+                return args, {**kwargs, key: self.target(value)}
         got = ", ".join(type(value).__name__ for value in (*args, *kwargs.values()))
         raise TypeError(f"attach: {self.name!r} must be called with a tensor, got ({got})")
 

@@ -15,7 +15,6 @@ from dfa_kernels.nn import guards
 from dfa_kernels.nn.functions import Factor, Scaled, Stopped
 from dfa_kernels.nn.plan import Plan
 from dfa_kernels.nn.scripting import Scriptable, tracing
-from dfa_kernels.nn.shards import refuse_shards
 
 
 class FeedbackPointsHandling(enum.Enum):
@@ -266,7 +265,6 @@ class DFALayer(Scriptable):
             raise TypeError(
                 f"DFALayer: activation must be a tensor, got {type(activation).__name__}"
             )
-        refuse_shards("DFALayer", "activation", activation)
         if self.passthrough:
             return activation
         group = self._group

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dfa_kernels import checks, functional, hadamard, stream
+from dfa_kernels import checks, functional, hadamard, sharding, stream
 from dfa_kernels.layers import Layers
 from dfa_kernels.nn.plan import Plan
 from dfa_kernels.nn.sources import INDEPENDENT_ROWS, Seeded, Source, Stored, matrix_of
@@ -224,16 +224,13 @@ def _local(weight: Tensor) -> tuple[Tensor, int, int]:
     """What is here of a weight: itself or a shard, and its first row and column in the whole."""
     if not hasattr(weight, "placements"):
         return weight, 0, 0
-    from torch.distributed.tensor import DTensor, _utils
+    from torch.distributed.tensor import DTensor
 
     assert isinstance(weight, DTensor)
     if any(place.is_partial() for place in weight.placements):
         raise ValueError(f"{WHERE}: linear.weight must be no partial sum, got {weight.placements}")
     refuse_uneven_twice(weight.shape, weight.device_mesh.shape, weight.placements)
-    _, offsets = _utils.compute_local_shape_and_global_offset(
-        weight.shape, weight.device_mesh, weight.placements
-    )
-    below, beside = offsets
+    _, (below, beside) = sharding.part_of(weight.shape, weight.device_mesh, weight.placements)
     return weight.to_local(), below, beside
 
 

@@ -11,26 +11,31 @@ from torch import Tensor
 
 from dfa_kernels.layers import Layers
 from dfa_kernels.nn.rows import beside_rows, row_ratio, split_shape
+from dfa_kernels.nn.shards import Layout
 from dfa_kernels.nn.signals import Place
 from dfa_kernels.nn.sources import Slicing
 
 
 class Target(NamedTuple):
-    """An activation that gets a signal, by the index of its `DFALayer`, and the signal's kind."""
+    """An activation that gets a signal, by the index of its `DFALayer`, and the signal's kind.
+
+    `shape` is that of the whole, where processes share it.
+    """
 
     dfa_layer: int
     shape: torch.Size
     batch_dims: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    layout: Layout | None
 
 
 class Plan(NamedTuple):
     """The distinct layers of a forward pass, the places that their signals go to, and sizes.
 
     `indices` has the index of each place's `DFALayer`, `own_sizes` the size that each had last.
-    `batch_dims` are the output's. They and `masks` stay, whatever the `DFA` gets before the
-    backward pass.
+    `batch_dims` and `layout` are the output's. They and `masks` stay, whatever the `DFA` gets
+    before the backward pass.
     """
 
     layers: Layers
@@ -40,12 +45,19 @@ class Plan(NamedTuple):
     error_size: int
     batch_dims: Sequence[int]
     masks: Mapping[int, Tensor]
+    layout: Layout | None
+
+    @property
+    def shared(self) -> bool:
+        """Whether processes share the output or an activation."""
+        return self.layout is not None or any(place.layout is not None for place in self.places)
 
 
 def make_plan(
     targets: Sequence[Target],
     output_shape: torch.Size,
     output_dims: Sequence[int],
+    output_layout: Layout | None,
     slicing: Slicing,
     count: int,
     known_size: Callable[[int], int | None],
@@ -88,7 +100,7 @@ def make_plan(
         for position, target in zip(positions, targets, strict=True)
     ]
     indices = [target.dfa_layer for target in targets]
-    return Plan(layers, places, indices, own, error_size, output_dims, masks)
+    return Plan(layers, places, indices, own, error_size, output_dims, masks, output_layout)
 
 
 def _split(target: Target) -> tuple[list[int], int]:

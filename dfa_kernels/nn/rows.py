@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 
-def _order(
+def order(
     shape: Sequence[int], batch_dims: Sequence[int], function: str
 ) -> tuple[list[int], list[int]]:
-    """The batch dimensions in the order given, and the others, ascending."""
+    """The batch dimensions of a shape in the order given, and the others, ascending."""
     batch = []
     for dim in batch_dims:
         if not -len(shape) <= dim < len(shape):
@@ -32,7 +32,7 @@ def split_shape(
     shape: Sequence[int], batch_dims: Sequence[int], function: str
 ) -> tuple[list[int], list[int]]:
     """The sizes of the batch dimensions in the order given, and of the others."""
-    batch, rest = _order(shape, batch_dims, function)
+    batch, rest = order(shape, batch_dims, function)
     return [shape[dim] for dim in batch], [shape[dim] for dim in rest]
 
 
@@ -61,7 +61,7 @@ def row_ratio(ours: list[int], theirs: list[int], function: str) -> int:
 
 def to_rows(tensor: Tensor, batch_dims: Sequence[int], function: str) -> Tensor:
     """[rows, size] of a tensor; a view where its strides allow one."""
-    batch, rest = _order(tensor.shape, batch_dims, function)
+    batch, rest = order(tensor.shape, batch_dims, function)
     rows = math.prod([tensor.shape[dim] for dim in batch])
     size = math.prod([tensor.shape[dim] for dim in rest])
     return tensor.permute(batch + rest).reshape(rows, size)
@@ -72,7 +72,7 @@ def from_rows(rows: Tensor, shape: torch.Size, batch_dims: Sequence[int], functi
 
     Where that has k times as many rows, each given row serves k consecutive ones.
     """
-    batch, rest = _order(shape, batch_dims, function)
+    batch, rest = order(shape, batch_dims, function)
     count = math.prod([shape[dim] for dim in batch])
     if rows.shape[0] != count:
         rows = rows[:, None, :].expand(-1, count // rows.shape[0], -1)
@@ -88,7 +88,7 @@ def beside_rows(
 
     `tensor` broadcasts to the dimensions of `shape` that are not batch dimensions.
     """
-    batch, rest = _order(shape, batch_dims, function)
+    batch, rest = order(shape, batch_dims, function)
     sizes = [1] * (len(rest) - tensor.dim()) + list(tensor.shape)
     wanted = [shape[dim] for dim in rest]
     if len(sizes) != len(rest) or any(

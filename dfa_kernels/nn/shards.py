@@ -1,61 +1,107 @@
-"""Refuses activations of which each process has a part, as tensor parallelism makes them.
+"""Outputs and activations of which each process has a part, as tensor parallelism makes them.
 
-The signal of a part would be that of other features.
+They are DTensors, or what `DTensor.to_local` made of one: the plain tensors that `ColwiseParallel`
+returns by default, and what activation functions make of them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, distributed
 
+from dfa_kernels import sharding
 
-def refuse_shards(function: str, argument: str, tensor: Tensor) -> None:
-    """Raise ValueError where a tensor is a DTensor that is not whole in each process."""
-    if type(tensor) is Tensor or type(tensor) is nn.Parameter:
-        return
-    placements: Any = getattr(tensor, "placements", None)  # only a DTensor's
-    if placements is None or all(place.is_replicate() for place in placements):
-        return
-    got = ", ".join(map(str, placements))
-    raise ValueError(
-        f"{function}: {argument} must be whole in each process, got a DTensor with the placements "
-        f"({got}); make its module's output whole with output_layouts=Replicate()"
-    )
+# What autograd calls the nodes of products and of lookups: their results are not split as their
+# operands are. Of "mm" there are addmm, bmm, baddbmm.
+_MIXES = ("mm", "linear", "conv", "embedding", "fromtorchtensor", "scaleddotproduct", "stopped")
+_MOST_NODES = 200
 
 
-def refuse_a_shard(name: str, module: nn.Module, tensor: Tensor, is_input: bool = False) -> None:
-    """Raise ValueError where `module`'s output, or input, has only this process's part of features.
+class Layout(NamedTuple):
+    """How processes share a tensor of a global `shape`.
 
-    So it is with the output of `ColwiseParallel` and the input of `RowwiseParallel`, plain tensors.
-    Looks at a linear module, an embedding or the last of them in a Sequential; others do not tell.
+    `local` says that it is a plain tensor, this process's part, and not a DTensor.
     """
-    last = module if is_input else _last(module)
-    if isinstance(last, nn.Linear):
-        dim = 1 if is_input else 0
-    elif isinstance(last, nn.Embedding) and not is_input:
-        dim = 1
-    else:
-        return
-    weight: Any = last.weight
-    placements = getattr(weight, "placements", ())
-    if tensor.dim() == 0 or not any(place.is_shard(dim) for place in placements):
-        return
-    features, whole = tensor.shape[-1], weight.shape[dim]
-    # Sharded weights alone say nothing: fully_shard makes them whole for the forward pass.
-    if features < whole and features == weight.to_local().shape[dim]:
-        does, layouts = ("get", "input") if is_input else ("return", "output")
+
+    mesh: Any
+    placements: tuple[Any, ...]
+    shape: torch.Size
+    local: bool
+
+    @property
+    def wanted(self) -> tuple[Any, ...]:
+        """The placements of a signal: where the activation is a sum, the same for each summand."""
+        from torch.distributed.tensor import Replicate
+
+        return tuple(Replicate() if place.is_partial() else place for place in self.placements)
+
+
+def layout_of(function: str, argument: str, tensor: Tensor) -> Layout | None:
+    """How processes share a tensor, or None where it is whole as far as can be known.
+
+    A plain tensor is known to be a part by autograd's graph, which torch.compile does not show.
+
+    Raises:
+        ValueError: it is made of parts that are split differently.
+    """
+    if sharding.is_dtensor(tensor):
+        dtensor: Any = tensor
+        return Layout(dtensor.device_mesh, tuple(dtensor.placements), dtensor.shape, False)
+    if (
+        "torch.distributed.tensor" not in sys.modules
+        or torch.compiler.is_compiling()
+        or not distributed.is_initialized()
+    ):
+        return None
+    found = {
+        Layout(spec.mesh, tuple(spec.placements), spec.shape, True) for spec in _made_of(tensor)
+    }
+    if len(found) > 1:
+        got = " and ".join(f"{list(one.shape)} as {one.placements}" for one in found)
         raise ValueError(
-            f"attach: {name!r} must {does} all {whole} features in each process, got {features}, "
-            f"of a weight that is sharded; parallelize with {layouts}_layouts=Replicate()"
+            f"{function}: {argument} must be split in one way, got a part of {got}; make the "
+            "outputs of parallelized modules DTensors with use_local_output=False"
         )
+    return found.pop() if found else None
 
 
-def _last(module: nn.Module) -> nn.Module:
-    """The last submodule of a Sequential with parameters, or the module itself."""
-    while isinstance(module, nn.Sequential):
-        parts = [part for part in module if next(part.parameters(), None) is not None]
-        if not parts:
-            break
-        module = parts[-1]
-    return module
+def mesh_of(layouts: Sequence[Layout | None]) -> Any:
+    """The one mesh of DTensors, or None where all tensors are whole."""
+    meshes = [layout.mesh for layout in layouts if layout is not None]
+    for mesh in meshes[1:]:
+        if mesh != meshes[0]:
+            raise ValueError(
+                "DFA: output and activations must be DTensors on one device mesh, got "
+                f"{meshes[0]} and {mesh}"
+            )
+    return meshes[0] if meshes else None
+
+
+def _made_of(tensor: Tensor) -> list[Any]:
+    """What DTensors a plain tensor is made of by functions of each number, where they are split.
+
+    Such functions keep the shape, so only nodes of that shape are followed. Returns the DTensors'
+    specs: mesh, placements, shape.
+    """
+    specs, seen, todo = [], set(), [tensor.grad_fn]
+    while todo and len(seen) < _MOST_NODES:
+        node: Any = todo.pop()
+        if node is None or node in seen or any(word in node.name().lower() for word in _MIXES):
+            continue
+        seen.add(node)
+        if "ToTorchTensor" in node.name():
+            spec = node.dtensor_spec
+            split = not all(place.is_replicate() for place in spec.placements)
+            if split and _local_shape(spec) == tensor.shape:
+                specs.append(spec)
+        elif any(tuple(one.shape) == tensor.shape for one in node._input_metadata):
+            todo += [next_node for next_node, _ in node.next_functions]
+    return specs
+
+
+def _local_shape(spec: Any) -> tuple[int, ...]:
+    return sharding.part_of(spec.shape, spec.mesh, spec.placements)[0]

@@ -11,7 +11,8 @@ from torch import Tensor
 from dfa_kernels import checks
 from dfa_kernels.layers import Layers
 from dfa_kernels.nn.rows import beside_rows, from_rows
-from dfa_kernels.nn.sources import Seeded, Source, Stored
+from dfa_kernels.nn.shards import Layout
+from dfa_kernels.nn.sources import OutputWeights, Seeded, Source, Stored
 
 
 class Place(NamedTuple):
@@ -26,6 +27,7 @@ class Place(NamedTuple):
     batch_dims: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    layout: Layout | None
     mask: int | None
 
 
@@ -44,7 +46,7 @@ def deliver(
     some parameter's gradient. With `share`, equal places get one tensor, and rows of one may share
     memory.
     """
-    made = _project(source, error, layers, places)
+    made = project(source, error, layers, dtype_of(places, error))
     of_layer: list[list[int]] = [[] for _ in made]  # its places without masks, each once
     signals: list[Tensor] = []
     for index, place in enumerate(places):
@@ -80,7 +82,7 @@ def deliver_views(
     The signal has the activations' dtype where they agree, else autograd casts. The places in `own`
     have no `Scaled`: the functions there make their signals at once.
     """
-    (buffer,) = _project(source, error, longest, places)
+    (buffer,) = project(source, error, longest, dtype_of(places, error))
     buffers = {place.device: buffer.to(place.device) for place in places}
     views = [
         from_rows(
@@ -95,14 +97,18 @@ def deliver_views(
     return [own[index](view) if index in own else view for index, view in enumerate(views)]
 
 
-def _project(
-    source: Source, error: Tensor, layers: Layers, places: Sequence[Place]
-) -> list[Tensor]:
-    """The source's signals, in the places' dtype where they agree, else in the error's."""
+def dtype_of(places: Sequence[Place], error: Tensor) -> torch.dtype:
+    """In which dtype to project: the places' where they agree, else the error's."""
     dtypes = {place.dtype for place in places}
-    dtype = dtypes.pop() if len(dtypes) == 1 else error.dtype
-    if isinstance(source, (Seeded, Stored)):
-        return source.project(error, layers, dtype)
+    return dtypes.pop() if len(dtypes) == 1 else error.dtype
+
+
+def project(
+    source: Source, error: Tensor, layers: Layers, dtype: torch.dtype, first_column: int = 0
+) -> list[Tensor]:
+    """The source's signals. An error from another column than 0 on is a part of the whole one."""
+    if isinstance(source, (Seeded, Stored, OutputWeights)):
+        return source.project(error, layers, dtype, first_column)
     watched = not torch.compiler.is_compiling()  # tracing finds no versions
     version = error._version if watched else 0
     signals = source.project(error, layers, dtype)

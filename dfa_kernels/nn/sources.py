@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from dfa_kernels import checks, functional, ops
+from dfa_kernels import checks, functional, ops, sharding
 from dfa_kernels.backends import registry
 from dfa_kernels.layers import Layers
 from dfa_kernels.stream import Stream
@@ -87,13 +87,15 @@ class Seeded(NamedTuple):
     distribution: str
     backend: str | None
 
-    def project(self, error: Tensor, layers: Layers, dtype: torch.dtype) -> list[Tensor]:
-        """All signals by one projection."""
+    def project(
+        self, error: Tensor, layers: Layers, dtype: torch.dtype, first_column: int = 0
+    ) -> list[Tensor]:
+        """All signals by one projection, of an error from the matrix's `first_column` on."""
         checks.error("project", error)  # `DFA`'s error_transform may have made it
         checks.dtype("project", "dtype", dtype)
         for first, size in zip(layers.row_offsets, layers.sizes, strict=True):
             checks.rows("project", "row_offsets", first, size)  # a state's may be any
-        stream = Stream(checks.seed("project", self.seed), 0, self.distribution)
+        stream = Stream(checks.seed("project", self.seed), first_column, self.distribution)
         backend = registry.choose_for_call("project", error.device, self.backend, self.distribution)
         return ops.project(error, layers, stream, dtype, backend)
 
@@ -132,8 +134,11 @@ class Stored(NamedTuple):
                     f"{error_size} columns (the error's size), got {[rows, columns]}"
                 )
 
-    def project(self, error: Tensor, layers: Layers, dtype: torch.dtype) -> list[Tensor]:
+    def project(
+        self, error: Tensor, layers: Layers, dtype: torch.dtype, first_column: int = 0
+    ) -> list[Tensor]:
         """One product for each matrix, in that matrix's dtype, sliced and scaled for its layers."""
+        last_column = first_column + error.shape[1]
         of_matrix: dict[int, list[int]] = {}
         for layer, row_offset in enumerate(layers.row_offsets):
             of_matrix.setdefault(row_offset // INDEPENDENT_ROWS, []).append(layer)
@@ -144,7 +149,11 @@ class Stored(NamedTuple):
             scale = max([abs(layers.scales[layer]) for layer in ours]) or 1.0
             nothing = matrix.new_zeros(())
             product = torch.addmm(
-                nothing, error.to(matrix.dtype), matrix[:width].T, beta=0, alpha=scale
+                nothing,
+                error.to(matrix.dtype),
+                matrix[:width, first_column:last_column].T,
+                beta=0,
+                alpha=scale,
             )
             for layer in ours:
                 signal, size, own = product, layers.sizes[layer], layers.scales[layer]
@@ -171,7 +180,8 @@ class OutputWeights:
 
     Args:
         linear: the layer whose outputs are the `DFA`'s input. It stays the model's, with weights
-            that are whole in each process. Where another takes its place, set `dfa.matrix` again.
+            that are whole in each process, or a DTensor that is sharded as the output is. Where
+            another takes its place, set `dfa.matrix` again.
 
     Raises:
         TypeError, ValueError: it is no nn.Linear, or another layer or error has other sizes.
@@ -190,28 +200,46 @@ class OutputWeights:
         found._weight = self.linear.weight
         return found
 
-    def project(self, error: Tensor, layers: Layers, dtype: torch.dtype) -> list[Tensor]:
-        """See `Source`."""
-        weight = self.linear.weight if self._weight is None else self._weight
-        if hasattr(weight, "placements"):
-            raise ValueError(
-                "OutputWeights: linear.weight must be whole in each process, got a DTensor; "
-                "match_output_ takes shards"
-            )
+    def project(
+        self, error: Tensor, layers: Layers, dtype: torch.dtype, first_column: int = 0
+    ) -> list[Tensor]:
+        """See `Source`. Of an error from `first_column` on, these weights' part of the signals."""
+        weight: Any = self.linear.weight if self._weight is None else self._weight
         n, size = weight.shape
-        if error.shape[1] != n or any(own != size for own in layers.sizes):
+        last_column = first_column + error.shape[1]
+        whole = first_column == 0 and not sharding.is_dtensor(weight)
+        fits = last_column == n if whole else last_column <= n
+        if not fits or any(own != size for own in layers.sizes):
             raise ValueError(
                 f"OutputWeights: linear must have the layers' size as its input and the error's as "
                 f"its output, got {size} and {n} beside layers of {list(layers.sizes)} and an "
                 f"error of {error.shape[1]}; batch_dims says that every token is a row"
             )
-        product = error @ weight.detach().to(error.device, error.dtype)
+        rows = _rows_of(weight, first_column, last_column)
+        product = error @ rows.detach().to(error.device, error.dtype)
         unit = math.sqrt(size * n)
         return [(product * (scale * unit)).to(dtype) for scale in layers.scales]
 
     def describe(self) -> dict[str, Any]:
         """See `Source`."""
         return {"output weights": [self.linear.out_features, self.linear.in_features]}
+
+
+def _rows_of(weight: Any, first: int, last: int) -> Tensor:
+    """The rows [first, last) of weights [n, l], of which a DTensor may hold a part here."""
+    begin, here = 0, weight
+    if sharding.is_dtensor(weight):
+        (rows, columns), (begin, _) = sharding.part_of(
+            weight.shape, weight.device_mesh, weight.placements
+        )
+        if columns != weight.shape[1] or not begin <= first <= last <= begin + rows:
+            raise ValueError(
+                f"OutputWeights: linear.weight must be here for the error's columns {first} to "
+                f"{last}, got {rows} x {columns} of {list(weight.shape)}, from row {begin} on; "
+                "shard the output as its weights are, or not at all"
+            )
+        here = weight.to_local()
+    return here[first - begin : last - begin]
 
 
 class Slicing(NamedTuple):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dfa_kernels.nn.attachment import find_dfas
 from dfa_kernels.nn.dfa import DFA
 from dfa_kernels.nn.rows import to_rows
+from dfa_kernels.nn.sharded import whole
 
 
 class Alignment(NamedTuple):
@@ -85,7 +86,7 @@ def alignment(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Alignme
             carried = map(_carried, record.activations, record.before, signals)
             for index, place, signal in zip(plan.indices, plan.places, carried, strict=True):
                 ours, theirs = (
-                    to_rows(tensor, place.batch_dims, "alignment").double()
+                    to_rows(whole(tensor, place.layout), place.batch_dims, "alignment").double()
                     for tensor in (signal, next(gradients))
                 )
                 lengths = ours.norm(dim=1) * theirs.norm(dim=1)

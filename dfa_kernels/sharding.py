@@ -62,14 +62,21 @@ def splittable(error: Any, columns: int | None, rows: Iterable[int], *, sums: bo
 
 
 def part_of(
-    shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement]
+    shape: Sequence[int], mesh: Any, placements: Sequence[Any]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The sizes of this process's part of a tensor, and where it begins in the whole."""
-    from torch.distributed.tensor import _utils
+    if any(getattr(place, "split_factor", 1) != 1 for place in placements):  # fully_shard's
+        from torch.distributed.tensor import _utils
 
-    sizes, offsets = _utils.compute_local_shape_and_global_offset(
-        torch.Size(shape), mesh, placements
-    )
+        return _utils.compute_local_shape_and_global_offset(torch.Size(shape), mesh, placements)
+    # As torch does, but in numbers that torch.compile can trace.
+    sizes, offsets = [*shape], [0] * len(shape)
+    for axis, (place, rank) in enumerate(zip(placements, mesh.get_coordinate(), strict=True)):
+        if place.is_shard():
+            chunk = -(-sizes[place.dim] // mesh.size(axis))
+            first = min(chunk * rank, sizes[place.dim])
+            offsets[place.dim] += first
+            sizes[place.dim] = min(chunk, sizes[place.dim] - first)
     return tuple(sizes), tuple(offsets)
 
 

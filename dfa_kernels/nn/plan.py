@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dfa_kernels.layers import Layers
 from dfa_kernels.nn.rows import beside_rows, row_ratio, split_shape
-from dfa_kernels.nn.shards import Layout
+from dfa_kernels.nn.shards import Layout, mesh_of
 from dfa_kernels.nn.signals import Place
 from dfa_kernels.nn.sources import Slicing
 
@@ -50,7 +50,12 @@ class Plan(NamedTuple):
     @property
     def shared(self) -> bool:
         """Whether processes share the output or an activation."""
-        return self.layout is not None or any(place.layout is not None for place in self.places)
+        return self.mesh is not None
+
+    @property
+    def mesh(self) -> Any:
+        """The one device mesh of what processes share, or None. Raises if there are several."""
+        return mesh_of([self.layout, *(place.layout for place in self.places)])
 
 
 def make_plan(

@@ -14,6 +14,7 @@ batches do not go together. Whatever else is sent, `DTensor.redistribute` decide
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from dfa_kernels import sharding
 from dfa_kernels.layers import Layers
 from dfa_kernels.nn.plan import Plan
 from dfa_kernels.nn.rows import beside_rows, from_rows, order, to_rows
-from dfa_kernels.nn.shards import Layout, mesh_of
+from dfa_kernels.nn.shards import Layout
 from dfa_kernels.nn.signals import Place, dtype_of, project
 from dfa_kernels.nn.sources import OutputWeights, Seeded, Source, Stored
 
@@ -73,28 +74,33 @@ def deliver(
 
     `transform` is the `DFA`'s error_transform: it gets a DTensor if the error is one.
     """
-    mesh = mesh_of([plan.layout, *(place.layout for place in plan.places)])
-    rows = _rows(source, error, plan, mesh, transform)
-    pieces = [_piece(rows, place, mesh, isinstance(source, Seeded)) for place in plan.places]
-    dtype = dtype_of(plan.places, error)
+    mesh, places = plan.mesh, plan.places
+    rows = _rows(source, error, plan, transform)
+    pieces = [_piece(rows, place, mesh, isinstance(source, Seeded)) for place in places]
+    dtype = dtype_of(places, error)
     signals: dict[int, Tensor] = {}
     for narrow in dict.fromkeys(piece.narrow for piece in pieces):
         ours = [index for index, piece in enumerate(pieces) if piece.narrow == narrow]
-        local = _narrowed(rows, narrow)
-        made, found, summed = _made(source, rows, local, plan, pieces, ours, mesh, dtype)
-        owners: dict[int, int] = {}  # of a layer's signal, which others have to copy
-        for index in ours:
-            layer = found[index]
-            piece = pieces[index]
-            twin = owners.setdefault(layer, index)
-            if plan.places[twin] == plan.places[index] and twin != index:
+        wanted = [_layer_of(plan, index, pieces[index]) for index in ours]
+        layers, positions = Layers.distinct(*zip(*wanted, strict=True))
+        apart = [_scattered(rows, places[index], mesh) for index in ours]
+        summed = {*positions} - {
+            one for one, is_apart in zip(positions, apart, strict=True) if is_apart
+        }
+        make = functools.partial(
+            project, source, _narrowed(rows, narrow), dtype=dtype, first_column=rows.first_column
+        )
+        made = _made(make, layers, summed if _SUM in rows.splits else set(), rows, mesh)
+        first: dict[int, int] = {}  # the place that has a layer's signal itself
+        for index, layer in zip(ours, positions, strict=True):
+            place, twin = places[index], first.setdefault(layer, index)
+            if twin != index and places[twin] == place:
                 signals[index] = signals[twin]
                 continue
+            piece = _after_sum(rows, pieces[index]) if layer in summed else pieces[index]
             part = made[layer] if twin == index else made[layer].clone()
-            if layer in summed:
-                piece = piece._replace(placements=_after_sum(rows, piece))
-            signals[index] = _placed(part, piece, plan.places[index], mesh, plan.masks)
-    return [signals[index] for index in range(len(pieces))]
+            signals[index] = _placed(part, piece, place, mesh, plan.masks)
+    return [signals[index] for index in range(len(places))]
 
 
 def whole(tensor: Tensor, layout: Layout | None) -> Tensor:
@@ -111,9 +117,9 @@ def _rows(
     source: Source,
     error: Any,
     plan: Plan,
-    mesh: Any,
     transform: Callable[[Tensor], Tensor] | None,
 ) -> Rows:
+    mesh = plan.mesh
     if plan.layout is not None and plan.layout.local and not sharding.is_dtensor(error):
         error = sharding.dtensor(error, mesh, plan.layout.wanted, plan.layout.shape)
     batch, rest = order(error.shape, plan.batch_dims, "DFA")
@@ -225,75 +231,65 @@ def _narrowed(rows: Rows, narrow: Sequence[tuple[int, int, int]]) -> Tensor:
     return split.flatten(0, len(rows.own_batch) - 1)
 
 
-def _made(
-    source: Source,
-    rows: Rows,
-    local: Tensor,
-    plan: Plan,
-    pieces: Sequence[Piece],
-    ours: Sequence[int],
-    mesh: Any,
-    dtype: torch.dtype,
-) -> tuple[list[Tensor], dict[int, int], set[int]]:
-    """The distinct signals of some places, each place's one, and those that are summed already.
-
-    Signals to be summed for all processes are: of one matrix the longest once, all in one go.
-    """
-    wanted = [_layer_of(plan, index, pieces[index]) for index in ours]
-    layers, positions = Layers.distinct(*zip(*wanted, strict=True))
-    found = dict(zip(ours, positions, strict=True))
-    axes = [axis for axis, split in enumerate(rows.splits) if split == _SUM]
-    scattered = {
-        found[index]
-        for index in ours
-        if not all(_wanted(plan.places[index], mesh)[axis].is_replicate() for axis in axes)
-    }
-    summed = {*positions} - scattered if axes else set()
-    longest: dict[int, list[Any]] = {}  # by the first row: the size and the scale
-    for layer in sorted(summed):
-        first, size, scale = (facts[layer] for facts in layers)
-        known = longest.setdefault(first, [size, scale])
-        known[:] = max(size, known[0]), max(scale, known[1], key=abs)
-    alone = [layer for layer in range(len(layers.sizes)) if layer not in summed]
-    asked = [(first, *facts) for first, facts in longest.items()]
-    asked += [tuple(facts[layer] for facts in layers) for layer in alone]
-    signals = project(source, local, Layers.of(*zip(*asked, strict=True)), dtype, rows.first_column)
-    sums = _sums(signals[: len(longest)], axes, mesh)
-    made = dict(zip(alone, signals[len(longest) :], strict=True))
-    of_rows = dict(zip(longest, sums, strict=True))
-    for layer in sorted(summed):
-        first, size, scale = (facts[layer] for facts in layers)
-        whole_scale = longest[first][1]
-        part = of_rows[first].narrow(1, 0, size)
-        made[layer] = part if scale == whole_scale else part * (scale / whole_scale)
-    return [made[layer] for layer in range(len(layers.sizes))], found, summed
-
-
 def _layer_of(plan: Plan, index: int, piece: Piece) -> tuple[int, int, float]:
-    first, _, scale = (facts[plan.places[index].layer] for facts in plan.layers)
-    return first + piece.first_row, max(piece.size, 1), scale
+    """The first row, the size and the scale of what this process projects for a place."""
+    layer = plan.places[index].layer
+    first = plan.layers.row_offsets[layer] + piece.first_row
+    return first, max(piece.size, 1), plan.layers.scales[layer]
 
 
-def _sums(signals: Sequence[Tensor], axes: Sequence[int], mesh: Any) -> list[Tensor]:
-    """The sums of signals [rows, size] over dimensions of the mesh, by one all-reduce for each."""
+def _scattered(rows: Rows, place: Place, mesh: Any) -> bool:
+    """Whether a signal that is to be summed is wanted in parts."""
+    pairs = zip(rows.splits, _wanted(place, mesh), strict=True)
+    return any(split == _SUM and not wanted.is_replicate() for split, wanted in pairs)
+
+
+def _made(
+    make: Callable[[Layers], list[Tensor]], layers: Layers, summed: set[int], rows: Rows, mesh: Any
+) -> list[Tensor]:
+    """The signals of distinct layers, those in `summed` summed for all processes.
+
+    Of the layers that slice one matrix the longest is enough, and one all-reduce is for all.
+    """
+    each = [*zip(*layers, strict=True)]
+    longest: dict[int, tuple[int, float]] = {}  # by the first row: the size and the scale
+    for layer in sorted(summed):
+        first, size, scale = each[layer]
+        known_size, known_scale = longest.get(first, (size, scale))
+        longest[first] = max(size, known_size), max(scale, known_scale, key=abs)
+    alone = [layer for layer in range(len(each)) if layer not in summed]
+    asked = [(first, *rest) for first, rest in longest.items()] + [each[layer] for layer in alone]
+    signals = make(Layers.of(*zip(*asked, strict=True)))
+    sums = dict(zip(longest, _sums(signals[: len(longest)], rows, mesh), strict=True))
+    made = dict(zip(alone, signals[len(longest) :], strict=True))
+    for layer in sorted(summed):
+        first, size, scale = each[layer]
+        part = sums[first]
+        if (size, scale) != longest[first]:  # in memory of its own
+            part = part[:, :size] * (scale / (longest[first][1] or 1.0))
+        made[layer] = part
+    return [made[layer] for layer in range(len(each))]
+
+
+def _sums(signals: Sequence[Tensor], rows: Rows, mesh: Any) -> list[Tensor]:
+    """The sums of signals [rows, size], by one all-reduce for each dimension of the mesh."""
     from torch.distributed.tensor import Partial, Replicate
 
     if not signals:
         return []
     joint = torch.cat(tuple(signals), 1) if len(signals) > 1 else signals[0]
-    placements = [Partial() if axis in axes else Replicate() for axis in range(mesh.ndim)]
+    placements = [Partial() if split == _SUM else Replicate() for split in rows.splits]
     partial = sharding.dtensor(joint, mesh, placements, joint.shape)
     summed = partial.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
     return list(summed.split([signal.shape[1] for signal in signals], 1))
 
 
-def _after_sum(rows: Rows, piece: Piece) -> tuple[Any, ...]:
+def _after_sum(rows: Rows, piece: Piece) -> Piece:
     from torch.distributed.tensor import Replicate
 
-    return tuple(
-        Replicate() if split == _SUM else place
-        for split, place in zip(rows.splits, piece.placements, strict=True)
-    )
+    pairs = zip(rows.splits, piece.placements, strict=True)
+    placements = tuple(Replicate() if split == _SUM else place for split, place in pairs)
+    return piece._replace(placements=placements)
 
 
 def _placed(part: Tensor, piece: Piece, place: Place, mesh: Any, masks: Any) -> Tensor:

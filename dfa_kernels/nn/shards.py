@@ -43,19 +43,19 @@ class Layout(NamedTuple):
 def layout_of(function: str, argument: str, tensor: Tensor) -> Layout | None:
     """How processes share a tensor, or None where it is whole as far as can be known.
 
-    A plain tensor is known to be a part by autograd's graph, which torch.compile does not show.
+    A plain tensor is known to be a part by autograd's graph.
 
     Raises:
-        ValueError: it is made of parts that are split differently.
+        ValueError: it is made of parts that are split differently, or a plain part in what
+            torch.compile compiles.
     """
     if sharding.is_dtensor(tensor):
         dtensor: Any = tensor
         return Layout(dtensor.device_mesh, tuple(dtensor.placements), dtensor.shape, False)
-    if (
-        "torch.distributed.tensor" not in sys.modules
-        or torch.compiler.is_compiling()
-        or not distributed.is_initialized()
-    ):
+    if not _may_be_parts():
+        return None
+    if torch.compiler.is_compiling():
+        _refuse_traced_part(function, argument, tensor)
         return None
     found = {
         Layout(spec.mesh, tuple(spec.placements), spec.shape, True) for spec in _made_of(tensor)
@@ -67,6 +67,34 @@ def layout_of(function: str, argument: str, tensor: Tensor) -> Layout | None:
             "outputs of parallelized modules DTensors with use_local_output=False"
         )
     return found.pop() if found else None
+
+
+@torch.compiler.assume_constant_result
+def _may_be_parts() -> bool:
+    return (
+        "torch.distributed.tensor" in sys.modules
+        and distributed.is_available()
+        and distributed.is_initialized()
+    )
+
+
+def _refuse_traced_part(function: str, argument: str, tensor: Tensor) -> None:
+    """Raise while tracing where a plain tensor is a part: graphs do not know how it is split."""
+    from torch._dynamo.comptime import comptime
+
+    comptime(_look)
+
+
+def _look(context: Any) -> None:
+    if _made_of(context.get_local("tensor").as_fake()):
+        function, argument = (
+            context.get_local(name).as_python_constant() for name in ("function", "argument")
+        )
+        raise ValueError(
+            f"{function}: {argument} must be a DTensor where torch.compile compiles it, got this "
+            "process's part of one as a plain tensor; parallelize its module with "
+            "use_local_output=False"
+        )
 
 
 def mesh_of(layouts: Sequence[Layout | None]) -> Any:
@@ -87,9 +115,11 @@ def _made_of(tensor: Tensor) -> list[Any]:
     Such functions keep the shape, so only nodes of that shape are followed. Returns the DTensors'
     specs: mesh, placements, shape.
     """
-    specs, seen, todo = [], set(), [tensor.grad_fn]
+    specs: list[Any] = []
+    seen: set[Any] = set()
+    todo: list[Any] = [tensor.grad_fn]
     while todo and len(seen) < _MOST_NODES:
-        node: Any = todo.pop()
+        node = todo.pop()
         if node is None or node in seen or any(word in node.name().lower() for word in _MIXES):
             continue
         seen.add(node)

@@ -1,12 +1,17 @@
-"""Activations of which each process has a part are refused."""
+"""How it is known what processes share, what is refused, and what is sent. Nothing is, here: the
+group is an imitation. For values see test_tensor_parallel.py."""
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dfa_kernels import DFA, DFALayer, attach
-from dfa_kernels.nn.shards import refuse_a_shard, refuse_shards
+from dfa_kernels.nn import OutputWeights
+from dfa_kernels.nn.shards import layout_of
+from tests import processes
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 
@@ -14,80 +19,177 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.dis
 @pytest.fixture
 def mesh():
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield init_device_mesh("cpu", (2,))
-    dist.destroy_process_group()
+    with processes.fake_group(2):
+        yield init_device_mesh("cpu", (2,))
 
 
-def distributed(mesh, placement):
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(torch.ones(3, 4), mesh, [placement], run_check=False)
-
-
-def parallel(mesh, kind, module=None, **options):
+def parallel(mesh, kind, module, **options):
     from torch.distributed.tensor import parallel as styles
 
-    module = module or nn.Linear(4, 8)
     return styles.parallelize_module(module, mesh, getattr(styles, kind)(**options))
 
 
-def test_a_sharded_activation_or_output_is_refused(mesh):
-    from torch.distributed.tensor import Partial, Shard
+def found(tensor):
+    layout = layout_of("DFA", "output", tensor)
+    return layout and (layout.placements, tuple(layout.shape), layout.local)
 
+
+SHAPED = {
+    "tanh": torch.tanh,
+    "gated": lambda h: F.silu(h) * h + 1,
+    "dropout": lambda h: F.dropout(h, 0.5),
+    "checkpointed": lambda h: checkpoint(torch.sigmoid, h, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("function", SHAPED.values(), ids=SHAPED)
+def test_what_is_made_of_a_part_is_a_part(mesh, function):
+    from torch.distributed.tensor import Shard
+
+    linear = parallel(mesh, "ColwiseParallel", nn.Linear(4, 8))
+    table = parallel(mesh, "ColwiseParallel", nn.Embedding(10, 8))
+    assert found(function(linear(torch.ones(3, 4)))) == ((Shard(1),), (3, 8), True)
+    assert found(function(table(torch.zeros(3, dtype=torch.long)))) == ((Shard(1),), (3, 8), True)
+
+
+def test_what_is_not(mesh):
+    from torch.distributed.tensor import Replicate
+
+    columns = parallel(mesh, "ColwiseParallel", nn.Linear(4, 8))
+    rows = parallel(mesh, "RowwiseParallel", nn.Linear(8, 4))
+    gathered = parallel(mesh, "ColwiseParallel", nn.Linear(4, 8), output_layouts=Replicate())
+    part = columns(torch.ones(4, 4))
+    assert found(part) is not None
+    square = nn.Linear(4, 4)
+    for whole in (
+        torch.tanh(rows(part)),
+        gathered(torch.ones(4, 4)),
+        part @ torch.eye(4),
+        square(part),
+        torch.softmax(part @ part.T, 1) @ part,
+        F.layer_norm(part, (4,)).detach(),
+        part[:, :2],
+    ):
+        assert found(whole) is None
+
+
+def test_a_dtensor_says_it_itself(mesh):
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    for placement in (Shard(0), Replicate(), Partial()):
+        assert found(distributed(mesh, placement))[::2] == ((placement,), False)
+
+
+def distributed(mesh, placement, features=4):
+    from torch.distributed.tensor import DTensor
+
+    local = torch.ones(3, features, requires_grad=True)
+    return DTensor.from_local(local, mesh, [placement], run_check=False)
+
+
+def test_parts_of_different_kinds_are_refused(mesh):
+    from torch.distributed.tensor import Shard
+
+    one, other = (distributed(mesh, Shard(dim)).to_local() for dim in (0, 1))
+    with pytest.raises(ValueError, match=r"DFA: output must be split in one way.*\[6, 4\].*\[3, 8"):
+        layout_of("DFA", "output", one + other)
+
+
+def shared_model(mesh, **options):
+    """Its output stays sharded by classes."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 10))
+    attach(model, ["1", "3"], **options)
+    parallel(mesh, "ColwiseParallel", model[4], use_local_output=False)
+    return model
+
+
+def backward(model):
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    with loss_parallel():
+        F.cross_entropy(model(torch.ones(3, 4)), torch.tensor([0, 1, 2])).backward()
+
+
+def test_what_is_refused(mesh):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard
+
+    with pytest.raises(ValueError, match=r"DFA: rp_device must be None where.*got cpu"):
+        shared_model(mesh, rp_device="cpu")(torch.ones(3, 4))
+    plain = shared_model(mesh, error_transform=lambda error: error.full_tensor())
+    with pytest.raises(TypeError, match=r"error_transform must return a DTensor.*got Tensor"):
+        backward(plain)
     layer = DFALayer()
     dfa = DFA([layer])
-    for placement in (Shard(1), Shard(0), Partial()):
-        tensor = distributed(mesh, placement)
-        with pytest.raises(ValueError, match=r"DFALayer: activation must be whole.*Replicate\(\)"):
-            layer(tensor)
-        with pytest.raises(ValueError, match=r"DFA: output must be whole.*Replicate\(\)"):
-            dfa(tensor)
+    layer(distributed(mesh, Shard(1)))
+    other = init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))["b"]
+    with pytest.raises(ValueError, match=r"output and activations must be DTensors on one device"):
+        dfa(distributed(other, Replicate()))
 
 
-def test_a_replicated_one_is_whole(mesh):
+def test_output_weights_have_to_be_where_the_error_is(mesh):
     from torch.distributed.tensor import Replicate
 
-    refuse_shards("DFALayer", "activation", distributed(mesh, Replicate()))
+    for options, message in (
+        ({"output_layouts": Replicate()}, r"linear.weight must be here for.*0 to 10, got 5 x 6"),
+        ({"use_local_output": False}, None),
+    ):
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 10))
+        attach(model, ["1"], matrix=OutputWeights(model[2]))
+        parallel(mesh, "ColwiseParallel", model[2], **options)
+        if message is None:
+            backward(model)
+        else:
+            with pytest.raises(ValueError, match=message):
+                model(torch.ones(3, 4)).sum().backward()
 
 
-def test_a_part_of_the_features_is_refused(mesh):
-    inputs = torch.ones(3, 4)
-    linear = parallel(mesh, "ColwiseParallel")
-    nested = nn.Sequential(nn.Tanh(), nn.Sequential(linear, nn.Tanh()), nn.Dropout())
-    for module in (linear, nested):
-        with pytest.raises(
-            ValueError, match=r"attach: 'fc' must return all 8 features.*got 4.*Rep"
-        ):
-            refuse_a_shard("fc", module, module(inputs))
-    table = parallel(mesh, "ColwiseParallel", nn.Embedding(10, 8))
-    with pytest.raises(ValueError, match=r"attach: 'table' must return all 8 features.*got 4"):
-        refuse_a_shard("table", table, table(torch.zeros(3, dtype=torch.long)))
+def test_compiled_code_takes_no_plain_parts(mesh):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6))
+    attach(model, ["1"])
+    parallel(mesh, "ColwiseParallel", model[0])
+    parallel(mesh, "RowwiseParallel", model[2])
+    with pytest.raises(Exception, match=r"dfa_layers\[0\] must be a DTensor where torch.compile"):
+        torch.compile(model, backend="eager")(torch.ones(3, 4))
 
 
-def test_whole_features_are_taken(mesh):
-    from torch.distributed.tensor import Replicate
-
-    inputs = torch.ones(3, 4)
-    whole = parallel(mesh, "ColwiseParallel", output_layouts=Replicate())
-    refuse_a_shard("fc", whole, whole(inputs))
-    rows = parallel(mesh, "RowwiseParallel", input_layouts=Replicate())
-    refuse_a_shard("fc", rows, torch.ones(3, 8))
-    # As fully_shard leaves a module: a sharded weight, and all features.
-    refuse_a_shard("fc", parallel(mesh, "ColwiseParallel"), torch.ones(3, 8))
-    for module in (nn.Linear(4, 8), nn.Tanh(), nn.Sequential(nn.Tanh())):
-        refuse_a_shard("plain", module, torch.ones(3, 4))
+@pytest.mark.parametrize("options", [{}, {"shared": False}, {"distribution": "hadamard"}])
+def test_one_all_reduce_for_all_layers(mesh, options):
+    """Of independent matrices too. Backpropagation has none here, but every process keeps all."""
+    assert sent(shared_model(mesh, **options)) == {"all_reduce": 1}
 
 
-def test_attached_points_and_inputs_that_are_parts_are_refused(mesh):
-    x = torch.ones(3, 4)
-    for points in ({"points": ["0"]}, {"inputs": ["1"]}):
-        model = nn.Sequential(parallel(mesh, "ColwiseParallel"), nn.Linear(8, 6), nn.Linear(6, 5))
-        attach(model, **points)
-        parallel(mesh, "RowwiseParallel", model[1])
-        with pytest.raises(
-            ValueError, match=r"(all 8 features|DFALayer: activation must be whole)"
-        ):
-            model(x)
+def test_what_is_sent_where_activations_are_parts(mesh):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 10))
+    attach(model, ["1"])
+    parallel(mesh, "ColwiseParallel", model[0])
+    parallel(mesh, "ColwiseParallel", model[2], input_layouts=by_features(), use_local_output=False)
+    assert sent(model) == {"reduce_scatter_tensor": 1}
+
+
+def test_nothing_is_sent_where_the_error_is_whole(mesh):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 10))
+    attach(model, ["1"])
+    parallel(mesh, "ColwiseParallel", model[0])
+    parallel(mesh, "RowwiseParallel", model[2])
+    assert sent(model) == {}
+
+
+def by_features():
+    from torch.distributed.tensor import Shard
+
+    return Shard(-1)
+
+
+def sent(model):
+    """The collectives of a backward pass."""
+    from torch.distributed.tensor.debug import CommDebugMode
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    with loss_parallel():
+        output = model(torch.ones(3, 4))
+        loss = F.cross_entropy(output, torch.tensor([0, 1, 2]))
+        with CommDebugMode() as debug:
+            loss.backward()
+    return {str(name).rpartition(".")[2]: count for name, count in debug.get_comm_counts().items()}

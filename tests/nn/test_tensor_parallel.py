@@ -1,6 +1,7 @@
 """Tensor parallelism: the gradients of one process, whatever is sharded, and how much is sent."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -8,9 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from dfa_kernels import DFA, DFALayer, alignment, attach
+from dfa_kernels import alignment, attach
 from dfa_kernels.nn import OutputWeights
-from dfa_kernels.nn.shards import layout_of
 from tests import processes
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
@@ -46,17 +46,17 @@ OPTIONS = [
     {"shared": False},
     {"mask": MASK},
     {"error_transform": centred},
-    {"normalization": "shared", "lean": True},
+    {"normalization": "shared", "lean": True, "signal_transform": doubled},
     {"matrix": MATRIX},
     {"matrix": Ones()},
-    {"signal_transform": doubled, "through": torch.sin},
+    {"through": torch.sin},
 ]
 
 
 def network():
     torch.manual_seed(0)
     sizes = (4, 8, 6, 10, 7)
-    parts = [nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False)]
+    parts = [nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
     tanhs = [nn.Tanh() for _ in range(3)]
     model = nn.Sequential(*[part for pair in zip(parts, tanhs, strict=False) for part in pair])
     model.append(parts[-1])

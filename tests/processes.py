@@ -33,12 +33,12 @@ _PRELOADED = [
 ]
 
 
-def run(worker, world, folder, *args):
-    """What `worker(rank, *args)` returned on each of `world` ranks."""
+def run(worker, world, folder, *args, group=True):
+    """What `worker(rank, *args)` returned on each of `world` ranks; `group` says to form one."""
     mp.get_context("forkserver").set_forkserver_preload(_PRELOADED)
     place = (worker.__module__, worker.__qualname__)
     mp.start_processes(
-        _rank, (place, world, str(folder), args), nprocs=world, start_method="forkserver"
+        _rank, (place, world, str(folder), group, args), nprocs=world, start_method="forkserver"
     )
     return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world)]
 
@@ -55,22 +55,24 @@ def fake_group(world, rank=0):
         dist.destroy_process_group()
 
 
-def _rank(rank, place, world, folder, args):
+def _rank(rank, place, world, folder, group, args):
     faulthandler.dump_traceback_later(LIMIT, exit=True)
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", message=".*barrier.*device")
     module, name = place
     worker = getattr(importlib.import_module(module), name)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=LIMIT),
-    )
+    if group:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=world,
+            timeout=datetime.timedelta(seconds=LIMIT),
+        )
     try:
         torch.save(worker(rank, *args), f"{folder}/{rank}.pt")
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         faulthandler.cancel_dump_traceback_later()

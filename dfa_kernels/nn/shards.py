@@ -57,16 +57,16 @@ def layout_of(function: str, argument: str, tensor: Tensor) -> Layout | None:
     if torch.compiler.is_compiling():
         _refuse_traced_part(function, argument, tensor)
         return None
-    found = {
+    found = dict.fromkeys(
         Layout(spec.mesh, tuple(spec.placements), spec.shape, True) for spec in _made_of(tensor)
-    }
+    )
     if len(found) > 1:
         got = " and ".join(f"{list(one.shape)} as {one.placements}" for one in found)
         raise ValueError(
             f"{function}: {argument} must be split in one way, got a part of {got}; make the "
             "outputs of parallelized modules DTensors with use_local_output=False"
         )
-    return found.pop() if found else None
+    return next(iter(found), None)
 
 
 @torch.compiler.assume_constant_result

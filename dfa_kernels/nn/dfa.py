@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from dfa_kernels import checks, derivatives, stream
 from dfa_kernels.layers import Layers
 from dfa_kernels.nn import guards, loading, matching, ranks, state
 from dfa_kernels.nn import signals as delivery
+from dfa_kernels.nn.fully_sharded import AnchorsOfModel
 from dfa_kernels.nn.functions import Factor, Feedback, Signals
 from dfa_kernels.nn.layer import (
     DFALayer,
@@ -241,19 +243,26 @@ class DFA(Settings):
     @property
     def sends_signals(self) -> bool:
         """Whether a forward pass that begins now trains layers by signals."""
-        return self._group.mode == "dfa" and self._group.record is None
+        return self._group.sends_signals
 
-    def watch(self, model: nn.Module) -> tuple[RemovableHandle, ...]:
+    def watch(self, model: nn.Module) -> tuple[RemovableHandle | AnchorsOfModel, ...]:
         """Drop what an aborted forward pass of `model` left, before and after every pass.
 
-        Warns where a pass ends and its last activations never reached this module. `model` holds
-        this module and its layers, and does not call itself: write `self.dfa.watch(self)` at the
-        end of its `__init__`. Returns the hooks' handles.
+        Warns where a pass ends and its last activations never reached this module. Has modules by
+        `fully_shard`, now or later, gather their parameters and reduce their gradients in turn, and
+        raises ValueError in the first training pass where ranks that share the parameters have
+        other signals. `model` holds this module and its layers, and does not call itself: write
+        `self.dfa.watch(self)` at the end of its `__init__`. Returns the hooks' handles.
         """
+        self._group.watched = True
+        anchors = AnchorsOfModel(self._group)
         return (
             model.register_forward_pre_hook(self._group.begin),
+            model.register_forward_pre_hook(anchors),
             model.register_forward_hook(self._group.warn_of_waiting),
+            model.register_forward_hook(self._compare_ranks),
             model.register_forward_hook(self._group.end, always_call=True),
+            anchors,
         )
 
     def forward(self, output: Tensor) -> Tensor:
@@ -271,7 +280,7 @@ class DFA(Settings):
         if not isinstance(output, Tensor):
             raise TypeError(f"DFA: output must be a tensor, got {type(output).__name__}")
         refuse_shards("DFA", "output", output)
-        waiting, idle = self._group.take()
+        waiting, idle, anchors = self._group.take()
         record = self._group.record
         if not torch.is_grad_enabled() or (record is None and self.mode != "dfa"):
             return output
@@ -316,7 +325,7 @@ class DFA(Settings):
             signals = self._lean(plan, waiting, weights)
         else:
             signals = functools.partial(self._planned_signals, plan, weights)
-        return Feedback.apply(signals, keep, output, *activations)
+        return Feedback.apply(signals, keep, len(anchors), output, *activations, *anchors)
 
     def signals(self, plan: Plan, error: Tensor, source: Source | None = None) -> list[Tensor]:
         """B_i e for every place, by one projection, each of its activation's shape and dtype.
@@ -487,13 +496,13 @@ class DFA(Settings):
     def recording(self) -> Iterator[Record]:
         """Runs forward passes as backpropagation does; the record keeps the last."""
         group = self._group
-        waiting, idle, outer = group.waiting, group.idle, group.record
+        waiting, idle, anchors, outer = group.waiting, group.idle, group.anchors, group.record
         group.forget()
         group.record = Record()
         try:
             yield group.record
         finally:
-            group.record, group.waiting, group.idle = outer, waiting, idle
+            group.record, group.waiting, group.idle, group.anchors = outer, waiting, idle, anchors
 
     def get_extra_state(self) -> Tensor:
         """What makes the same signals again, in a few bytes; see `state`."""
@@ -613,10 +622,24 @@ class DFA(Settings):
         if missing and not all(layer.passthrough for layer in self.dfa_layers):
             guards.warn_of_layers_without_signals(group.said, idle, uncalled, len(waiting))
         if not compiling and "ranks" not in group.said and ranks.inside_data_parallel():
-            ranks.check_equal(self.get_extra_state(), self.extra_repr())
+            ranks.check_data_parallel(self.get_extra_state(), self.extra_repr())
             group.said.add("ranks")
         if group.batch_dims is None and output.dim() == 3 and waiting:
             guards.warn_of_tokens(group.said)
+
+    def _compare_ranks(self, model: nn.Module, *_: Any) -> None:
+        """Once, after a training pass. A forward hook, which all ranks run, whatever they have."""
+        if not torch.compiler.is_compiling() or ranks.fully_sharded():
+            self._check_ranks(model)
+
+    @torch.compiler.disable
+    def _check_ranks(self, model: nn.Module) -> None:
+        group = self._group
+        if group.sends_signals and torch.is_grad_enabled() and "sharded ranks" not in group.said:
+            sizes = [layer.size for layer in self.dfa_layers]
+            here = f"{self.extra_repr()}, of sizes {sizes} and an error of {group.error_size}"
+            ranks.check_sharded(model, self.get_extra_state(), here)
+            group.said.add("sharded ranks")
 
     def _position(self, layer: int | str | DFALayer) -> int:
         """The index of a layer that is given by itself, its name or its index."""

@@ -193,10 +193,14 @@ class OutputWeights:
     def project(self, error: Tensor, layers: Layers, dtype: torch.dtype) -> list[Tensor]:
         """See `Source`."""
         weight = self.linear.weight if self._weight is None else self._weight
-        if hasattr(weight, "placements"):
+        # fully_shard leaves a tensor without memory where it takes whole weights away.
+        gone = self._weight is not None and weight.untyped_storage().size() == 0 != weight.numel()
+        if hasattr(weight, "placements") or gone:
+            got = "one that fully_shard has taken back" if gone else "a DTensor"
             raise ValueError(
-                "OutputWeights: linear.weight must be whole in each process, got a DTensor; "
-                "match_output_ takes shards"
+                f"OutputWeights: linear.weight must be whole in each process, got {got}; with "
+                "fully_shard leave the output layer to the root module, or attach(..., output=...) "
+                "to it before fully_shard; match_output_ takes shards"
             )
         n, size = weight.shape
         if error.shape[1] != n or any(own != size for own in layers.sizes):

@@ -93,8 +93,8 @@ def test_floors_are_of_modules_there_are():
 def test_the_trainers_modules_are_in_this_order():
     """Each imports only those before it."""
     order = ["rows", "functions", "sources", "state", "signals", "plan", "guards", "shards"]
-    order += ["ranks", "scripting", "layer", "matching", "settings", "loading", "dfa", "hooks"]
-    order += ["points", "recompile", "attachment", "angles"]
+    order += ["ranks", "scripting", "layer", "fully_sharded", "matching", "settings", "loading"]
+    order += ["dfa", "hooks", "points", "recompile", "attachment", "angles"]
     modules = [f"dfa_kernels.nn.{name}" for name in order]
     assert {*modules, "dfa_kernels.nn"} == {name for name in FILES if floor(name) == 1}
     for position, module in enumerate(modules):

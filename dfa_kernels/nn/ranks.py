@@ -81,7 +81,7 @@ def _meshes(model: nn.Module) -> list[Any]:
 def _check_equal(state: Tensor, description: str, group: Any, device: torch.device) -> None:
     digest = hashlib.blake2b(bytes(state.tolist()), digest_size=7).digest()
     mine = torch.tensor(int.from_bytes(digest, "little"), device=device)
-    others = [torch.empty_like(mine) for _ in range(distributed.get_world_size(group))]
+    others = [mine.clone() for _ in range(distributed.get_world_size(group))]
     distributed.all_gather(others, mine, group=group)
     values = torch.stack(others).tolist()
     ranks = distributed.get_process_group_ranks(group)

@@ -193,8 +193,7 @@ class OutputWeights:
     def project(self, error: Tensor, layers: Layers, dtype: torch.dtype) -> list[Tensor]:
         """See `Source`."""
         weight = self.linear.weight if self._weight is None else self._weight
-        # fully_shard leaves a tensor without memory where it takes whole weights away.
-        gone = self._weight is not None and weight.untyped_storage().size() == 0 != weight.numel()
+        gone = self._weight is not None and _without_memory(weight)
         if hasattr(weight, "placements") or gone:
             got = "one that fully_shard has taken back" if gone else "a DTensor"
             raise ValueError(
@@ -216,6 +215,13 @@ class OutputWeights:
     def describe(self) -> dict[str, Any]:
         """See `Source`."""
         return {"output weights": [self.linear.out_features, self.linear.in_features]}
+
+
+def _without_memory(weight: Tensor) -> bool:
+    """Whether fully_shard has taken back the weights that it had gathered in a tensor."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(weight) or hasattr(weight, "placements"):
+        return False
+    return weight.untyped_storage().size() == 0 != weight.numel()
 
 
 class Slicing(NamedTuple):

@@ -463,7 +463,7 @@ def test_detach_takes_all_hooks_away():
         ]
         handle = attach(model, BLOCKS)
         for _ in range(2):  # the first puts them on
-            model(data()[0].float())
+            model(data()[0])
             assert len(model.blocks[0]._forward_pre_hooks) == 3
         handle.detach()
         for module, before, after in hooks:

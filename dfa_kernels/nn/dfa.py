@@ -292,9 +292,12 @@ class DFA(Settings):
             return output
         indices = [item.layer for item in waiting]
         activations = [item.activation for item in waiting]
-        plan = self._plan(indices, activations, output)
+        plan, source = self._plan(indices, activations, output), self.source
+        weights: Source | None = None
+        if isinstance(source, OutputWeights) and not torch.compiler.is_compiling():
+            weights = source.of_this_pass(keep=record is not None and ranks.fully_sharded())
         if record is not None:
-            record.output, record.plan = output, plan
+            record.output, record.plan, record.source = output, plan, weights
             record.activations, record.before = activations, [item.before for item in waiting]
             return output
         if self._match is not None:
@@ -302,7 +305,7 @@ class DFA(Settings):
         for index, size in plan.own_sizes.items():
             self.dfa_layers[index]._size = size
         self._group.error_size = plan.error_size
-        source, device = self.source, self.rp_device or output.device
+        device = self.rp_device or output.device
         if not isinstance(self.normalization, str) and isinstance(source, (Seeded, Stored)):
             scales, dtype, factors = plan.layers.scales, output.dtype, source.distribution
             if isinstance(source, Stored):
@@ -315,10 +318,6 @@ class DFA(Settings):
         signals: Signals
         # Inside a transform of torch.func nothing can be kept for its shape while tracing.
         keep = torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-        if isinstance(source, OutputWeights) and not torch.compiler.is_compiling():
-            weights: Source | None = source.of_this_pass()
-        else:
-            weights = None
         if keep:
             signals = functools.partial(self._traced_signals, indices)
         elif any(item.factor is not None for item in waiting):
@@ -629,17 +628,21 @@ class DFA(Settings):
 
     def _compare_ranks(self, model: nn.Module, *_: Any) -> None:
         """Once, after a training pass. A forward hook, which all ranks run, whatever they have."""
-        if not torch.compiler.is_compiling() or ranks.fully_sharded():
+        if torch.compiler.is_compiling():
+            wanted = ranks.fully_sharded()
+        else:
+            wanted = "sharded ranks" not in self._group.said and ranks.dtensors_in_use()
+        if wanted:
             self._check_ranks(model)
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason="dfa_kernels: the check of ranks runs uncompiled")
     def _check_ranks(self, model: nn.Module) -> None:
         group = self._group
         if group.sends_signals and torch.is_grad_enabled() and "sharded ranks" not in group.said:
             sizes = [layer.size for layer in self.dfa_layers]
             here = f"{self.extra_repr()}, of sizes {sizes} and an error of {group.error_size}"
-            ranks.check_sharded(model, self.get_extra_state(), here)
-            group.said.add("sharded ranks")
+            if ranks.check_sharded(model, self.get_extra_state(), here):
+                group.said.add("sharded ranks")
 
     def _position(self, layer: int | str | DFALayer) -> int:
         """The index of a layer that is given by itself, its name or its index."""

@@ -16,6 +16,7 @@ from dfa_kernels.nn.functions import Factor, Scaled, Stopped
 from dfa_kernels.nn.plan import Plan
 from dfa_kernels.nn.scripting import Scriptable, tracing
 from dfa_kernels.nn.shards import refuse_shards
+from dfa_kernels.nn.sources import Source
 
 
 class FeedbackPointsHandling(enum.Enum):
@@ -52,12 +53,14 @@ class Record:
     """A forward pass under `DFA.recording`: its output, and the activations it would train.
 
     Signals are of `activations`; backpropagation has gradients of those `before` any `through`.
+    `source` makes the signals where the `DFA`'s own no longer could.
     """
 
     output: Tensor | None = None
     activations: Sequence[Tensor] = ()
     before: Sequence[Tensor] = ()
     plan: Plan | None = None
+    source: Source | None = None
 
 
 @dataclasses.dataclass

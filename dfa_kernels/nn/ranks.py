@@ -21,6 +21,11 @@ def inside_data_parallel() -> bool:
     return DistributedDataParallel._get_active_ddp_module() is not None
 
 
+def dtensors_in_use() -> bool:
+    """Whether any parameter in this process can be a DTensor, in a group that still is."""
+    return "torch.distributed.tensor" in sys.modules and distributed.is_initialized()
+
+
 @torch.compiler.assume_constant_result
 def fully_sharded() -> bool:
     """Whether anything in this process was given to `fully_shard`, in a group that still is."""
@@ -47,21 +52,22 @@ def check_data_parallel(state: Tensor, description: str) -> None:
     _check_equal(state, description, parallel.process_group, parallel.device)
 
 
-def check_sharded(model: nn.Module, state: Tensor, description: str) -> None:
+def check_sharded(model: nn.Module, state: Tensor, description: str) -> bool:
     """Raise on every rank unless all states agree of the ranks that share the model's parameters.
 
     These are those of every dimension of its DTensors' device meshes. Every rank must call it.
+    Returns whether there are any.
     """
-    for mesh in _meshes(model):
+    meshes = _meshes(model)
+    for mesh in meshes:
         for dim in range(mesh.ndim):
             device = torch.device(mesh.device_type)
             _check_equal(state, description, mesh.get_group(dim), device)
+    return bool(meshes)
 
 
 def _meshes(model: nn.Module) -> list[Any]:
     """The device meshes of a model's parameters, each once, in the model's order."""
-    if "torch.distributed.tensor" not in sys.modules or not distributed.is_initialized():
-        return []
     found: dict[Any, None] = {}
     for parameter in model.parameters():
         if (mesh := getattr(parameter, "device_mesh", None)) is not None:

@@ -184,10 +184,13 @@ class OutputWeights:
         self.linear = linear
         self._weight: Tensor | None = None
 
-    def of_this_pass(self) -> OutputWeights:
-        """The same with the weights of now, which torch.func.functional_call soon takes back."""
-        found = OutputWeights(self.linear)
-        found._weight = self.linear.weight
+    def of_this_pass(self, keep: bool = False) -> OutputWeights:
+        """The same with the weights of now, which torch.func.functional_call soon takes back.
+
+        So does `fully_shard` once it has run backward: `keep` copies them.
+        """
+        found, weight = OutputWeights(self.linear), self.linear.weight
+        found._weight = weight.detach().clone() if keep else weight
         return found
 
     def project(self, error: Tensor, layers: Layers, dtype: torch.dtype) -> list[Tensor]:
@@ -198,8 +201,8 @@ class OutputWeights:
             got = "one that fully_shard has taken back" if gone else "a DTensor"
             raise ValueError(
                 f"OutputWeights: linear.weight must be whole in each process, got {got}; with "
-                "fully_shard leave the output layer to the root module, or attach(..., output=...) "
-                "to it before fully_shard; match_output_ takes shards"
+                "fully_shard, attach first and leave the output layer to the root module; "
+                "match_output_ takes shards"
             )
         n, size = weight.shape
         if error.shape[1] != n or any(own != size for own in layers.sizes):

@@ -111,8 +111,12 @@ def head_too(model):
     each_block(model)
 
 
+def loss_of(model, x, y):
+    return F.cross_entropy(model(x), y)
+
+
 def step(model, x, y):
-    F.cross_entropy(model(x), y).backward()
+    loss_of(model, x, y).backward()
 
 
 def accumulated(model, x, y):
@@ -134,10 +138,10 @@ def through_three_modes(model, x, y):
 
 
 def after_alignment(model, x, y):
-    loss = F.cross_entropy(model(x), y)
-    alignment(model, lambda: F.cross_entropy(model(x), y))
+    loss = loss_of(model, x, y)
+    alignment(model, lambda: loss_of(model, x, y))
     loss.backward()
-    alignment(model, lambda: F.cross_entropy(model(x), y))
+    alignment(model, lambda: loss_of(model, x, y))
 
 
 BLOCKS = [f"blocks.{index}" for index in range(4)]
@@ -197,11 +201,18 @@ CASES = {
     "two passes": ({}, "each", each_block, two_passes_at_once, "attach first"),
     "modes": ({}, "each", each_block, through_three_modes, "attach first"),
     "alignment": ({}, "each", each_block, after_alignment, "attach first"),
+    "alignment and output weights": (
+        {},
+        "output weights",
+        each_block,
+        after_alignment,
+        "attach first",
+    ),
 }
 
 
-def build(name, sharded):
-    net, kind, shard, _, order = CASES[name]
+def build(case, sharded):
+    net, kind, shard, _, order = case
     model = Net(**net).double()
     make = [functools.partial(shard, model)] if sharded else []
     if kind is not None:
@@ -245,7 +256,7 @@ def turns():
 
 def measured(model, x, y):
     """The products of a step by DFA, and the turns of fully_shard in its backward pass."""
-    loss = F.cross_entropy(model(x), y)
+    loss = loss_of(model, x, y)
     with turns() as found, Calls() as calls:
         loss.backward()
     return calls.products, found
@@ -253,8 +264,9 @@ def measured(model, x, y):
 
 def results_of_cases(rank):
     found = {}
-    for name, (_, kind, _, steps, _) in CASES.items():
-        model = build(name, True)
+    for name, case in CASES.items():
+        _, kind, _, steps, _ = case
+        model = build(case, True)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             products, ours = measured(model, *half(rank))
@@ -270,8 +282,9 @@ def results_of_cases(rank):
 def test_gradients_and_products_are_those_of_one_process_and_turns_those_of_backprop(tmp_path):
     """Parameters are gathered, and given back with their gradients reduced, in the same order."""
     expected = {}
-    for name, (*_, steps, _) in CASES.items():
-        model = build(name, False)
+    for name, case in CASES.items():
+        *_, steps, _ = case
+        model = build(case, False)
         steps(model, *data())
         expected[name] = gradients(model), measured(model, *data())[0]
     for found in processes.run(results_of_cases, 2, tmp_path):
@@ -286,6 +299,103 @@ def test_gradients_and_products_are_those_of_one_process_and_turns_those_of_back
                 (warning,) = said
                 assert warning.startswith("DFA: fully_shard is in use and watch(model) was not")
                 assert products > fewest, name
+
+
+def alignments(rank):
+    x, y = half(rank)
+    found = []
+    for kind in ("each", "output weights"):
+        for order in ("attach first", "shard first"):
+            for sharded in (True, False):
+                model = build(({}, kind, each_block, step, order), sharded)
+                loss = functools.partial(loss_of, model, x, y)
+                found.append((sharded, alignment(model, loss)))
+    return found
+
+
+def test_alignment_is_that_of_the_ranks_rows(tmp_path):
+    for found in processes.run(alignments, 2, tmp_path):
+        for (_, ours), (_, theirs) in zip(found[::2], found[1::2], strict=True):
+            assert ours.keys() == theirs.keys() == {*BLOCKS}
+            for name in BLOCKS:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-9)
+
+
+def results_of_four(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    part = slice(2 * rank, 2 * rank + 2)
+    x, y = (tensor[part] for tensor in data())
+    found = []
+    for options in ({"mesh": mesh}, {"reshard_after_forward": 2}):
+        for order in ("attach first", "shard first"):
+            shard = functools.partial(each_block, **options)
+            model = build(({}, "each", shard, step, order), True)
+            _, ours = measured(model, x, y)
+            whole = [grad.full_tensor() for grad in gradients(model)]
+            model.dfa.mode = "backprop"
+            found.append((whole, ours, measured(model, x, y)[1]))
+    model = Net().double()
+    attach(model, BLOCKS, seed=rank // 2)
+    each_block(model, mesh=mesh)
+    with pytest.raises(ValueError, match="DFA: seed and layers") as error:
+        model(x)
+    return found, str(error.value)
+
+
+@pytest.mark.battery
+def test_replicas_of_shards_and_a_partial_reshard(tmp_path):
+    model = build(CASES["each, each_block, attach first"], False)
+    step(model, *data())
+    for rank, (found, refusal) in enumerate(processes.run(results_of_four, 4, tmp_path)):
+        for ours, turns_of_dfa, turns_of_backprop in found:
+            assert_equal(ours, gradients(model), **CLOSE)
+            assert turns_of_dfa == turns_of_backprop
+        assert f"on ranks [{rank % 2 + 2}] than on rank {rank % 2}, " in refusal
+
+
+def results_compiled(rank, backend):
+    warnings.filterwarnings("default", message=".*")
+    found = {}
+    for how in ("wrapped", "in place", "whole"):
+        for kind in (None, "each"):
+            torch._dynamo.reset()
+            model = Net(after=kind is None).double()
+            run = model
+            if how == "wrapped":
+                for index, block in enumerate(model.blocks):
+                    model.blocks[index] = torch.compile(block, backend=backend)
+            each_block(model)
+            if kind is not None:
+                attach(model, list(model.blocks), seed=3)
+            if how == "in place":
+                for block in model.blocks:
+                    block.compile(backend=backend)
+            elif how == "whole":
+                run = torch.compile(model, backend=backend)
+            both = []
+            for mode in ("dfa", "backprop"):
+                (model.own if kind is None else model.dfa).mode = mode
+                for _ in range(3):
+                    model.zero_grad()
+                    loss = loss_of(run, *half(rank))
+                    with turns() as order:
+                        loss.backward()
+                both.append(([grad.full_tensor() for grad in gradients(model)], order))
+            found[f"{how}, {kind}"] = both
+    return found
+
+
+@pytest.mark.battery
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled(tmp_path, backend):
+    model = build(CASES["each, each_block, attach first"], False)
+    step(model, *data())
+    for found in processes.run(results_compiled, 2, tmp_path, backend):
+        for name, ((ours, turns_of_dfa), (_, turns_of_backprop)) in found.items():
+            assert_equal(ours, gradients(model), **CLOSE)
+            assert turns_of_dfa == turns_of_backprop, name
 
 
 def results_in_half_precision(rank):
@@ -436,8 +546,28 @@ def test_ranks_that_do_not_agree_are_refused_on_every_rank(tmp_path):
                 assert here.startswith(f"4 layers, seed={rank}, "), kind
 
 
+def lost_weights(rank):
+    found = []
+    for shard, steps, order in (
+        (head_too, step, "attach first"),
+        (head_too, step, "shard first"),
+        (each_block, two_passes_at_once, "shard first"),
+    ):
+        with pytest.raises(ValueError, match=r"OutputWeights: linear\.weight") as error:
+            steps(build(({}, "output weights", shard, steps, order), True), *half(rank))
+        found.append(str(error.value))
+    return found
+
+
+def test_output_weights_that_are_not_whole_are_refused(tmp_path):
+    for found in processes.run(lost_weights, 2, tmp_path):
+        assert ["a DTensor" in refusal for refusal in found] == [True, True, False]
+        for refusal in found:
+            assert "attach first and leave the output layer to the root module" in refusal
+
+
 def left_alone(rank, folder):
-    model = build("each, each_block, attach first", True)
+    model = build(CASES["each, each_block, attach first"], True)
     step(model, *half(rank))
     loss = F.cross_entropy(model(half(rank)[0]), half(rank)[1])
     if rank == 1:

@@ -63,40 +63,36 @@ class Net(nn.Module):
         return self.own(self.head(x))
 
 
-def each_block(model, **options):
+def shard(module, **options):
+    """By `fully_shard`, over all ranks and on the CPU unless the options say otherwise."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    for block in model.blocks:
-        fully_shard(block, **options)
-    fully_shard(model, **options)
+    fully_shard(module, **{"mesh": init_device_mesh("cpu", (dist.get_world_size(),)), **options})
+
+
+def each_block(model, **options):
+    for module in (*model.blocks, model):
+        shard(module, **options)
 
 
 def the_whole(model):
-    from torch.distributed.fsdp import fully_shard
-
-    fully_shard(model)
+    shard(model)
 
 
 def blocks_alone(model):
-    from torch.distributed.fsdp import fully_shard
-
-    for part in (model.stem, *model.blocks, model.head):
-        fully_shard(part)
+    for module in (model.stem, *model.blocks, model.head):
+        shard(module)
 
 
 def pairs(model):
-    from torch.distributed.fsdp import fully_shard
-
-    fully_shard(list(model.blocks[:2]))
-    fully_shard(list(model.blocks[2:]))
-    fully_shard(model)
+    for group in (list(model.blocks[:2]), list(model.blocks[2:]), model):
+        shard(group)
 
 
 def nested(model):
-    from torch.distributed.fsdp import fully_shard
-
     for block in model.blocks:
-        fully_shard(block.up)
+        shard(block.up)
     each_block(model)
 
 
@@ -105,9 +101,7 @@ def kept(model):
 
 
 def head_too(model):
-    from torch.distributed.fsdp import fully_shard
-
-    fully_shard(model.head)
+    shard(model.head)
     each_block(model)
 
 
@@ -173,8 +167,8 @@ def options_for(model, kind):
 # name: (arguments of Net, what is attached or None, sharding, steps, order)
 CASES = {
     **{
-        f"{kind or 'modules'}, {shard.__name__}, {order}": (net, kind, shard, step, order)
-        for net, kind, shard, orders in [
+        f"{kind or 'modules'}, {sharding.__name__}, {order}": (net, kind, sharding, step, order)
+        for net, kind, sharding, orders in [
             ({}, "each", each_block, ("attach first", "shard first")),
             ({}, "each", the_whole, ("attach first", "shard first")),
             ({}, "each", blocks_alone, ("attach first", "shard first")),
@@ -212,9 +206,9 @@ CASES = {
 
 
 def build(case, sharded):
-    net, kind, shard, _, order = case
+    net, kind, sharding, _, order = case
     model = Net(**net).double()
-    make = [functools.partial(shard, model)] if sharded else []
+    make = [functools.partial(sharding, model)] if sharded else []
     if kind is not None:
         make.append(lambda: attach(model, **options_for(model, kind)))
     for one in reversed(make) if order == "attach first" else make:
@@ -330,8 +324,8 @@ def results_of_four(rank):
     found = []
     for options in ({"mesh": mesh}, {"reshard_after_forward": 2}):
         for order in ("attach first", "shard first"):
-            shard = functools.partial(each_block, **options)
-            model = build(({}, "each", shard, step, order), True)
+            sharding = functools.partial(each_block, **options)
+            model = build(({}, "each", sharding, step, order), True)
             _, ours = measured(model, x, y)
             whole = [grad.full_tensor() for grad in gradients(model)]
             model.dfa.mode = "backprop"
@@ -355,10 +349,10 @@ def test_replicas_of_shards_and_a_partial_reshard(tmp_path):
         assert f"on ranks [{rank % 2 + 2}] than on rank {rank % 2}, " in refusal
 
 
-def results_compiled(rank, backend):
+def results_compiled(rank, ways, backend):
     warnings.filterwarnings("default", message=".*")
     found = {}
-    for how in ("wrapped", "in place", "whole"):
+    for how in ways:
         for kind in (None, "each"):
             torch._dynamo.reset()
             model = Net(after=kind is None).double()
@@ -387,26 +381,35 @@ def results_compiled(rank, backend):
     return found
 
 
-@pytest.mark.battery
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled(tmp_path, backend):
+WAYS = ("wrapped", "in place", "whole")
+
+
+@pytest.mark.parametrize(
+    ("ways", "backend"),
+    [
+        (["in place"], "eager"),
+        pytest.param(WAYS, "aot_eager", marks=pytest.mark.battery),
+        pytest.param(WAYS, "inductor", marks=pytest.mark.battery),
+    ],
+)
+def test_compiled(tmp_path, ways, backend):
     model = build(CASES["each, each_block, attach first"], False)
     step(model, *data())
-    for found in processes.run(results_compiled, 2, tmp_path, backend):
+    for found in processes.run(results_compiled, 2, tmp_path, ways, backend):
         for name, ((ours, turns_of_dfa), (_, turns_of_backprop)) in found.items():
             assert_equal(ours, gradients(model), **CLOSE)
             assert turns_of_dfa == turns_of_backprop, name
 
 
 def results_in_half_precision(rank):
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
 
-    def shard(model):
+    def in_half(model):
         for block in model.blocks:
-            fully_shard(block, mp_policy=policy)
-        fully_shard(model, mp_policy=dataclasses.replace(policy, output_dtype=torch.float32))
+            shard(block, mp_policy=policy)
+        shard(model, mp_policy=dataclasses.replace(policy, output_dtype=torch.float32))
 
     x, y = half(rank)
     found = []
@@ -414,7 +417,7 @@ def results_in_half_precision(rank):
         model = Net()
         for action in (
             functools.partial(attach, model, BLOCKS, seed=3),
-            functools.partial(shard, model),
+            functools.partial(in_half, model),
         )[::order]:
             action()
         step(model, x.float(), y)
@@ -514,11 +517,11 @@ def refusals(rank):
         return found[-1]
 
     found = {}
-    for shard in (each_block, the_whole, tensor_parallel):
+    for parallel_in in (each_block, the_whole, tensor_parallel):
         model = Net().double()
         attach(model, BLOCKS, seed=rank)
-        shard(model)
-        found[shard.__name__] = refusal(model)
+        parallel_in(model)
+        found[parallel_in.__name__] = refusal(model)
     model = Net().double()
     attach(model, BLOCKS[rank:], seed=0)
     each_block(model)
@@ -548,13 +551,13 @@ def test_ranks_that_do_not_agree_are_refused_on_every_rank(tmp_path):
 
 def lost_weights(rank):
     found = []
-    for shard, steps, order in (
+    for sharding, steps, order in (
         (head_too, step, "attach first"),
         (head_too, step, "shard first"),
         (each_block, two_passes_at_once, "shard first"),
     ):
         with pytest.raises(ValueError, match=r"OutputWeights: linear\.weight") as error:
-            steps(build(({}, "output weights", shard, steps, order), True), *half(rank))
+            steps(build(({}, "output weights", sharding, steps, order), True), *half(rank))
         found.append(str(error.value))
     return found
 

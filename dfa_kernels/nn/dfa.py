@@ -254,7 +254,7 @@ class DFA(Settings):
         other signals. `model` holds this module and its layers, and does not call itself: write
         `self.dfa.watch(self)` at the end of its `__init__`. Returns the hooks' handles.
         """
-        self._group.watched = True
+        self._group.under_way = False
         anchors = AnchorsOfModel(self._group)
         return (
             model.register_forward_pre_hook(self._group.begin),

@@ -60,7 +60,8 @@ class Anchors:
     def anchor_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One more argument by name, an anchor, where the module has anything to learn or carry."""
         self._anchored = (
-            self.group.sends_signals
+            self.group.under_way is True
+            and self.group.sends_signals
             and torch.is_grad_enabled()
             and not inside_backward()
             and any(map(_requires_grad, (*module.parameters(), *tree_leaves((args, kwargs)))))

@@ -71,7 +71,7 @@ class Group:
     each layer until the forward pass reaches the output, `idle` the layers that no signal can train
     in this pass, and why, `anchors` the scalars of `fully_sharded`. `said` has the warnings that
     were given. `entered` says whether a call of the model is under way, or is None where its output
-    is not what the `DFA` gets. `watched` says whether `DFA.watch` knows the model.
+    is not what the `DFA` gets. `under_way` says so too, or is None without `DFA.watch`.
     """
 
     mode: str
@@ -81,7 +81,7 @@ class Group:
     requires_grad: bool
     through: Through | None = None
     entered: bool | None = None
-    watched: bool = False
+    under_way: bool | None = None
     error_size: int | None = None  # n in the last forward pass that trained, or in a loaded state
     record: Record | None = None
     waiting: dict[int, list[Waiting]] = dataclasses.field(default_factory=dict)
@@ -135,12 +135,14 @@ class Group:
     def begin(self, *_: Any) -> None:
         """A forward pass of the model begins. Takes a forward pre-hook's arguments."""
         self.forget()
+        self.under_way = True
         if self.entered is not None:
             self.entered = True
 
     def end(self, *_: Any) -> None:
         """It ends. Takes a forward hook's arguments."""
         self.forget()
+        self.under_way = False
         if self.entered is not None:
             self.entered = False
 
@@ -151,8 +153,9 @@ class Group:
 
     def __getstate__(self) -> dict:
         # A copy takes no part in the forward pass under way.
-        entered = None if self.entered is None else False
-        fresh: dict = {"waiting": {}, "idle": {}, "anchors": [], "record": None, "entered": entered}
+        fresh: dict = {"waiting": {}, "idle": {}, "anchors": [], "record": None}
+        for name in ("entered", "under_way"):
+            fresh[name] = None if getattr(self, name) is None else False
         return {**self.__dict__, **fresh}
 
 
@@ -311,13 +314,13 @@ class DFALayer(Scriptable):
                 group.pass_over(self._index)
         if recorded:
             return activation
+        if group.mode != "dfa":
+            return activation.detach()
         wanted = group.requires_grad if self.requires_grad is None else self.requires_grad
-        if not wanted and not group.watched and learns and ranks.fully_sharded():
+        if not wanted and group.under_way is None and learns and ranks.fully_sharded():
             guards.warn_of_an_unwatched_sharded_model(group.said)
             wanted = True
-        if wanted and group.mode == "dfa":
-            return Stopped.apply(activation)
-        return activation.detach()
+        return Stopped.apply(activation) if wanted else activation.detach()
 
     @property
     def row_dims(self) -> tuple[int, ...]:

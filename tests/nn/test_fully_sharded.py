@@ -315,6 +315,42 @@ def test_alignment_is_that_of_the_ranks_rows(tmp_path):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-9)
 
 
+def turns_on(rank, device):
+    from torch.distributed.device_mesh import DeviceMesh
+
+    group = dist.new_group(backend="nccl" if device == "cuda" else "gloo")
+    mesh = DeviceMesh.from_group(group, device)
+    x, y = (tensor.to(device) for tensor in data())
+    found = []
+    for attach_first in (True, False):
+        model = Net().to(device)
+        if attach_first:
+            handle = attach(model, BLOCKS, seed=3)
+        each_block(model, mesh=mesh)
+        if not attach_first:
+            handle = attach(model, BLOCKS, seed=3)
+        _, ours = measured(model, x.float(), y)
+        handle.mode = "backprop"
+        found.append((ours, measured(model, x.float(), y)[1]))
+    return found
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+        ),
+    ],
+)
+def test_turns_are_those_of_backprop_on_every_device(tmp_path, device):
+    """On a GPU autograd runs a node in that device's queue only if it gets a gradient there."""
+    (found,) = processes.run(turns_on, 1, tmp_path, device)
+    for ours, theirs in found:
+        assert ours == theirs
+
+
 def results_of_four(rank):
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -587,6 +623,7 @@ def test_a_rank_that_dies_leaves_the_others_with_an_error(tmp_path):
 
 
 def test_detach_takes_all_hooks_away():
+    """And no anchor is left of what runs outside of the model."""
     with processes.fake_group(2):
         model = Net().double()
         each_block(model)
@@ -594,10 +631,22 @@ def test_detach_takes_all_hooks_away():
             (module, list(module._forward_pre_hooks), list(module._forward_hooks))
             for module in model.modules()
         ]
-        handle = attach(model, BLOCKS)
+        handle = attach(model, BLOCKS, "head")
         for _ in range(2):  # the first puts them on
             model(data()[0])
             assert len(model.blocks[0]._forward_pre_hooks) == 3
+            model.blocks[0](torch.ones(1, WIDTH, dtype=torch.float64))
+            assert handle.dfa._group.anchors == []
         handle.detach()
         for module, before, after in hooks:
             assert (list(module._forward_pre_hooks), list(module._forward_hooks)) == (before, after)
+
+
+def test_another_version_of_fully_shard_is_refused():
+    with processes.fake_group(2):
+        model = Net()
+        each_block(model)
+        attach(model, BLOCKS)
+        model.blocks[2]._forward_hooks.clear()
+        with pytest.raises(RuntimeError, match="DFA: found no hooks of fully_shard on a FSDPBlock"):
+            model(data()[0].float())

@@ -82,7 +82,7 @@ def alignment(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Alignme
     cosines: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         for prefix, (dfa, plan, _, record) in reached.items():
-            signals = dfa.signals(plan, next(gradients))
+            signals = dfa.signals(plan, next(gradients), record.source)
             carried = map(_carried, record.activations, record.before, signals)
             for index, place, signal in zip(plan.indices, plan.places, carried, strict=True):
                 ours, theirs = (

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from dfa_kernels import checks, derivatives, stream
 from dfa_kernels.layers import Layers
 from dfa_kernels.nn import guards, loading, matching, ranks, sharded, state
 from dfa_kernels.nn import signals as delivery
+from dfa_kernels.nn.fully_sharded import AnchorsOfModel
 from dfa_kernels.nn.functions import Factor, Feedback, Signals
 from dfa_kernels.nn.layer import (
     DFALayer,
@@ -241,19 +243,26 @@ class DFA(Settings):
     @property
     def sends_signals(self) -> bool:
         """Whether a forward pass that begins now trains layers by signals."""
-        return self._group.mode == "dfa" and self._group.record is None
+        return self._group.sends_signals
 
-    def watch(self, model: nn.Module) -> tuple[RemovableHandle, ...]:
+    def watch(self, model: nn.Module) -> tuple[RemovableHandle | AnchorsOfModel, ...]:
         """Drop what an aborted forward pass of `model` left, before and after every pass.
 
-        Warns where a pass ends and its last activations never reached this module. `model` holds
-        this module and its layers, and does not call itself: write `self.dfa.watch(self)` at the
-        end of its `__init__`. Returns the hooks' handles.
+        Warns where a pass ends and its last activations never reached this module. Has modules by
+        `fully_shard`, now or later, gather their parameters and reduce their gradients in turn, and
+        raises ValueError in the first training pass where ranks that share the parameters have
+        other signals. `model` holds this module and its layers, and does not call itself: write
+        `self.dfa.watch(self)` at the end of its `__init__`. Returns the hooks' handles.
         """
+        self._group.under_way = False
+        anchors = AnchorsOfModel(self._group)
         return (
             model.register_forward_pre_hook(self._group.begin),
+            model.register_forward_pre_hook(anchors),
             model.register_forward_hook(self._group.warn_of_waiting),
+            model.register_forward_hook(self._compare_ranks),
             model.register_forward_hook(self._group.end, always_call=True),
+            anchors,
         )
 
     def forward(self, output: Tensor) -> Tensor:
@@ -270,7 +279,7 @@ class DFA(Settings):
     def _tie(self, output: Tensor) -> Tensor:
         if not isinstance(output, Tensor):
             raise TypeError(f"DFA: output must be a tensor, got {type(output).__name__}")
-        waiting, idle = self._group.take()
+        waiting, idle, anchors = self._group.take()
         record = self._group.record
         if not torch.is_grad_enabled() or (record is None and self.mode != "dfa"):
             return output
@@ -282,9 +291,12 @@ class DFA(Settings):
             return output
         indices = [item.layer for item in waiting]
         activations = [item.activation for item in waiting]
-        plan = self._plan(indices, activations, output)
+        plan, source = self._plan(indices, activations, output), self.source
+        weights: Source | None = None
+        if isinstance(source, OutputWeights) and not torch.compiler.is_compiling():
+            weights = source.of_this_pass(keep=record is not None and ranks.fully_sharded())
         if record is not None:
-            record.output, record.plan = output, plan
+            record.output, record.plan, record.source = output, plan, weights
             record.activations, record.before = activations, [item.before for item in waiting]
             return output
         if self._match is not None:
@@ -292,7 +304,7 @@ class DFA(Settings):
         for index, size in plan.own_sizes.items():
             self.dfa_layers[index]._size = size
         self._group.error_size = plan.error_size
-        source, device = self.source, self.rp_device or output.device
+        device = self.rp_device or output.device
         if not isinstance(self.normalization, str) and isinstance(source, (Seeded, Stored)):
             scales, dtype, factors = plan.layers.scales, output.dtype, source.distribution
             if isinstance(source, Stored):
@@ -305,17 +317,13 @@ class DFA(Settings):
         signals: Signals
         # Inside a transform of torch.func nothing can be kept for its shape while tracing.
         keep = torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-        if isinstance(source, OutputWeights) and not torch.compiler.is_compiling():
-            weights: Source | None = source.of_this_pass()
-        else:
-            weights = None
         if keep:
             signals = functools.partial(self._traced_signals, indices)
         elif any(item.factor is not None for item in waiting) and not plan.shared:
             signals = self._lean(plan, waiting, weights)
         else:
             signals = functools.partial(self._planned_signals, plan, weights)
-        return Feedback.apply(signals, keep, output, *activations)
+        return Feedback.apply(signals, keep, len(anchors), output, *activations, *anchors)
 
     def signals(self, plan: Plan, error: Tensor, source: Source | None = None) -> list[Tensor]:
         """B_i e for every place, by one projection, each of its activation's shape and dtype.
@@ -492,13 +500,13 @@ class DFA(Settings):
     def recording(self) -> Iterator[Record]:
         """Runs forward passes as backpropagation does; the record keeps the last."""
         group = self._group
-        waiting, idle, outer = group.waiting, group.idle, group.record
+        waiting, idle, anchors, outer = group.waiting, group.idle, group.anchors, group.record
         group.forget()
         group.record = Record()
         try:
             yield group.record
         finally:
-            group.record, group.waiting, group.idle = outer, waiting, idle
+            group.record, group.waiting, group.idle, group.anchors = outer, waiting, idle, anchors
 
     def get_extra_state(self) -> Tensor:
         """What makes the same signals again, in a few bytes; see `state`."""
@@ -631,10 +639,28 @@ class DFA(Settings):
         if missing and not all(layer.passthrough for layer in self.dfa_layers):
             guards.warn_of_layers_without_signals(group.said, idle, uncalled, len(waiting))
         if not compiling and "ranks" not in group.said and ranks.inside_data_parallel():
-            ranks.check_equal(self.get_extra_state(), self.extra_repr())
+            ranks.check_data_parallel(self.get_extra_state(), self.extra_repr())
             group.said.add("ranks")
         if group.batch_dims is None and output.dim() == 3 and waiting:
             guards.warn_of_tokens(group.said)
+
+    def _compare_ranks(self, model: nn.Module, *_: Any) -> None:
+        """Once, after a training pass. A forward hook, which all ranks run, whatever they have."""
+        if torch.compiler.is_compiling():
+            wanted = ranks.fully_sharded()
+        else:
+            wanted = "sharded ranks" not in self._group.said and ranks.dtensors_in_use()
+        if wanted:
+            self._check_ranks(model)
+
+    @torch.compiler.disable(reason="dfa_kernels: the check of ranks runs uncompiled")
+    def _check_ranks(self, model: nn.Module) -> None:
+        group = self._group
+        if group.sends_signals and torch.is_grad_enabled() and "sharded ranks" not in group.said:
+            sizes = [layer.size for layer in self.dfa_layers]
+            here = f"{self.extra_repr()}, of sizes {sizes} and an error of {group.error_size}"
+            if ranks.check_sharded(model, self.get_extra_state(), here):
+                group.said.add("sharded ranks")
 
     def _position(self, layer: int | str | DFALayer) -> int:
         """The index of a layer that is given by itself, its name or its index."""

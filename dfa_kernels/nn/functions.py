@@ -18,9 +18,11 @@ Signals = Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor | None]]
 class Feedback(torch.autograd.Function):
     """Identity on the network's output; its backward sends feedback signals to the activations.
 
-    forward(signals, keep, output, *activations) returns the output. backward(error) gives the
-    output the error, which trains the last layer as backpropagation does, and the activations their
-    signals, which train the hidden layers (Launay, Poli, Krzakala 2019, eq. 3). It keeps no
+    forward(signals, keep, anchors, output, *activations, *anchors) returns the output; `anchors` is
+    the number of those. backward(error) gives the output the error, which trains the last layer as
+    backpropagation does, and the activations their signals, which train the hidden layers (Launay,
+    Poli, Krzakala 2019, eq. 3). Anchors are scalars (see `fully_sharded`) and get zeros: on the
+    error's device, in whose queue autograd then runs them in turn with all else. It keeps no
     activation. With `keep`, which is for torch.compile, signals gets the activations to take their
     shapes: the graph of a backward cannot use sizes that the forward computed. What it keeps in the
     end are sizes.
@@ -29,21 +31,25 @@ class Feedback(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(signals: Signals, keep: bool, output: Tensor, *activations: Tensor) -> Tensor:
-        """`output`, tied to the activations."""
+    def forward(
+        signals: Signals, keep: bool, anchors: int, output: Tensor, *tied: Tensor
+    ) -> Tensor:
+        """`output`, tied to the activations and anchors."""
         return output.detach()  # no view: those of a custom Function cannot be changed in place
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         """Keeps the activations if asked to."""
-        ctx.signals = inputs[0]
-        if inputs[1]:
-            ctx.save_for_backward(*inputs[3:])
+        ctx.signals, keep, ctx.anchors, _, *tied = inputs
+        if keep:
+            ctx.save_for_backward(*tied[: len(tied) - ctx.anchors])
 
     @staticmethod
     def backward(ctx, error: Tensor) -> tuple[Tensor | None, ...]:
         """The error for the output, the signals for the activations."""
-        return (None, None, error, *ctx.signals(error, ctx.saved_tensors))
+        signals = ctx.signals(error, ctx.saved_tensors)
+        nothing = [torch.zeros((), device=error.device)] * ctx.anchors if ctx.anchors else ()
+        return (None, None, None, error, *signals, *nothing)
 
 
 class Factor:

@@ -67,6 +67,16 @@ def warn_of_a_pass_without_hooks(said: set[str]) -> None:
     )
 
 
+def warn_of_an_unwatched_sharded_model(said: set[str]) -> None:
+    """fully_shard is in use, and the DFA knows no model whose sharded modules it could reach."""
+    warn_once(
+        said,
+        "unwatched",
+        "DFA: fully_shard is in use and watch(model) was not called, so layers pass on activations "
+        "that require a gradient, which costs a product in each; call dfa.watch(model)",
+    )
+
+
 def warn_of_another_matrix() -> None:
     """The feedback matrix was changed after match_output_."""
     warn_once(

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from dfa_kernels import checks, derivatives
-from dfa_kernels.nn import guards
+from dfa_kernels.nn import guards, ranks
 from dfa_kernels.nn.functions import Factor, Scaled, Stopped
 from dfa_kernels.nn.plan import Plan
 from dfa_kernels.nn.scripting import Scriptable, tracing
+from dfa_kernels.nn.sources import Source
 
 
 class FeedbackPointsHandling(enum.Enum):
@@ -51,12 +52,14 @@ class Record:
     """A forward pass under `DFA.recording`: its output, and the activations it would train.
 
     Signals are of `activations`; backpropagation has gradients of those `before` any `through`.
+    `source` makes the signals where the `DFA`'s own no longer could.
     """
 
     output: Tensor | None = None
     activations: Sequence[Tensor] = ()
     before: Sequence[Tensor] = ()
     plan: Plan | None = None
+    source: Source | None = None
 
 
 @dataclasses.dataclass
@@ -65,8 +68,9 @@ class Group:
 
     `handling` and `batch_dims` are None where nobody chose them. `waiting` has the activations of
     each layer until the forward pass reaches the output, `idle` the layers that no signal can train
-    in this pass, and why. `said` has the warnings that were given. `entered` says whether a call of
-    the model is under way, or is None where its output is not what the `DFA` gets.
+    in this pass, and why, `anchors` the scalars of `fully_sharded`. `said` has the warnings that
+    were given. `entered` says whether a call of the model is under way, or is None where its output
+    is not what the `DFA` gets. `under_way` says so too, or is None without `DFA.watch`.
     """
 
     mode: str
@@ -76,11 +80,18 @@ class Group:
     requires_grad: bool
     through: Through | None = None
     entered: bool | None = None
+    under_way: bool | None = None
     error_size: int | None = None  # n in the last forward pass that trained, or in a loaded state
     record: Record | None = None
     waiting: dict[int, list[Waiting]] = dataclasses.field(default_factory=dict)
     idle: dict[int, str] = dataclasses.field(default_factory=dict)
+    anchors: list[Tensor] = dataclasses.field(default_factory=list)
     said: set[str] = dataclasses.field(default_factory=set)
+
+    @property
+    def sends_signals(self) -> bool:
+        """Whether a forward pass that begins now trains layers by signals."""
+        return self.mode == "dfa" and self.record is None
 
     def wait(self, layer: int, before: Tensor, through: Through | None) -> None:
         """Keep an activation, or a function of it, until the forward pass reaches the output."""
@@ -109,26 +120,28 @@ class Group:
             self.idle = {}
         self.idle[layer] = "frozen" if torch.is_grad_enabled() else "no_grad"
 
-    def take(self) -> tuple[list[Waiting], dict[int, str]]:
-        """Hand over what waits, in the order of the layers, and the layers that are idle."""
-        waiting, idle = self.waiting, self.idle
+    def take(self) -> tuple[list[Waiting], dict[int, str], list[Tensor]]:
+        """Hand over what waits, in the order of the layers, what layers are idle, and anchors."""
+        waiting, idle, anchors = self.waiting, self.idle, self.anchors
         self.forget()
         items = [item for layer in sorted(waiting) for item in waiting[layer]]
-        return items, {layer: why for layer, why in idle.items() if layer not in waiting}
+        return items, {layer: why for layer, why in idle.items() if layer not in waiting}, anchors
 
     def forget(self) -> None:
         """Drop what waits."""
-        self.waiting, self.idle = {}, {}
+        self.waiting, self.idle, self.anchors = {}, {}, []
 
     def begin(self, *_: Any) -> None:
         """A forward pass of the model begins. Takes a forward pre-hook's arguments."""
         self.forget()
+        self.under_way = True
         if self.entered is not None:
             self.entered = True
 
     def end(self, *_: Any) -> None:
         """It ends. Takes a forward hook's arguments."""
         self.forget()
+        self.under_way = False
         if self.entered is not None:
             self.entered = False
 
@@ -139,8 +152,10 @@ class Group:
 
     def __getstate__(self) -> dict:
         # A copy takes no part in the forward pass under way.
-        entered = None if self.entered is None else False
-        return {**self.__dict__, "waiting": {}, "idle": {}, "record": None, "entered": entered}
+        fresh: dict = {"waiting": {}, "idle": {}, "anchors": [], "record": None}
+        for name in ("entered", "under_way"):
+            fresh[name] = None if getattr(self, name) is None else False
+        return {**self.__dict__, **fresh}
 
 
 class DFALayer(Scriptable):
@@ -297,10 +312,13 @@ class DFALayer(Scriptable):
                 group.pass_over(self._index)
         if recorded:
             return activation
+        if group.mode != "dfa":
+            return activation.detach()
         wanted = group.requires_grad if self.requires_grad is None else self.requires_grad
-        if wanted and group.mode == "dfa":
-            return Stopped.apply(activation)
-        return activation.detach()
+        if not wanted and group.under_way is None and learns and ranks.fully_sharded():
+            guards.warn_of_an_unwatched_sharded_model(group.said)
+            wanted = True
+        return Stopped.apply(activation) if wanted else activation.detach()
 
     @property
     def row_dims(self) -> tuple[int, ...]:
@@ -334,13 +352,18 @@ def check_dims(function: str, dims: Sequence[int]) -> tuple[int, ...]:
     return tuple(checks.integers(function, "batch_dims", dims, low=-64, high=63))
 
 
+def inside_backward() -> bool:
+    """Whether a backward pass runs this code. What is compiled is taken to be outside."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def recomputing(function: str) -> bool:
     """Whether activation checkpointing is repeating a forward pass.
 
     Raises RuntimeError in a reentrant checkpoint: its first forward pass builds no graph, so no
     signal could train it.
     """
-    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+    if not inside_backward():
         return False
     if type(torch._C._current_autograd_node()).__name__ == "CheckpointFunctionBackward":
         raise RuntimeError(

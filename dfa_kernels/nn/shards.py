@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, distributed
 
 from dfa_kernels import sharding
+from dfa_kernels.nn import guards
 
 # What autograd calls the nodes of products and of lookups: their results are not split as their
 # operands are. Of "mm" there are addmm, bmm, baddbmm.
 _MIXES = ("mm", "linear", "conv", "embedding", "fromtorchtensor", "scaleddotproduct", "stopped")
 _MOST_NODES = 200
+_said: set[str] = set()
 
 
 class Layout(NamedTuple):
@@ -58,7 +60,8 @@ def layout_of(function: str, argument: str, tensor: Tensor) -> Layout | None:
         _refuse_traced_part(function, argument, tensor)
         return None
     found = dict.fromkeys(
-        Layout(spec.mesh, tuple(spec.placements), spec.shape, True) for spec in _made_of(tensor)
+        Layout(spec.mesh, tuple(spec.placements), spec.shape, True)
+        for spec in _made_of(function, argument, tensor)
     )
     if len(found) > 1:
         got = " and ".join(f"{list(one.shape)} as {one.placements}" for one in found)
@@ -86,10 +89,10 @@ def _refuse_traced_part(function: str, argument: str, tensor: Tensor) -> None:
 
 
 def _look(context: Any) -> None:
-    if _made_of(context.get_local("tensor").as_fake()):
-        function, argument = (
-            context.get_local(name).as_python_constant() for name in ("function", "argument")
-        )
+    function, argument = (
+        context.get_local(name).as_python_constant() for name in ("function", "argument")
+    )
+    if _made_of(function, argument, context.get_local("tensor").as_fake()):
         raise ValueError(
             f"{function}: {argument} must be a DTensor where torch.compile compiles it, got this "
             "process's part of one as a plain tensor; parallelize its module with "
@@ -109,7 +112,7 @@ def mesh_of(layouts: Sequence[Layout | None]) -> Any:
     return meshes[0] if meshes else None
 
 
-def _made_of(tensor: Tensor) -> list[Any]:
+def _made_of(function: str, argument: str, tensor: Tensor) -> list[Any]:
     """What DTensors a plain tensor is made of by functions of each number, where they are split.
 
     Such functions keep the shape, so only nodes of that shape are followed. Returns the DTensors'
@@ -123,7 +126,9 @@ def _made_of(tensor: Tensor) -> list[Any]:
         if node is None or node in seen or any(word in node.name().lower() for word in _MIXES):
             continue
         seen.add(node)
-        if "ToTorchTensor" in node.name():
+        if "CompiledFunction" in node.name():
+            _warn_of_compiled_code(function, argument, tensor, node)
+        elif "ToTorchTensor" in node.name():
             spec = node.dtensor_spec
             split = not all(place.is_replicate() for place in spec.placements)
             if split and _local_shape(spec) == tensor.shape:
@@ -131,6 +136,23 @@ def _made_of(tensor: Tensor) -> list[Any]:
         elif any(tuple(one.shape) == tensor.shape for one in node._input_metadata):
             todo += [next_node for next_node, _ in node.next_functions]
     return specs
+
+
+def _warn_of_compiled_code(function: str, argument: str, tensor: Tensor, node: Any) -> None:
+    """Warn where a compiled graph may have returned a part: it has such a layer's weights."""
+    for inner, _ in node.next_functions:
+        weight: Any = getattr(inner, "variable", None)
+        if tensor.dim() == 0 or not sharding.is_dtensor(weight) or weight.dim() != 2:
+            continue
+        size, here = weight.shape[0], weight.to_local().shape[0]
+        if here == tensor.shape[-1] != size:
+            guards.warn_once(
+                _said,
+                f"compiled {argument}",
+                f"{function}: {argument} is taken to be whole, got {here} features out of compiled "
+                f"code that has this process's part of a layer of {size}; if it is a part, "
+                "parallelize its module with use_local_output=False",
+            )
 
 
 def _local_shape(spec: Any) -> tuple[int, ...]:

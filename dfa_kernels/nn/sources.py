@@ -24,6 +24,11 @@ from dfa_kernels.stream import Stream
 # With a matrix of its own for every layer, layer i's rows of U begin at i times this.
 INDEPENDENT_ROWS = 2**40
 
+_WITH_SHARDS = (
+    "with fully_shard attach first, and leave the output layer to the root module; with tensor "
+    "parallelism leave the output sharded as its weights are; match_output_ takes any shards"
+)
+
 # scales(sizes of the layers, size of the error) -> one scale per layer
 Scales = Callable[[list[int], int], Sequence[float]]
 
@@ -194,10 +199,13 @@ class OutputWeights:
         self.linear = linear
         self._weight: Tensor | None = None
 
-    def of_this_pass(self) -> OutputWeights:
-        """The same with the weights of now, which torch.func.functional_call soon takes back."""
-        found = OutputWeights(self.linear)
-        found._weight = self.linear.weight
+    def of_this_pass(self, keep: bool = False) -> OutputWeights:
+        """The same with the weights of now, which torch.func.functional_call soon takes back.
+
+        So does `fully_shard` once it has run backward: `keep` copies them.
+        """
+        found, weight = OutputWeights(self.linear), self.linear.weight
+        found._weight = weight.detach().clone() if keep else weight
         return found
 
     def project(
@@ -205,6 +213,11 @@ class OutputWeights:
     ) -> list[Tensor]:
         """See `Source`. Of an error from `first_column` on, these weights' part of the signals."""
         weight: Any = self.linear.weight if self._weight is None else self._weight
+        if self._weight is not None and _without_memory(weight):
+            raise ValueError(
+                "OutputWeights: linear.weight must be whole in each process, got one that "
+                f"fully_shard has taken back; {_WITH_SHARDS}"
+            )
         n, size = weight.shape
         last_column = first_column + error.shape[1]
         whole = first_column == 0 and not sharding.is_dtensor(weight)
@@ -236,10 +249,17 @@ def _rows_of(weight: Any, first: int, last: int) -> Tensor:
             raise ValueError(
                 f"OutputWeights: linear.weight must be here for the error's columns {first} to "
                 f"{last}, got {rows} x {columns} of {list(weight.shape)}, from row {begin} on; "
-                "shard the output as its weights are, or not at all"
+                f"{_WITH_SHARDS}"
             )
         here = weight.to_local()
     return here[first - begin : last - begin]
+
+
+def _without_memory(weight: Tensor) -> bool:
+    """Whether fully_shard has taken back the weights that it had gathered in a tensor."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(weight) or hasattr(weight, "placements"):
+        return False
+    return weight.untyped_storage().size() == 0 != weight.numel()
 
 
 class Slicing(NamedTuple):

@@ -89,13 +89,6 @@ def test_weights_that_a_functional_call_brings():
         assert_equal(found.values(), expected.values(), rtol=1e-4, atol=1e-6)
 
 
-def test_weights_in_shards_are_refused(monkeypatch):
-    model = network()
-    monkeypatch.setattr(nn.Parameter, "placements", (), raising=False)
-    with pytest.raises(ValueError, match=r"OutputWeights: linear\.weight must be whole"):
-        model[-1].source.project(torch.ones(1, CLASSES), None, torch.float32)
-
-
 def test_compiled():
     compiled = torch.compile(network(), backend="aot_eager", fullgraph=True)
     assert_equal(gradients(compiled), gradients(network()), rtol=1e-5, atol=1e-7)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dfa_kernels import DFA, DFALayer, attach
-from dfa_kernels.nn import OutputWeights
+from dfa_kernels.nn import OutputWeights, ranks
 from dfa_kernels.nn.shards import layout_of
 from tests import processes
 
@@ -17,9 +17,10 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.dis
 
 
 @pytest.fixture
-def mesh():
+def mesh(monkeypatch):
     from torch.distributed.device_mesh import init_device_mesh
 
+    monkeypatch.setattr(ranks, "fully_sharded", lambda: False)  # other tests may have used it
     with processes.fake_group(2):
         yield init_device_mesh("cpu", (2,))
 
@@ -152,6 +153,21 @@ def test_compiled_code_takes_no_plain_parts(mesh):
     parallel(mesh, "RowwiseParallel", model[2])
     with pytest.raises(Exception, match=r"dfa_layers\[0\] must be a DTensor where torch.compile"):
         torch.compile(model, backend="eager")(torch.ones(3, 4))
+
+
+def test_what_only_compiled_code_knows_is_asked_about(mesh):
+    """Its graph hides how a layer inside it was split: weights of that size are all there is."""
+    for kind, sizes in (("ColwiseParallel", (4, 8)), ("RowwiseParallel", (8, 4))):
+        linear = parallel(mesh, kind, nn.Linear(*sizes))
+        tensor = torch.compile(linear, backend="aot_eager")(torch.ones(3, 4))
+        assert tensor.shape == (3, 4)
+        if kind == "RowwiseParallel":
+            assert found(tensor) is None
+        else:
+            with pytest.warns(
+                UserWarning, match=r"output is taken to be whole, got 4 .* a layer of 8"
+            ):
+                assert found(tensor) is None
 
 
 @pytest.mark.parametrize("options", [{}, {"shared": False}, {"distribution": "hadamard"}])

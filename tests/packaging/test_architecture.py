@@ -92,9 +92,9 @@ def test_floors_are_of_modules_there_are():
 
 def test_the_trainers_modules_are_in_this_order():
     """Each imports only those before it."""
-    order = ["rows", "functions", "sources", "state", "shards", "signals", "plan", "sharded"]
-    order += ["guards", "ranks", "scripting", "layer", "matching", "settings", "loading", "dfa"]
-    order += ["hooks", "points", "recompile", "attachment", "angles"]
+    order = ["rows", "functions", "sources", "state", "guards", "shards", "signals", "plan"]
+    order += ["sharded", "ranks", "scripting", "layer", "fully_sharded", "matching", "settings"]
+    order += ["loading", "dfa", "hooks", "points", "recompile", "attachment", "angles"]
     modules = [f"dfa_kernels.nn.{name}" for name in order]
     assert {*modules, "dfa_kernels.nn"} == {name for name in FILES if floor(name) == 1}
     for position, module in enumerate(modules):

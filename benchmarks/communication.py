@@ -5,9 +5,10 @@
 For each kind of parallelism of torch.distributed one process runs its part of a step in a group
 that sends nothing, and every collective is counted. Bytes are those that a process sends where
 collectives run in a ring: of r processes, (r - 1)/r of the whole tensor in an all-gather or a
-reduce-scatter, twice that in an all-reduce. What loss_parallel sends for its softmax counts too.
-A feedback matrix is never sent: a seed makes it. In DFA a signal goes to each block's output.
-DistributedDataParallel is not run: it sends the gradients of all parameters, by both.
+reduce-scatter, twice that in an all-reduce. What loss_parallel sends for its softmax, some numbers
+a token, is left out. A feedback matrix is never sent: a seed makes it. In DFA a signal goes to each
+block's output. DistributedDataParallel is not run: it sends the gradients of all parameters, by
+both.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
     loss_parallel,
@@ -40,23 +42,33 @@ BATCH, TOKENS = 4, 128
 ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1, "broadcast": 1}
 
 
+class Attention(nn.Module):
+    """Causal attention, of the heads that this process has."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value, self.mixed = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x):
+        heads = (
+            linear(x).unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2)
+            for linear in (self.query, self.key, self.value)
+        )
+        attended = F.scaled_dot_product_attention(*heads, is_causal=True)
+        return self.mixed(attended.transpose(1, 2).flatten(2))
+
+
 class Block(nn.Module):
-    """Causal attention, then two linear layers, around each a sum."""
+    """Attention, then two linear layers, around each a sum."""
 
     def __init__(self):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.query, self.key, self.value, self.mixed = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.attention = Attention()
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
 
     def forward(self, x):
-        normed = self.norm1(x)
-        heads = (
-            linear(normed).unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2)
-            for linear in (self.query, self.key, self.value)
-        )
-        attended = F.scaled_dot_product_attention(*heads, is_causal=True)
-        x = x + self.mixed(attended.transpose(1, 2).flatten(2))
+        x = x + self.attention(self.norm1(x))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
@@ -92,14 +104,16 @@ def head_parallel(model, mesh):
 def tensor_parallel(model, mesh, between=None):
     """All layers by their features; `between` blocks activations are whole, or split by tokens."""
     between = between or Replicate()
-    columns, rows = ColwiseParallel(input_layouts=between), RowwiseParallel(output_layouts=between)
+    columns, rows = ColwiseParallel(), RowwiseParallel(output_layouts=between)
+    gather = PrepareModuleInput(input_layouts=between, desired_input_layouts=Replicate())
     plan = {
         "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
         "head": ColwiseParallel(input_layouts=between, use_local_output=False),
     }
     for index in range(LAYERS):
-        styles = dict.fromkeys(("query", "key", "value", "up"), columns)
-        styles |= dict.fromkeys(("mixed", "down"), rows)
+        styles = {"attention": gather, "up": ColwiseParallel(input_layouts=between)}
+        styles |= {f"attention.{name}": columns for name in ("query", "key", "value")}
+        styles |= dict.fromkeys(("attention.mixed", "down"), rows)
         if between.is_shard():
             styles |= dict.fromkeys(("norm1", "norm2"), SequenceParallel())
         plan |= {f"blocks.{index}.{name}": style for name, style in styles.items()}

@@ -2,8 +2,8 @@
 
 Both come from the committed JSON alone. In other files a table stands between
 `<!-- table NAME FILE -->` and `<!-- end -->`, where NAME is a function of `speed_tables`,
-`gpu_tables`, `paper_tables` or `transformer_tables` and FILE a path in `results/`. A folder of
-results may have other Markdown files, to which its page leads.
+`gpu_tables`, `paper_tables`, `transformer_tables` or `distributed_tables` and FILE a path in
+`results/`. A folder of results may have other Markdown files, to which its page leads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.harness import provenance
-from benchmarks.report import gpu_tables, paper_tables, speed_tables, transformer_tables
+from benchmarks.report import (
+    distributed_tables,
+    gpu_tables,
+    paper_tables,
+    speed_tables,
+    transformer_tables,
+)
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -109,6 +115,29 @@ PARTS: dict[str, tuple[Part, ...]] = {
             speed_tables.training_step,
         ),
     ),
+    "communication.json": (
+        Part(
+            "What is sent",
+            "By one of several processes in a step of a small transformer, where collectives run "
+            "in a ring (`benchmarks/communication.py`).",
+            distributed_tables.communication,
+        ),
+    ),
+    "pipeline.json": (
+        Part(
+            "Pipelines",
+            "Stages that sleep, each 20 ms for a forward and 40 ms for a backward pass "
+            "(`benchmarks/pipeline.py`).",
+            distributed_tables.pipeline_simulated,
+        ),
+        Part(
+            "Pipelines that compute",
+            "All stages share the cores, so times are of all work together, and bubbles hide.",
+            distributed_tables.pipeline_real,
+        ),
+        Part("Pipelines of 64 stages", "", distributed_tables.pipeline_plan),
+        Part("What pipelines send", "", distributed_tables.pipeline_sent),
+    ),
     "gpu-check.json": (
         Part(
             "Check of the GPU backends",
@@ -189,7 +218,8 @@ def files(found: dict[str, dict]) -> list[str]:
 def render(text: str) -> str:
     """A Markdown file's text with every table generated again."""
     tables: dict = {}
-    for module in (speed_tables, gpu_tables, paper_tables, transformer_tables):
+    modules = (speed_tables, gpu_tables, paper_tables, transformer_tables, distributed_tables)
+    for module in modules:
         tables |= vars(module)
 
     def table(match: re.Match) -> str:

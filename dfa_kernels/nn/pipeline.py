@@ -217,6 +217,7 @@ class FeedbackStage:
         self._specs = args_chunk_spec, kwargs_chunk_spec, target_chunk_spec, output_merge_spec
         own = [*held, *outputs.values(), *arguments.values()]
         self.dfa = DFA(self._all_layers(own), **options)
+        self.dfa._group.under_way = False  # as by `watch`: each pass begins with no leftovers
         modules = dict(inner.named_modules())
         self._handles: list[Any] = [
             modules[name].register_forward_hook(OutputHook(name, layer))

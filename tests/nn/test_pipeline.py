@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dfa_kernels import DFA, DFALayer, attach, project
-from dfa_kernels.nn import FeedbackStage, OutputWeights
+from dfa_kernels.nn import FeedbackStage, OutputWeights, ranks
 from tests import processes
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
@@ -203,10 +203,10 @@ def steps(rank, send):
 
 @pytest.mark.parametrize("send", ["error", "signals"])
 def test_stages_learn_as_one_process_does(tmp_path, send):
-    ranks = processes.run(steps, 4, tmp_path, send)
-    for name in ranks[-1]:
+    found_by = processes.run(steps, 4, tmp_path, send)
+    for name in found_by[-1]:
         loss, outputs, wanted, state = in_one_process(name)
-        for rank, found in enumerate(ranks):
+        for rank, found in enumerate(found_by):
             got, evaluated, grads, own_state, gets, text = found[name]
             torch.testing.assert_close(grads, wanted[rank], msg=lambda text: f"{name}: {text}")  # noqa: B023
             assert torch.equal(own_state, state), name
@@ -237,12 +237,12 @@ def choices(rank):
 
 
 def test_each_stage_gets_what_takes_fewer_bytes(tmp_path):
-    ranks = processes.run(choices, 3, tmp_path)
+    first, second, _ = processes.run(choices, 3, tmp_path)
     kinds = ("error", "signals", None), ("error", "error", None)
-    assert [gets for gets, _ in ranks[0]] == [kinds[0], kinds[1], kinds[0], kinds[1]]
-    assert [text for _, text in ranks[0]] == ["error, 10 numbers a row)"] * 4
+    assert [gets for gets, _ in first] == [kinds[0], kinds[1], kinds[0], kinds[1]]
+    assert [text for _, text in first] == ["error, 10 numbers a row)"] * 4
     wanted = ["signals, 8 numbers a row)", "error, 10 numbers a row)"]
-    assert [text for _, text in ranks[1]] == wanted * 2
+    assert [text for _, text in second] == wanted * 2
 
 
 class Counted(nn.Linear):
@@ -380,9 +380,9 @@ def test_steps_and_states(tmp_path):
         optimizer.zero_grad()
         cross_entropy(whole(x[:size]), y[:size]).backward()
         optimizer.step()
-    ranks = processes.run(trained, 4, tmp_path)
-    torch.testing.assert_close(ranks[-1][0], [whole(x)] * 2)
-    for _, ours, loaded, seed in ranks:
+    found = processes.run(trained, 4, tmp_path)
+    torch.testing.assert_close(found[-1][0], [whole(x)] * 2)
+    for _, ours, loaded, seed in found:
         torch.testing.assert_close(ours, loaded, rtol=0, atol=0)
         assert seed == 3
 
@@ -552,6 +552,11 @@ def wrapped(rank):
         return raised(kind, lambda: FeedbackStage(module, *arguments, **options))
 
     parallel = nn.parallel.DistributedDataParallel
+    import torch.distributed.pipelining  # noqa: F401  which subclasses FSDPModule
+
+    assert not ranks.fully_sharded()
+    fully_shard(nn.Linear(4, 4))
+    assert ranks.fully_sharded()
     twice = nn.Sequential(nn.Linear(4, 4))
     FeedbackStage(twice, 2, cross_entropy, ["0"], state=None)
     loose = parallel(nn.Linear(4, 4), find_unused_parameters=True)

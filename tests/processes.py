@@ -27,6 +27,7 @@ _PRELOADED = [
     "pytest",
     "torch",
     "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",
     "torch.testing._internal.distributed.fake_pg",
     "dfa_kernels",

@@ -7,6 +7,7 @@ from dfa_kernels.nn.angles import Alignment, alignment
 from dfa_kernels.nn.attachment import Attachment, attach
 from dfa_kernels.nn.dfa import DFA
 from dfa_kernels.nn.layer import DFALayer, FeedbackPointsHandling
+from dfa_kernels.nn.pipeline import FeedbackStage
 from dfa_kernels.nn.settings import MODES
 from dfa_kernels.nn.sources import INDEPENDENT_ROWS, OutputWeights, Source, tinydfa_scales
 
@@ -18,6 +19,7 @@ __all__ = [
     "Attachment",
     "DFALayer",
     "FeedbackPointsHandling",
+    "FeedbackStage",
     "OutputWeights",
     "Source",
     "alignment",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dfa_kernels.nn.dfa import DFA
-from dfa_kernels.nn.hooks import CutHook, InputHook, LoadHook, OutputHook, SaveHook
+from dfa_kernels.nn.hooks import CutHook, InputHook, OutputHook, keep_state
 from dfa_kernels.nn.layer import DFALayer, FeedbackPointsHandling, Through
 from dfa_kernels.nn.points import Names, Points
 from dfa_kernels.nn.recompile import forget_compiled
@@ -56,12 +56,7 @@ class Attachment:
         hook = OutputHook(output or type(model).__name__, dfa)
         self._handles += [ends.register_forward_hook(hook), *dfa.watch(model)]
         if state is not None:
-            # No submodule: a Sequential would call it. What saves by names looks for the attribute.
-            model.__dict__[state] = dfa
-            self._handles += [
-                model.register_state_dict_post_hook(SaveHook(state, dfa)),
-                model.register_load_state_dict_pre_hook(LoadHook(state, dfa)),
-            ]
+            self._handles += keep_state(model, state, dfa)
         forget_compiled()
 
     @property
@@ -161,7 +156,7 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach: model must be a module, got {type(model).__name__}")
-    model = _unwrapped(model)
+    model = unwrapped(model)
     if isinstance(model, nn.DataParallel):
         raise ValueError(
             "attach: model must not be an nn.DataParallel, whose copies run at the same time; use "
@@ -188,7 +183,7 @@ def attach(
         raise ValueError(f"attach: output must not be one of the points, got {end!r}")
     cuts = list(dict.fromkeys(names.listed("cut", cut)))
     matched = None if match_output is None else names.module("match_output", match_output)
-    _check_state(model, state)
+    check_state(model, state)
     dfa = DFA(
         [*layers.values(), *input_layers.values()],
         normalization,
@@ -231,7 +226,16 @@ def find_dfas(model: nn.Module) -> list[DFA]:
     return list(found)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def has_points(model: nn.Module) -> bool:
+    """Whether hooks of an attachment, or of a stage, are on submodules."""
+    return any(
+        isinstance(hook, (InputHook, OutputHook))
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside wrappers that look for what the output depends on, or compile it."""
     while True:
         compiled = sys.modules.get("torch._dynamo.eval_frame")
@@ -243,13 +247,14 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _check_state(model: nn.Module, state: str | None) -> None:
+def check_state(model: nn.Module, state: str | None, function: str = "attach") -> None:
+    """Raise where a state_dict of the model cannot hold a `DFA` under that name."""
     if state is None:
         return
     if not isinstance(state, str) or not state or "." in state:
-        raise ValueError(f"attach: state must be a name without dots or None, got {state!r}")
+        raise ValueError(f"{function}: state must be a name without dots or None, got {state!r}")
     if hasattr(model, state):
         raise ValueError(
-            f"attach: state must be a name that the model does not use, got {state!r}; choose "
+            f"{function}: state must be a name that the model does not use, got {state!r}; choose "
             "another, or None to leave the model's state_dict as it is"
         )

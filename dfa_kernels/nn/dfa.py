@@ -42,9 +42,10 @@ from dfa_kernels.nn.plan import Plan, Target, make_plan
 from dfa_kernels.nn.rows import to_rows
 from dfa_kernels.nn.scripting import tracing
 from dfa_kernels.nn.settings import Settings
-from dfa_kernels.nn.shards import layout_of
+from dfa_kernels.nn.shards import Layout, layout_of
 from dfa_kernels.nn.sources import (
     OutputWeights,
+    Received,
     Scales,
     Seeded,
     Slicing,
@@ -277,6 +278,10 @@ class DFA(Settings):
 
     @torch.jit.unused
     def _tie(self, output: Tensor) -> Tensor:
+        return self.tie(output)
+
+    def tie(self, output: Tensor, made: Source | None = None) -> Tensor:
+        """See `forward`. `made` makes the signals of this pass, or the source in force."""
         if not isinstance(output, Tensor):
             raise TypeError(f"DFA: output must be a tensor, got {type(output).__name__}")
         waiting, idle, anchors = self._group.take()
@@ -292,11 +297,11 @@ class DFA(Settings):
         indices = [item.layer for item in waiting]
         activations = [item.activation for item in waiting]
         plan, source = self._plan(indices, activations, output), self.source
-        weights: Source | None = None
-        if isinstance(source, OutputWeights) and not torch.compiler.is_compiling():
-            weights = source.of_this_pass(keep=record is not None and ranks.fully_sharded())
+        compiling = torch.compiler.is_compiling()
+        if made is None and isinstance(source, OutputWeights) and not compiling:
+            made = source.of_this_pass(keep=record is not None and ranks.fully_sharded())
         if record is not None:
-            record.output, record.plan, record.source = output, plan, weights
+            record.output, record.plan, record.source = output, plan, made
             record.activations, record.before = activations, [item.before for item in waiting]
             return output
         if self._match is not None:
@@ -310,19 +315,16 @@ class DFA(Settings):
             if isinstance(source, Stored):
                 dtype, factors = source.matrices[0].dtype, "normal"
             checks.scale_range("DFA", "normalization", scales, dtype, factors)
-        if isinstance(source, Stored):
-            source.check(plan.layers, plan.error_size)
-            if any(matrix.device != device for matrix in source.matrices):
-                self._source = source.to(device)
+        self.source_for(plan.layers, plan.error_size, device)
         signals: Signals
         # Inside a transform of torch.func nothing can be kept for its shape while tracing.
-        keep = torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+        keep = compiling and not torch._C._are_functorch_transforms_active()
         if keep:
             signals = functools.partial(self._traced_signals, indices)
         elif any(item.factor is not None for item in waiting) and not plan.shared:
-            signals = self._lean(plan, waiting, weights)
+            signals = self._lean(plan, waiting, made)
         else:
-            signals = functools.partial(self._planned_signals, plan, weights)
+            signals = functools.partial(self._planned_signals, plan, made)
         return Feedback.apply(signals, keep, len(anchors), output, *activations, *anchors)
 
     def signals(self, plan: Plan, error: Tensor, source: Source | None = None) -> list[Tensor]:
@@ -336,7 +338,7 @@ class DFA(Settings):
                 source, error, plan, self.error_transform and self._transformed_error
             )
         else:
-            rows = self._rows(error, plan.batch_dims)
+            rows = self._rows(error, plan.batch_dims, source)
             signals = delivery.deliver(
                 source, rows, plan.layers, plan.places, plan.masks, share=share
             )
@@ -344,6 +346,15 @@ class DFA(Settings):
             return signals
         pairs = zip(plan.indices, signals, strict=True)
         return [self._transformed(index, signal) for index, signal in pairs]
+
+    def source_for(self, layers: Layers, error_size: int, device: torch.device) -> Source:
+        """The source; stored matrices are checked to fit, and move to `device`."""
+        source = self.source
+        if isinstance(source, Stored):
+            source.check(layers, error_size)
+            if any(matrix.device != device for matrix in source.matrices):
+                self._source = source.to(device)
+        return self.source
 
     def _planned_signals(
         self, plan: Plan, source: Source | None, error: Tensor, _: Sequence[Tensor]
@@ -361,8 +372,8 @@ class DFA(Settings):
         An activation that a compiled part of the model passed on has no factor.
         """
         layers, places, indices, *_ = plan
-        scale = max(abs(scale) for scale in layers.scales) or 1.0
-        longest = Layers(layers.row_offsets[:1], (max(layers.sizes),), (scale,))
+        longest = self.asked_for(plan, lean=True)
+        (scale,) = longest.scales
         own = {}
         for index, (item, place) in enumerate(zip(waiting, places, strict=True)):
             factor = item.factor or Factor()
@@ -376,7 +387,7 @@ class DFA(Settings):
                 own[index] = factor.apply
         return lambda error, _: delivery.deliver_views(
             source or self.source,
-            self._rows(error, plan.batch_dims),
+            self._rows(error, plan.batch_dims, source),
             layers,
             places,
             longest,
@@ -572,9 +583,15 @@ class DFA(Settings):
             source = type(self.source).__name__
         return f"{len(self.dfa_layers)} layers, {source}"
 
-    def _rows(self, error: Tensor, batch_dims: Sequence[int]) -> Tensor:
+    def _rows(self, error: Tensor, batch_dims: Sequence[int], source: Source | None) -> Tensor:
         """The error as it is projected: [batch, n], transformed, where the projection runs."""
-        return self._transformed_error(to_rows(error, batch_dims, "DFA")).to(self.rp_device)
+        given = source.rows if isinstance(source, Received) else None
+        rows = self.transformed(error, batch_dims) if given is None else given
+        return rows.to(self.rp_device)
+
+    def transformed(self, error: Tensor, batch_dims: Sequence[int]) -> Tensor:
+        """The error [batch, n] through `error_transform`."""
+        return self._transformed_error(to_rows(error, batch_dims, "DFA"))
 
     def _transformed_error(self, rows: Tensor) -> Tensor:
         """The error through `error_transform`."""
@@ -585,6 +602,16 @@ class DFA(Settings):
         if not isinstance(transformed, Tensor) or transformed.shape != rows.shape:
             raise _other_shape("error_transform", rows, transformed)
         return transformed
+
+    def targets(self) -> list[Target]:
+        """The activations that wait for the output."""
+        return [self._target(item.layer, item.activation) for item in self._group.items()]
+
+    def _target(self, index: int, activation: Tensor) -> Target:
+        dims = self.dfa_layers[index].row_dims
+        layout = layout_of("DFA", f"dfa_layers[{index}]", activation)
+        shape = activation.shape if layout is None else layout.shape
+        return Target(index, shape, dims, activation.dtype, activation.device, layout)
 
     def _plan(self, indices: Sequence[int], activations: Sequence[Tensor], output: Tensor) -> Plan:
         """Which layer's signal goes to which activation. Moves masks to their activations."""
@@ -598,14 +625,17 @@ class DFA(Settings):
                 )
             if index in self.masks and self.masks[index].device != device:
                 self.masks[index] = self.masks[index].to(device)
-            dims = self.dfa_layers[index].row_dims
-            layout = layout_of("DFA", f"dfa_layers[{index}]", activation)
-            shape = activation.shape if layout is None else layout.shape
-            targets.append(Target(index, shape, dims, activation.dtype, device, layout))
+            targets.append(self._target(index, activation))
         layout = layout_of("DFA", "output", output)
+        return self.plan(targets, output.shape if layout is None else layout.shape, layout)
+
+    def plan(
+        self, targets: Sequence[Target], output_shape: torch.Size, layout: Layout | None = None
+    ) -> Plan:
+        """Which layer's signal goes to which activation, beside an output of that shape."""
         plan = make_plan(
             targets,
-            output.shape if layout is None else layout.shape,
+            output_shape,
             self.batch_dims,
             layout,
             self._slicing,
@@ -620,6 +650,15 @@ class DFA(Settings):
                 f"got {self.rp_device}"
             )
         return plan
+
+    @staticmethod
+    def asked_for(plan: Plan, lean: bool) -> Layers:
+        """The layers whose signals the source makes: all, or one that the others are views of."""
+        layers = plan.layers
+        if not lean:
+            return layers
+        scale = max(abs(scale) for scale in layers.scales) or 1.0
+        return Layers(layers.row_offsets[:1], (max(layers.sizes),), (scale,))
 
     def _warn(self, waiting: Sequence[Waiting], idle: Mapping[int, str], output: Tensor) -> None:
         """Say what a training pass will not train, or not as asked. Once, compare the ranks."""

@@ -140,6 +140,16 @@ def warn_of_layers_without_signals(
         )
 
 
+def warn_of_an_end_without_point(said: set[str], stage: int) -> None:
+    """A stage of a pipeline sends on what no signal of its own trains."""
+    warn_once(
+        said,
+        "end",
+        f"FeedbackStage: nothing trains what comes after the last point of stage {stage}, since "
+        "no gradient comes from the next stage: end it with a point, as a DFALayer, or freeze it",
+    )
+
+
 def warn_of_tokens(said: set[str]) -> None:
     """An output of three dimensions met the default `batch_dims`."""
     warn_once(

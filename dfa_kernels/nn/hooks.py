@@ -128,6 +128,16 @@ class LoadHook:
             del state[key]
 
 
+def keep_state(model: nn.Module, name: str, dfa: DFA) -> list[Any]:
+    """Puts the state of a `DFA` into the model's state_dict; returns the hooks' handles."""
+    # No submodule: a Sequential would call it. What saves by names looks for the attribute.
+    model.__dict__[name] = dfa
+    return [
+        model.register_state_dict_post_hook(SaveHook(name, dfa)),
+        model.register_load_state_dict_pre_hook(LoadHook(name, dfa)),
+    ]
+
+
 def through(function: Callable[[Tensor], Tensor], output: Any, name: str) -> Any:
     """`output` with the tensor in it passed through `function`.
 

@@ -120,11 +120,14 @@ class Group:
             self.idle = {}
         self.idle[layer] = "frozen" if torch.is_grad_enabled() else "no_grad"
 
+    def items(self) -> list[Waiting]:
+        """What waits, in the order of the layers."""
+        return [item for layer in sorted(self.waiting) for item in self.waiting[layer]]
+
     def take(self) -> tuple[list[Waiting], dict[int, str], list[Tensor]]:
         """Hand over what waits, in the order of the layers, what layers are idle, and anchors."""
-        waiting, idle, anchors = self.waiting, self.idle, self.anchors
+        items, waiting, idle, anchors = self.items(), self.waiting, self.idle, self.anchors
         self.forget()
-        items = [item for layer in sorted(waiting) for item in waiting[layer]]
         return items, {layer: why for layer, why in idle.items() if layer not in waiting}, anchors
 
     def forget(self) -> None:

@@ -81,7 +81,7 @@ def make_plan(
         raise ValueError(
             f"DFA: output must have at least one element a row, got {tuple(output_shape)}"
         )
-    split = [_split(target) for target in targets]
+    split = [split_target(target) for target in targets]
     own = {target.dfa_layer: size for target, (_, size) in zip(targets, split, strict=True)}
     all_sizes = [own[index] if index in own else known_size(index) or 1 for index in range(count)]
     scales = slicing.scales(all_sizes, error_size)
@@ -108,7 +108,7 @@ def make_plan(
     return Plan(layers, places, indices, own, error_size, output_dims, masks, output_layout)
 
 
-def _split(target: Target) -> tuple[list[int], int]:
+def split_target(target: Target) -> tuple[list[int], int]:
     """The batch sizes and l_i of an activation, which must have units beside its batch.
 
     Without any it most likely is one sample in a model for batches. Its units would count as its

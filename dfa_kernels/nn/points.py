@@ -20,7 +20,8 @@ _WRAPPERS = ("module.", "_orig_mod.")  # what wrappers put before names
 class Names:
     """The names of a model's submodules; the first of those that have several."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, function: str = "attach"):
+        self._function = function  # that messages begin with
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._first = {module: name for name, module in reversed(self._modules.items())}
 
@@ -38,7 +39,8 @@ class Names:
             return name
         got = repr(point) if isinstance(point, str) else type(point).__name__
         raise ValueError(
-            f"attach: {argument} must be submodules of the model, got {got}{self._hint(point)}"
+            f"{self._function}: {argument} must be submodules of the model, got {got}"
+            f"{self._hint(point)}"
         )
 
     def module(self, argument: str, point: str | nn.Module) -> nn.Module:
@@ -64,8 +66,8 @@ class Names:
         else:
             return
         raise ValueError(
-            f"attach: {argument} must be submodules that the forward pass calls, got {name!r}: "
-            f"{why}"
+            f"{self._function}: {argument} must be submodules that the forward pass calls, got "
+            f"{name!r}: {why}"
         )
 
     def _data_parallel(self, name: str) -> str:
@@ -97,7 +99,8 @@ class Names:
         ):
             got = repr(points) if isinstance(points, str) else type(points).__name__
             raise TypeError(
-                f"attach: {argument} must be a sequence of submodules or of their names, got {got}"
+                f"{self._function}: {argument} must be a sequence of submodules or of their "
+                f"names, got {got}"
             )
         return [self.of(argument, point) for point in given]
 
@@ -106,8 +109,8 @@ class Names:
         names = self.listed(argument, points)
         if len(set(names)) < len(names):
             raise ValueError(
-                f"attach: {argument} must be one or more distinct submodules, got {names} (of "
-                "several names of one module, the first)"
+                f"{self._function}: {argument} must be one or more distinct submodules, got "
+                f"{names} (of several names of one module, the first)"
             )
         dims = points.values() if isinstance(points, Mapping) else [None] * len(names)
         pairs = zip(names, dims, strict=True)

@@ -30,11 +30,12 @@ def dtensors_in_use() -> bool:
 def fully_sharded() -> bool:
     """Whether anything in this process was given to `fully_shard`, in a group that still is."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # its import takes a second
-    return (
-        fsdp is not None
-        and distributed.is_initialized()
-        and bool(fsdp.FSDPModule.__subclasses__())  # it makes one for every class it meets
-    )
+    if fsdp is None or not distributed.is_initialized():
+        return False
+    # It makes a class for every class of modules that it meets. torch has one that is no module's.
+    kinds = fsdp.FSDPModule.__subclasses__()
+    kinds += [one for kind in kinds for one in kind.__subclasses__()]
+    return any(issubclass(kind, nn.Module) for kind in kinds)
 
 
 def fully_sharded_modules(model: nn.Module) -> Iterator[Any]:

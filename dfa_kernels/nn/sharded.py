@@ -77,7 +77,7 @@ def deliver(
     mesh, places = plan.mesh, plan.places
     rows = _rows(source, error, plan, transform)
     pieces = [_piece(rows, place, mesh, isinstance(source, Seeded)) for place in places]
-    dtype = dtype_of(places, error)
+    dtype = dtype_of(places, error.dtype)
     signals: dict[int, Tensor] = {}
     for narrow in dict.fromkeys(piece.narrow for piece in pieces):
         ours = [index for index, piece in enumerate(pieces) if piece.narrow == narrow]

@@ -46,7 +46,7 @@ def deliver(
     some parameter's gradient. With `share`, equal places get one tensor, and rows of one may share
     memory.
     """
-    made = project(source, error, layers, dtype_of(places, error))
+    made = project(source, error, layers, dtype_of(places, error.dtype))
     of_layer: list[list[int]] = [[] for _ in made]  # its places without masks, each once
     signals: list[Tensor] = []
     for index, place in enumerate(places):
@@ -82,7 +82,7 @@ def deliver_views(
     The signal has the activations' dtype where they agree, else autograd casts. The places in `own`
     have no `Scaled`: the functions there make their signals at once.
     """
-    (buffer,) = project(source, error, longest, dtype_of(places, error))
+    (buffer,) = project(source, error, longest, dtype_of(places, error.dtype))
     buffers = {place.device: buffer.to(place.device) for place in places}
     views = [
         from_rows(
@@ -97,10 +97,10 @@ def deliver_views(
     return [own[index](view) if index in own else view for index, view in enumerate(views)]
 
 
-def dtype_of(places: Sequence[Place], error: Tensor) -> torch.dtype:
+def dtype_of(places: Sequence[Place], of_error: torch.dtype) -> torch.dtype:
     """In which dtype to project: the places' where they agree, else the error's."""
     dtypes = {place.dtype for place in places}
-    return dtypes.pop() if len(dtypes) == 1 else error.dtype
+    return dtypes.pop() if len(dtypes) == 1 else of_error
 
 
 def project(

@@ -6,6 +6,7 @@ A `Source` projects the error: `Seeded` from a seed, `Stored` by stored matrices
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import operator
@@ -260,6 +261,30 @@ def _without_memory(weight: Tensor) -> bool:
     if torch._C._functorch.is_functorch_wrapped_tensor(weight) or hasattr(weight, "placements"):
         return False
     return weight.untyped_storage().size() == 0 != weight.numel()
+
+
+@dataclasses.dataclass
+class Received:
+    """The `Source` of one pass of a `FeedbackStage`: what was made of the error elsewhere.
+
+    It is filled before the backward pass: `rows` are the error as it is projected [batch, n], or
+    anything with as many rows beside `signals`, which are those of the layers to be asked for.
+    """
+
+    source: Source | None = None
+    rows: Tensor | None = None
+    signals: list[Tensor] | None = None
+
+    def project(self, error: Tensor, layers: Layers, dtype: torch.dtype) -> list[Tensor]:
+        """See `Source`."""
+        if self.signals is not None:
+            return self.signals
+        assert self.source is not None
+        return self.source.project(error, layers, dtype)
+
+    def describe(self) -> dict[str, Any]:
+        """See `Source`."""
+        return {} if self.source is None else self.source.describe()
 
 
 class Slicing(NamedTuple):

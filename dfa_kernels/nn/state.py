@@ -54,7 +54,7 @@ def pack(facts: Facts) -> Tensor:
         "stream": stream.VERSION,
         **facts.source,
         "row_offsets": list(facts.row_offsets),
-        "normalization": _described(facts.normalization),
+        "normalization": described(facts.normalization),
         "layers": facts.layers,
     }
     values = {key: values[key] for key in _keys(values)}
@@ -219,7 +219,7 @@ def _name(source: dict[str, Any]) -> str:
     return "a stored matrix" if source["stored"] else "a seed"
 
 
-def _described(normalization: str | float | Callable) -> Any:
+def described(normalization: str | float | Callable) -> Any:
     """A normalization as JSON."""
     if not callable(normalization):
         return normalization
@@ -229,7 +229,7 @@ def _described(normalization: str | float | Callable) -> Any:
 
 def _check_function(theirs: dict[str, Any], ours: str | float | Callable) -> Callable:
     """Our normalization, if it is a function of that name."""
-    if not callable(ours) or theirs != _described(ours):
+    if not callable(ours) or theirs != described(ours):
         got = f"the function {theirs['function']}" if "function" in theirs else theirs
         raise ValueError(f"{_WHERE} must have the normalization {ours!r}, got {got}")
     return ours

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dfa_kernels import DFA, DFALayer, attach
-from dfa_kernels.nn import OutputWeights, ranks
+from dfa_kernels.nn import OutputWeights
 from dfa_kernels.nn.shards import layout_of
 from tests import processes
 
@@ -17,10 +17,9 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.dis
 
 
 @pytest.fixture
-def mesh(monkeypatch):
+def mesh():
     from torch.distributed.device_mesh import init_device_mesh
 
-    monkeypatch.setattr(ranks, "fully_sharded", lambda: False)  # other tests may have used it
     with processes.fake_group(2):
         yield init_device_mesh("cpu", (2,))
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from dfa_kernels import DFA, DFALayer, feedback_matrix
 from dfa_kernels.nn import matching
+from tests import processes
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 
@@ -21,17 +22,12 @@ def process(rank, *shape):
     """One process of a mesh of that shape; the others are not there."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import debug
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     # What is kept for one process's mesh would serve the next one's, which is equal.
     debug._clear_python_sharding_prop_cache()
     debug._clear_fast_path_sharding_prop_cache()
-    world = torch.Size(shape).numel()
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    try:
+    with processes.fake_group(torch.Size(shape).numel(), rank):
         yield init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor")[: len(shape)])
-    finally:
-        dist.destroy_process_group()
 
 
 def part(whole, *splits):

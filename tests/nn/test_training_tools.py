@@ -1,19 +1,17 @@
 """The trainer with other training tools: accumulation, mixed precision, checkpointing, devices,
 data parallelism. For torch.compile see test_compile.py."""
 
-import faulthandler
 import functools
 import re
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from dfa_kernels import DFA, DFALayer, FeedbackPointsHandling
+from tests import processes
 from tests.nn.networks import (
     Perceptron,
     assert_equal,
@@ -215,21 +213,13 @@ def refusal_of_another_seed(rank):
     return str(refusal.value)
 
 
-def worker(rank, folder):
-    faulthandler.dump_traceback_later(120, exit=True)  # ends a hung process and says where it hung
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        found = gradients_of_half_a_batch(rank), refusal_of_another_seed(rank)
-        torch.save(found, folder / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def worker(rank):
+    return gradients_of_half_a_batch(rank), refusal_of_another_seed(rank)
 
 
 def test_two_processes_make_the_gradient_of_the_joint_batch(tmp_path):
     """Those with different seeds are refused, on every rank."""
     expected = backward(perceptron(seed=3, dtype=torch.float64), *batch(torch.float64, size=8))
-    mp.spawn(worker, (tmp_path,), nprocs=2)
-    for rank in range(2):
-        found, refusal = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for rank, (found, refusal) in enumerate(processes.run(worker, 2, tmp_path)):
         assert_equal(found, expected, rtol=1e-10, atol=1e-12)
         assert re.match(rf"DFA: seed and .* on ranks \[1\] than .* seed={rank}, ", refusal)

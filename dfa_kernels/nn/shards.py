@@ -7,7 +7,7 @@ returns by default, and what activation functions make of them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +16,14 @@ from torch import Tensor, distributed
 from dfa_kernels import sharding
 from dfa_kernels.nn import guards
 
-# What autograd calls the nodes of products and of lookups: their results are not split as their
-# operands are. Of "mm" there are addmm, bmm, baddbmm.
-_MIXES = ("mm", "linear", "conv", "embedding", "fromtorchtensor", "scaleddotproduct", "stopped")
+# What autograd calls the nodes after which a part is no part any more: DTensors, collectives.
+_ENDS = (
+    *("torchtensor", "stopped"),
+    *("c10d", "allreduce", "allgather", "alltoall", "reducescatter", "reduce_scatter"),
+)
+# Those of products and of lookups: their results are not split as their operands are. Of "mm" there
+# are addmm, bmm, baddbmm.
+_MIXES = (*_ENDS, "mm", "linear", "conv", "embedding", "scaleddotproduct")
 _MOST_NODES = 200
 _said: set[str] = set()
 
@@ -69,6 +74,8 @@ def layout_of(function: str, argument: str, tensor: Tensor) -> Layout | None:
             f"{function}: {argument} must be split in one way, got a part of {got}; make the "
             "outputs of parallelized modules DTensors with use_local_output=False"
         )
+    if not found:
+        _warn_of_what_is_made_of_parts(function, argument, tensor)
     return next(iter(found), None)
 
 
@@ -119,23 +126,61 @@ def _made_of(function: str, argument: str, tensor: Tensor) -> list[Any]:
     specs: mesh, placements, shape.
     """
     specs: list[Any] = []
+    for node in _behind(tensor, lambda node: not _is(node, _MIXES) and _makes(node, tensor.shape)):
+        if _is(node, ("compiledfunction",)):
+            _warn_of_compiled_code(function, argument, tensor, node)
+        elif (spec := _split_spec(node)) and _local_shape(spec) == tensor.shape:
+            specs.append(spec)
+    return specs
+
+
+def _behind(tensor: Tensor, passes: Callable[[Any], bool]) -> Iterator[Any]:
+    """Nodes that a tensor is made by, through those that `passes` says."""
     seen: set[Any] = set()
     todo: list[Any] = [tensor.grad_fn]
     while todo and len(seen) < _MOST_NODES:
         node = todo.pop()
-        if node is None or node in seen or any(word in node.name().lower() for word in _MIXES):
+        if node is None or node in seen:
             continue
         seen.add(node)
-        if "CompiledFunction" in node.name():
-            _warn_of_compiled_code(function, argument, tensor, node)
-        elif "ToTorchTensor" in node.name():
-            spec = node.dtensor_spec
-            split = not all(place.is_replicate() for place in spec.placements)
-            if split and _local_shape(spec) == tensor.shape:
-                specs.append(spec)
-        elif any(tuple(one.shape) == tensor.shape for one in node._input_metadata):
+        yield node
+        if not _is(node, ("compiledfunction",)) and passes(node):
             todo += [next_node for next_node, _ in node.next_functions]
-    return specs
+
+
+def _is(node: Any, words: Sequence[str]) -> bool:
+    name = node.name().lower()
+    return any(word in name for word in words)
+
+
+def _makes(node: Any, shape: torch.Size) -> bool:
+    return any(tuple(one.shape) == shape for one in node._input_metadata)
+
+
+def _split_spec(node: Any) -> Any:
+    """The spec of the DTensor that a node gives the part of, if it is split, or None."""
+    if "ToTorchTensor" not in node.name():
+        return None
+    spec = node.dtensor_spec
+    return None if all(place.is_replicate() for place in spec.placements) else spec
+
+
+def _warn_of_what_is_made_of_parts(function: str, argument: str, tensor: Tensor) -> None:
+    """Warn of a part that went through functions which do not keep its shape, as heads do.
+
+    How the result is split cannot be known. A part of the batch may be trained as a whole.
+    """
+    for node in _behind(tensor, lambda node: not _is(node, _ENDS)):
+        spec = _split_spec(node)
+        if spec and any(place.is_shard() and place.dim > 0 for place in spec.placements):
+            guards.warn_once(
+                _said,
+                f"made of parts {argument}",
+                f"{function}: {argument} is taken to be whole, got {list(tensor.shape)} made of "
+                f"this process's part of {list(spec.shape)} as {tuple(spec.placements)}; if it is "
+                "a part, make it a DTensor, as by use_local_output=False of the module before",
+            )
+            return
 
 
 def _warn_of_compiled_code(function: str, argument: str, tensor: Tensor, node: Any) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dfa_kernels import DFA, DFALayer, attach
-from dfa_kernels.nn import OutputWeights
+from dfa_kernels.nn import OutputWeights, shards
 from dfa_kernels.nn.shards import layout_of
 from tests import processes
 
@@ -54,24 +54,43 @@ def test_what_is_made_of_a_part_is_a_part(mesh, function):
 
 
 def test_what_is_not(mesh):
-    from torch.distributed.tensor import Replicate
+    from torch.distributed._functional_collectives import all_reduce
+    from torch.distributed.tensor import Replicate, Shard
 
     columns = parallel(mesh, "ColwiseParallel", nn.Linear(4, 8))
     rows = parallel(mesh, "RowwiseParallel", nn.Linear(8, 4))
     gathered = parallel(mesh, "ColwiseParallel", nn.Linear(4, 8), output_layouts=Replicate())
     part = columns(torch.ones(4, 4))
     assert found(part) is not None
-    square = nn.Linear(4, 4)
     for whole in (
         torch.tanh(rows(part)),
         gathered(torch.ones(4, 4)),
-        part @ torch.eye(4),
-        square(part),
-        torch.softmax(part @ part.T, 1) @ part,
+        all_reduce(part.sin(), "sum", mesh).sin(),
+        all_reduce(part[:, :2], "sum", mesh).sin(),
         F.layer_norm(part, (4,)).detach(),
-        part[:, :2],
+        distributed(mesh, Shard(0)).to_local().sum(1),
     ):
         assert found(whole) is None
+
+
+REMADE = {
+    "heads": lambda part: part.unflatten(1, (2, 2)),
+    "heads and back": lambda part: part.unflatten(1, (2, 2)).softmax(2).flatten(1),
+    "attention": lambda part: F.scaled_dot_product_attention(part, part, part),
+    "product": lambda part: part @ torch.eye(4),
+    "products": lambda part: torch.softmax(part @ part.T, 1) @ part,
+    "linear": lambda part: F.linear(part, torch.eye(4)),
+    "slice": lambda part: part[:, :2],
+    "cat": lambda part: torch.cat([part[:2], part[2:]]),
+}
+
+
+@pytest.mark.parametrize("function", REMADE.values(), ids=REMADE)
+def test_what_is_made_of_parts_otherwise_is_asked_about(mesh, monkeypatch, function):
+    monkeypatch.setattr(shards, "_said", set())
+    part = parallel(mesh, "ColwiseParallel", nn.Linear(4, 8))(torch.ones(4, 4))
+    with pytest.warns(UserWarning, match=r"output is taken to be whole, got .* part of \[4, 8\]"):
+        assert found(function(part)) is None
 
 
 def test_a_dtensor_says_it_itself(mesh):

@@ -42,7 +42,7 @@ from dfa_kernels.nn.plan import Plan, Target, make_plan
 from dfa_kernels.nn.rows import to_rows
 from dfa_kernels.nn.scripting import tracing
 from dfa_kernels.nn.settings import Settings
-from dfa_kernels.nn.shards import Layout, layout_of
+from dfa_kernels.nn.shards import Layout, layout_of, meshes_behind
 from dfa_kernels.nn.sources import (
     OutputWeights,
     Received,
@@ -309,6 +309,8 @@ class DFA(Settings):
         for index, size in plan.own_sizes.items():
             self.dfa_layers[index]._size = size
         self._group.error_size = plan.error_size
+        if not compiling and self._group.under_way is None:
+            self._check_ranks_behind([output, *activations])
         device = self.rp_device or output.device
         if not isinstance(self.normalization, str) and isinstance(source, (Seeded, Stored)):
             scales, dtype, factors = plan.layers.scales, output.dtype, source.distribution
@@ -695,11 +697,23 @@ class DFA(Settings):
     @torch.compiler.disable(reason="dfa_kernels: the check of ranks runs uncompiled")
     def _check_ranks(self, model: nn.Module) -> None:
         group = self._group
-        if group.sends_signals and torch.is_grad_enabled() and "sharded ranks" not in group.said:
-            sizes = [layer.size for layer in self.dfa_layers]
-            here = f"{self.extra_repr()}, of sizes {sizes} and an error of {group.error_size}"
-            if ranks.check_sharded(model, self.get_extra_state(), here):
-                group.said.add("sharded ranks")
+        if not group.sends_signals or not torch.is_grad_enabled() or "sharded ranks" in group.said:
+            return
+        if ranks.check_sharded(model, self.get_extra_state(), self._in_words()):
+            group.said.add("sharded ranks")
+
+    def _check_ranks_behind(self, tensors: Sequence[Tensor]) -> None:
+        """The same without `watch`, of the ranks that tensor parallelism shows to share them."""
+        said = self._group.said
+        if "sharded ranks" in said or not ranks.dtensors_in_use():
+            return
+        if meshes := meshes_behind(tensors):
+            ranks.check_meshes(meshes, self.get_extra_state(), self._in_words())
+            said.add("sharded ranks")
+
+    def _in_words(self) -> str:
+        sizes = [layer.size for layer in self.dfa_layers]
+        return f"{self.extra_repr()}, of sizes {sizes} and an error of {self._group.error_size}"
 
     def _position(self, layer: int | str | DFALayer) -> int:
         """The index of a layer that is given by itself, its name or its index."""

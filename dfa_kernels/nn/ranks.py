@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -60,11 +60,16 @@ def check_sharded(model: nn.Module, state: Tensor, description: str) -> bool:
     Returns whether there are any.
     """
     meshes = _meshes(model)
+    check_meshes(meshes, state, description)
+    return bool(meshes)
+
+
+def check_meshes(meshes: Iterable[Any], state: Tensor, description: str) -> None:
+    """The same for the ranks of device meshes, all of which must call it."""
     for mesh in meshes:
         for dim in range(mesh.ndim):
             device = torch.device(mesh.device_type)
             _check_equal(state, description, mesh.get_group(dim), device)
-    return bool(meshes)
 
 
 def _meshes(model: nn.Module) -> list[Any]:

@@ -107,6 +107,19 @@ def _look(context: Any) -> None:
         )
 
 
+def meshes_behind(tensors: Sequence[Any]) -> list[Any]:
+    """The device meshes of tensors and of the DTensors that they are made of, whole or not."""
+    found: dict[Any, None] = {}
+    for tensor in tensors:
+        if sharding.is_dtensor(tensor):
+            found[tensor.device_mesh] = None
+            continue
+        for node in _behind(tensor, lambda node: not _is(node, _ENDS)):
+            if "ToTorchTensor" in node.name():
+                found[node.dtensor_spec.mesh] = None
+    return list(found)
+
+
 def mesh_of(layouts: Sequence[Layout | None]) -> Any:
     """The one mesh of DTensors, or None where all tensors are whole."""
     meshes = [layout.mesh for layout in layouts if layout is not None]

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from dfa_kernels import alignment, attach
+from dfa_kernels import DFA, DFALayer, alignment, attach
 from dfa_kernels.nn import OutputWeights
 from tests import processes
 
@@ -272,3 +272,47 @@ def test_transformers(tmp_path):
         for case, (gradients, cosines) in found.items():
             assert_close(gradients, expected[case[0]][1][0], case)
             assert_close(torch.tensor(cosines), torch.tensor(expected[case[0]][rank // 2][1]), case)
+
+
+class Own(nn.Module):
+    """A model with a `DFA` of its own, without watch()."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(4, 8), nn.Linear(8, 6)
+        self.layer = DFALayer()
+        self.dfa = DFA([self.layer], seed=seed)
+
+    def forward(self, x):
+        return self.dfa(self.head(self.layer(torch.tanh(self.first(x)))))
+
+
+def train_with_seeds_of_their_own(rank):
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    said = []
+    for plan in (
+        {"first": ColwiseParallel(), "head": RowwiseParallel()},
+        {"first": ColwiseParallel(output_layouts=Replicate())},
+        {"head": ColwiseParallel(output_layouts=Replicate())},
+        {"head": ColwiseParallel(use_local_output=False)},
+    ):
+        model = parallelize_module(Own(seed=rank), mesh_of(2), plan)
+        with pytest.raises(ValueError, match="seed and layers") as caught:
+            model(torch.ones(3, 4))
+        said.append(str(caught.value))
+    return said
+
+
+def test_other_seeds_are_refused_without_watch_too(tmp_path):
+    for rank, said in enumerate(processes.run(train_with_seeds_of_their_own, 2, tmp_path)):
+        assert len(said) == 4
+        for message in said:
+            assert "got others on ranks [1] than on rank 0" in message
+            assert f"seed={rank}" in message

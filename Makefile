@@ -4,6 +4,7 @@
 #   make test    run the tests in PROCESSES processes; a test that hangs ends its own
 #   make coverage    the same, and say which lines no test runs; takes half as long again
 #   make test-slow    run what takes longer: all GPU kernels compiled, all pairs, the demo's accuracy
+#   make ecosystem    run the tests with accelerate, Lightning and transformers, in .venv-ecosystem
 #   make bench   time the kernels against what they replace; results and figures in bench-<date>/
 #   make paper   run the paper's experiments; ARGS="table2 --quick" and the like
 #   make lint    formatting, lint and types
@@ -45,6 +46,11 @@ coverage: $(VENV)/test
 test-slow: $(VENV)/test
 	$(pytest) -m slow $(ARGS)
 
+ecosystem: export OMP_NUM_THREADS = 1
+ecosystem:
+	$(MAKE) VENV=.venv-ecosystem .venv-ecosystem/test .venv-ecosystem/ecosystem
+	.venv-ecosystem/bin/python -m pytest tests/integrations $(ARGS)
+
 bench: $(VENV)/bench
 	$(bin)/dfa-kernels bench $(ARGS)
 
@@ -77,12 +83,12 @@ $(VENV)/torch:
 
 # The package is installed in place. The file $(VENV)/<extra> marks that this extra is installed; dev has
 # all that the others have, so whoever wants several builds the package once by beginning with it.
-$(VENV)/demo $(VENV)/test $(VENV)/bench $(VENV)/paper $(VENV)/dev: $(VENV)/torch $(sources)
+$(VENV)/demo $(VENV)/test $(VENV)/bench $(VENV)/paper $(VENV)/ecosystem $(VENV)/dev: $(VENV)/torch $(sources)
 	$(bin)/pip install --quiet "setuptools>=77" ninja
 	$(bin)/pip install --quiet --no-build-isolation --editable ".[$(@F)]"
 	@touch $@ $(if $(filter dev,$(@F)),$(addprefix $(VENV)/,demo test bench paper))
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-ecosystem build *.egg-info
 
-.PHONY: demo test test-slow coverage bench paper lint format gpu-check clean
+.PHONY: demo test test-slow coverage ecosystem bench paper lint format gpu-check clean

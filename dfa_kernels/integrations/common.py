@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dfa_kernels.nn.angles import alignment
 from dfa_kernels.nn.attachment import find_dfas
 from dfa_kernels.nn.dfa import DFA
+from dfa_kernels.nn.hooks import SaveHook
 
 
 def dfas_of(model: nn.Module) -> list[DFA]:
@@ -40,6 +41,21 @@ def restore(model: nn.Module, states: Sequence[str]) -> None:
         if state != before:
             packed = list(state.encode("latin-1"))
             dfa.set_extra_state(torch.tensor(packed, dtype=torch.uint8, device="cpu"))
+
+
+def refuse_attached_states(model: nn.Module) -> None:
+    """Raise where the model's state_dict has a `DFA`'s state without having that as a submodule.
+
+    torch broadcasts a whole state to the ranks of sharded models by the names of submodules.
+    """
+    for module in model.modules():
+        for hook in module._state_dict_hooks.values():
+            if isinstance(hook, SaveHook) and module._modules.get(hook.name) is not hook.dfa:
+                raise ValueError(
+                    "DFACallback: a run with FSDP2 and state_dict_type='FULL_STATE_DICT' could not "
+                    f"be resumed from a state_dict with {hook.name!r}, got one; attach with "
+                    "state=None, as this callback keeps the state"
+                )
 
 
 def alignment_logs(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, float]:

@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from dfa_kernels import checks
-from dfa_kernels.integrations.common import alignment_logs, dfas_of, restore, states_of
+from dfa_kernels.integrations.common import (
+    alignment_logs,
+    dfas_of,
+    refuse_attached_states,
+    restore,
+    states_of,
+)
 
 try:
     from transformers.trainer_callback import ExportableState, TrainerCallback
@@ -26,7 +32,8 @@ class DFACallback(TrainerCallback, ExportableState):
 
     The state is in the checkpoint's trainer_state.json. A run that is resumed takes it, and warns
     where the script gives another seed; see `DFA.set_extra_state`. Training is the same, bit for
-    bit, with and without the callback.
+    bit, with and without the callback. In several processes each measures the same batch; with
+    FSDP2 `attach` with state=None, since this keeps the state.
 
     Args:
         trainer: the `Trainer`. Its model holds a `DFA` or has one attached when training begins.
@@ -38,7 +45,8 @@ class DFACallback(TrainerCallback, ExportableState):
 
     Raises:
         TypeError, ValueError: naming the argument and what was got; when training begins, if the
-            model has no `DFA`, or if the checkpoint's state does not fit it.
+            model has no `DFA`, if the checkpoint's state does not fit it, or if FSDP2 could not
+            load that which `attach` adds to the model's.
     """
 
     _trainer: Any = None
@@ -80,6 +88,9 @@ class DFACallback(TrainerCallback, ExportableState):
         """Put the states of the checkpoint in force, if the run is resumed from one."""
         model = self._trainer.model
         dfas_of(model)
+        fsdp = getattr(self._trainer.accelerator.state, "fsdp_plugin", None)
+        if fsdp is not None and fsdp.state_dict_type.name == "FULL_STATE_DICT":
+            refuse_attached_states(model)
         # A checkpoint of a run without this callback lacks the entry that the Trainer will replace.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if isinstance(saved, list):  # of several callbacks; the last is the newest

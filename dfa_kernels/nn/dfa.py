@@ -556,6 +556,7 @@ class DFA(Settings):
         self, state_dict, prefix, metadata, strict, missing, unexpected, errors
     ) -> None:
         """As torch does, but a state that is refused is reported with the keys, at the end."""
+        self.compare_ranks_again()
         self._refusals = []
         try:
             super()._load_from_state_dict(
@@ -684,6 +685,10 @@ class DFA(Settings):
             group.said.add("ranks")
         if group.batch_dims is None and output.dim() == 3 and waiting:
             guards.warn_of_tokens(group.said)
+
+    def compare_ranks_again(self) -> None:
+        """Have the next training pass compare the ranks: a load may have reached one alone."""
+        self._group.said -= {"ranks", "sharded ranks"}
 
     def _compare_ranks(self, model: nn.Module, *_: Any) -> None:
         """Once, after a training pass. A forward hook, which all ranks run, whatever they have."""

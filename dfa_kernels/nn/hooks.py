@@ -76,7 +76,11 @@ def _detached(value: Any) -> Any:
 
 
 class SaveHook:
-    """A hook after `state_dict`, which adds the state of a `DFA` that is no submodule."""
+    """A hook after `state_dict`, which adds the state of a `DFA` that is no submodule.
+
+    A model on the meta device has no values to keep, and what fills it may take its parameters'
+    alone, as accelerate's cpu_ram_efficient_loading does.
+    """
 
     def __init__(self, name: str, dfa: DFA):
         self.name = name
@@ -84,6 +88,9 @@ class SaveHook:
 
     def __call__(self, module: nn.Module, state: dict, prefix: str, metadata: Any) -> None:
         """Adds its entries under the name."""
+        on_meta = [parameter.is_meta for parameter in module.parameters()]
+        if on_meta and all(on_meta):
+            return
         self.dfa.state_dict(destination=state, prefix=f"{prefix}{self.name}.")
 
 
@@ -109,6 +116,7 @@ class LoadHook:
         errors: list[str],
     ) -> None:
         """Reports as torch does: through the lists."""
+        self.dfa.compare_ranks_again()
         whole = f"{prefix}{self.name}."
         ours = {key: state[key] for key in state if key.startswith(whole)}
         if not ours or module._modules.get(self.name) is self.dfa:  # then torch loads it

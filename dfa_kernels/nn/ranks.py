@@ -102,5 +102,6 @@ def _check_equal(state: Tensor, description: str, group: Any, device: torch.devi
         raise ValueError(
             "DFA: seed and layers, and whatever else makes the signals, must be the same on all "
             f"ranks of a model, got others on ranks {unlike} than on rank {ranks[0]}, and here "
-            f"{description}"
+            f"{description}; where a state was loaded on rank 0 to be broadcast, model.dfa = "
+            "handle.dfa before that has an attached DFA's broadcast too"
         )

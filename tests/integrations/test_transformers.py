@@ -1,5 +1,6 @@
 """The callback for Hugging Face's Trainer: GPT-2 of random weights, a few steps."""
 
+import copy
 import json
 import warnings
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 from dfa_kernels import attach
+from tests import processes
+from tests.integrations import environment
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -20,18 +23,19 @@ BATCH = {"input_ids": TOKENS[:4], "labels": TOKENS[:4]}
 NAMES = {f"dfa/alignment/{name}" for name in POINTS}
 
 
-def trainer_of(folder, seed=3, state=None, **arguments):
+def trainer_of(folder, seed=3, state=None, dropout=0.1, **arguments):
     """A Trainer of an attached model with dropout. Its state is the callback's, or in `state`."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=48, n_positions=8, n_embd=32, n_layer=2, n_head=2)
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout
     model = transformers.GPT2LMHeadModel(config)
     handle = attach(model, POINTS, "lm_head", batch_dims=(0, 1), seed=seed, state=state)
-    arguments = {"max_steps": 6, "logging_steps": 2, "save_steps": 4, **arguments}
+    defaults = {"max_steps": 6, "logging_steps": 2, "save_steps": 4}
+    arguments = {"per_device_train_batch_size": 4, **defaults, **arguments}
     trainer = transformers.Trainer(
         model,
         transformers.TrainingArguments(
             str(folder),
-            per_device_train_batch_size=4,
             learning_rate=1e-2,
             use_cpu=True,
             report_to="none",
@@ -166,3 +170,76 @@ def test_a_model_without_a_dfa_is_refused(tmp_path):
     trainer.add_callback(integration.DFACallback(trainer))
     with pytest.raises(ValueError, match="DFACallback: the model must hold a DFA"):
         trainer.train()
+
+
+BLOCKS = {"transformer_layer_cls_to_wrap": "GPT2Block"}
+SHARDED = {"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": True}
+# What the Trainer is told, and the name by which attach keeps the state beside the callback.
+CASES = {
+    "DDP": ({}, "dfa"),
+    "FSDP2": ({"fsdp": True, "fsdp_config": BLOCKS}, None),
+    "FSDP2, sharded": ({"fsdp": True, "fsdp_config": {**BLOCKS, **SHARDED}}, "dfa"),
+}
+
+
+def trainer_of_rank(rank, folder, name, **options):
+    arguments, state = CASES[name]
+    environment.launched(rank)
+    environment.new_accelerate_state("fsdp" in arguments)
+    arguments = {
+        "accelerator_config": {"use_configured_state": True},
+        "max_steps": 4,
+        "save_steps": 2,
+        **copy.deepcopy(arguments),
+    }
+    return with_callback(folder, dropout=0, **{"state": state, **arguments, **options})
+
+
+def resumed(rank, folder):
+    """Kinds of modules, weights, those of a resumed run and its seed, logs, and all warnings."""
+    found = {}
+    for name in CASES:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer, _ = trainer_of_rank(rank, f"{folder}/{name}", name)
+            trainer.train()
+            again, dfa = trainer_of_rank(rank, f"{folder}/{name} again", name, seed=None)
+            again.train(resume_from_checkpoint=f"{folder}/{name}/checkpoint-2")
+        states = [one.accelerator.get_state_dict(one.model_wrapped) for one in (trainer, again)]
+        kinds = type(trainer.model_wrapped).__name__, type(trainer.model.transformer.h[0]).__name__
+        warned = [str(one.message) for one in said]
+        found[name] = kinds, *states, dfa.seed, again.state.log_history, warned
+    return found
+
+
+def test_two_processes_learn_what_one_learns_and_resume_with_its_seed(tmp_path):
+    trainer, _ = trainer_of(tmp_path, dropout=0, max_steps=4, per_device_train_batch_size=8)
+    trainer.train()
+    for rank, found in enumerate(processes.run(resumed, 2, tmp_path, str(tmp_path))):
+        for name, (kinds, whole, again, seed, logs, warned) in found.items():
+            assert (seed, warned) == (3, []), name
+            ddp = name == "DDP"
+            wrapped = ("DistributedDataParallel", "") if ddp else ("FSDPGPT2LMHeadModel", "FSDP")
+            assert kinds == (wrapped[0], f"{wrapped[1]}GPT2Block")
+            assert [entry["step"] for entry in logs if entry.keys() >= NAMES] == [2, 4]
+            if rank == 1 and not ddp:  # accelerate gives a whole state to rank 0
+                continue
+            for key, value in trainer.model.named_parameters():
+                torch.testing.assert_close(
+                    whole[key], value.detach(), rtol=1e-4, atol=1e-5, msg=f"{name}: {key}"
+                )
+            for key, value in whole.items():  # the DFA's state too
+                assert torch.equal(again[key], value), f"{name}: {key}"
+
+
+def refusal(rank, folder):
+    trainer, _ = trainer_of_rank(rank, folder, "FSDP2", state="feedback")
+    with pytest.raises(ValueError, match=r"DFACallback: .* 'feedback', .*state=None") as refused:
+        trainer.train()
+    trainer.model.feedback = trainer.model.feedback  # a submodule
+    trainer.train()
+    return str(refused.value)
+
+
+def test_a_state_that_could_not_be_loaded_again_is_refused(tmp_path):
+    assert all(processes.run(refusal, 2, tmp_path, str(tmp_path)))

@@ -605,6 +605,66 @@ def test_output_weights_that_are_not_whole_are_refused(tmp_path):
             assert "attach first, and leave the output layer to the root module" in refusal
 
 
+def loaded_by_rank_0(rank):
+    """Whole states that torch broadcasts: of an attached DFA it leaves them on rank 0."""
+    from torch.distributed.checkpoint import state_dict
+
+    options = state_dict.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    found = []
+    for as_submodule in (False, True):
+        states = []
+        for seed in (7, 8):
+            model = Net().double()
+            handle = attach(model, BLOCKS, seed=seed)
+            if as_submodule:
+                model.dfa = handle.dfa
+            each_block(model)
+            step(model, *half(rank))
+            states.append(state_dict.get_model_state_dict(model, options=options))
+        handle.dfa.seed = None  # no choice that a loaded one is told of
+        whole = states[0] if rank == 0 else {}
+        state_dict.set_model_state_dict(model, whole, options=options)
+        try:
+            step(model, *half(rank))
+            found.append(handle.dfa.seed)
+        except ValueError as refusal:
+            found.append(str(refusal))
+    return found
+
+
+def test_a_state_that_rank_0_alone_loaded_is_noticed_and_a_submodules_reaches_all(tmp_path):
+    for attached, submodule in processes.run(loaded_by_rank_0, 2, tmp_path):
+        assert "got others on ranks [1] than on rank 0" in attached
+        assert "model.dfa = handle.dfa" in attached
+        assert submodule == 7
+
+
+def filled_from_the_meta_device(rank):
+    """As accelerate's cpu_ram_efficient_loading: it takes every entry for a sharded parameter."""
+    from torch.distributed.tensor import distribute_tensor
+
+    model = Net().double()
+    attach(model, BLOCKS, seed=3)
+    whole = model.state_dict()
+    model.to("meta")
+    each_block(model)
+    values = {
+        name: distribute_tensor(whole[name], empty.device_mesh, empty.placements)
+        for name, empty in model.state_dict().items()
+    }
+    model.load_state_dict(values, assign=True)
+    step(model, *half(rank))
+    return [grad.full_tensor() for grad in gradients(model)], "dfa._extra_state" in whole
+
+
+def test_a_model_on_the_meta_device_has_no_state_but_its_parameters(tmp_path):
+    model = build(CASES["each, each_block, attach first"], False)
+    step(model, *data())
+    for found, had_state in processes.run(filled_from_the_meta_device, 2, tmp_path):
+        assert had_state
+        assert_equal(found, gradients(model), **CLOSE)
+
+
 def left_alone(rank, folder):
     model = build(CASES["each, each_block, attach first"], True)
     step(model, *half(rank))

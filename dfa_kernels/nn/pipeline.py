@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,55 +30,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dfa_kernels import checks
-from dfa_kernels.layers import Layers
 from dfa_kernels.nn import guards, signals, state
+from dfa_kernels.nn.agreement import WHERE, Agreement, Asked, agree, check_same
 from dfa_kernels.nn.attachment import check_state, find_dfas, has_points, unwrapped
 from dfa_kernels.nn.dfa import DFA
 from dfa_kernels.nn.hooks import InputHook, OutputHook, keep_state
 from dfa_kernels.nn.layer import DFALayer
 from dfa_kernels.nn.links import Arrival, Links, Meta
-from dfa_kernels.nn.plan import Target, split_target
 from dfa_kernels.nn.points import Names, Points
 from dfa_kernels.nn.recompile import forget_compiled
-from dfa_kernels.nn.rows import split_shape
-from dfa_kernels.nn.shards import layout_of
-from dfa_kernels.nn.sources import OutputWeights, Received
-
-_WHERE = "FeedbackStage"
-
-
-class _Said(NamedTuple):
-    """What a stage tells all others in the first step: its settings, and what its DFA will train.
-
-    `lean` says whether that needs one signal only. `output` is the network's, on the last stage.
-    `parts` names what processes share, as in tensor parallelism.
-    """
-
-    settings: dict[str, Any]
-    targets: list[Target]
-    lean: bool
-    output: Meta | None
-    parts: list[str]
-
-
-class _Payload(NamedTuple):
-    """What the last stage sends to `stages` for each microbatch.
-
-    The error's rows where `layers` is None, else the signals of these.
-    """
-
-    stages: tuple[int, ...]
-    layers: Layers | None
-    metas: tuple[Meta, ...]
-
-
-class _Agreement(NamedTuple):
-    """What the stages found out in the first step. `payloads` has an entry for each, or None."""
-
-    mode: str
-    said: Sequence[_Said]
-    output: Meta
-    payloads: Sequence[_Payload | None]
+from dfa_kernels.nn.sources import Received
 
 
 class _Pass(NamedTuple):
@@ -179,26 +139,26 @@ class FeedbackStage:
         **options: Any,
     ):
         if not isinstance(module, nn.Module):
-            raise TypeError(f"{_WHERE}: module must be a module, got {type(module).__name__}")
+            raise TypeError(f"{WHERE}: module must be a module, got {type(module).__name__}")
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError(
-                f"{_WHERE}: torch.distributed must be initialized, as by init_process_group"
+                f"{WHERE}: torch.distributed must be initialized, as by init_process_group"
             )
         inner = unwrapped(module)
         _refuse_wrappers(module)
         if find_dfas(inner) or has_points(inner):
             raise ValueError(
-                f"{_WHERE}: module must hold no DFA and no points yet: give the options of one to "
+                f"{WHERE}: module must hold no DFA and no points yet: give the options of one to "
                 "the stage, and detach() another attachment or stage first"
             )
         self.module = module
-        self.microbatches = checks.integer(_WHERE, "microbatches", microbatches, low=1, high=2**31)
+        self.microbatches = checks.integer(WHERE, "microbatches", microbatches, low=1, high=2**31)
         if send not in (None, "error", "signals"):
-            raise ValueError(f"{_WHERE}: send must be 'error', 'signals' or None, got {send!r}")
+            raise ValueError(f"{WHERE}: send must be 'error', 'signals' or None, got {send!r}")
         self.send = send
-        self.scale_grads = checks.boolean(_WHERE, "scale_grads", scale_grads)
-        check_state(inner, state, _WHERE)
-        names = Names(inner, _WHERE)
+        self.scale_grads = checks.boolean(WHERE, "scale_grads", scale_grads)
+        check_state(inner, state, WHERE)
+        names = Names(inner, WHERE)
         held = [one for one in inner.modules() if isinstance(one, DFALayer)]
         outputs = names.layers("points", points, "")
         arguments = names.layers("inputs", inputs, ".input")
@@ -206,13 +166,13 @@ class FeedbackStage:
             first = next(module.parameters(), None)
             device = "cpu" if first is None else first.device
         ahead = 1 if ahead is None else ahead
-        self.ahead = checks.integer(_WHERE, "ahead", ahead, low=1, high=2**31)
+        self.ahead = checks.integer(WHERE, "ahead", ahead, low=1, high=2**31)
         self.stage, self.stages = dist.get_rank(group), dist.get_world_size(group)
         self._ahead = min(self.microbatches, max(self.stages - self.stage, self.ahead))
         self._links = Links(group, torch.device(device), max(2, self._ahead), timeout)
-        checks.function(_WHERE, "loss", loss)
+        checks.function(WHERE, "loss", loss)
         if self._is_last and loss is None:
-            raise ValueError(f"{_WHERE}: loss must be given on the last stage, got None")
+            raise ValueError(f"{WHERE}: loss must be given on the last stage, got None")
         self.loss = loss
         self._specs = args_chunk_spec, kwargs_chunk_spec, target_chunk_spec, output_merge_spec
         own = [*held, *outputs.values(), *arguments.values()]
@@ -249,7 +209,7 @@ class FeedbackStage:
 
         Not while a step runs.
         """
-        self._agreed: _Agreement | None = None
+        self._agreed: Agreement | None = None
         self._known: dict[str, tuple[Meta, ...]] = {}
 
     def detach(self) -> None:
@@ -278,11 +238,11 @@ class FeedbackStage:
         """
         if self.dfa.mode == "backprop":
             raise ValueError(
-                f"{_WHERE}: mode must be 'dfa' or 'shallow', since no gradient goes from stage to "
+                f"{WHERE}: mode must be 'dfa' or 'shallow', since no gradient goes from stage to "
                 "stage, got 'backprop'; torch.distributed.pipelining has it"
             )
         if not torch.is_grad_enabled():
-            raise RuntimeError(f"{_WHERE}: step needs gradients; eval_step is for without")
+            raise RuntimeError(f"{WHERE}: step needs gradients; eval_step is for without")
         batches = self._split(args, kwargs, target)
         waiting: deque[_Pass] = deque()
         losses: list[Tensor] = []
@@ -293,8 +253,10 @@ class FeedbackStage:
                 self._backward(waiting.popleft(), final=False)
             output = self._forward("step", index, inputs, named)
             if self._agreed is None or self._agreed.mode != self.dfa.mode:
-                self._agreed = self._agree(output)
-            self._check_targets(self._agreed)
+                self._agreed = agree(
+                    self.dfa, self._links, self._settings(), self.send, self._replicas, output
+                )
+            self._agreed.check_targets(self.stage, self.dfa.targets())
             if self._is_last:
                 one, loss, output = self._finish(self._agreed, output, expected)
                 losses.append(loss)
@@ -334,6 +296,14 @@ class FeedbackStage:
     def _is_last(self) -> bool:
         return self.stage == self.stages - 1
 
+    @property
+    def _replicas(self) -> dist.ProcessGroup | None:
+        """The processes that have the same stage, where it is data-parallel."""
+        if not isinstance(self.module, DistributedDataParallel):
+            return None
+        group: Any = self.module.process_group
+        return group
+
     def _all_layers(self, own: Sequence[DFALayer]) -> list[DFALayer]:
         """The layers of all stages, this one's among them."""
         names = self._links.gather([layer.name for layer in own])
@@ -370,7 +340,7 @@ class FeedbackStage:
             if len(others) != count - 1 or any(one != first for one in others):
                 got = ", ".join(str(list(one.shape)) for one in _tensors_in((given, named)))
                 raise ValueError(
-                    f"{_WHERE}: {what} must split into {count} equal microbatches, got {got}"
+                    f"{WHERE}: {what} must split into {count} equal microbatches, got {got}"
                 )
             return chunks
 
@@ -390,7 +360,7 @@ class FeedbackStage:
         self._coming: Arrival | None = None
         self._feedback: deque[Arrival] = deque()
         self._expected = 0
-        self._wanted: dict[int, tuple[Layers, torch.dtype]] | None = None
+        self._wanted: dict[int, Asked] | None = None
 
     def _forward(self, kind: str, index: int, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One microbatch through the module, received before and sent on after."""
@@ -404,7 +374,7 @@ class FeedbackStage:
         if self._is_last:
             if not isinstance(output, Tensor):
                 raise TypeError(
-                    f"{_WHERE}: module must return a tensor on the last stage, got "
+                    f"{WHERE}: module must return a tensor on the last stage, got "
                     f"{type(output).__name__}"
                 )
             return output
@@ -428,41 +398,8 @@ class FeedbackStage:
         """Whether the shapes of `what` are new. Raises where they are others than before."""
         metas = tuple(Meta.of(tensor) for tensor in tensors)
         new = what not in self._known
-        _same(what, self._known.setdefault(what, metas), metas)
+        check_same(what, self._known.setdefault(what, metas), metas)
         return new
-
-    def _agree(self, output: Any) -> _Agreement:
-        """Find out what the other stages train and with which settings, which are to be equal."""
-        dfa = self.dfa
-        targets = dfa.targets()
-        lean = any(item.factor is not None for item in dfa._group.items())
-        shape = Meta.of(output) if self._is_last else None
-        parts = [f"dfa_layers[{one.dfa_layer}]" for one in targets if one.layout is not None]
-        if self._is_last and layout_of(_WHERE, "output", output) is not None:
-            parts.append("the output")
-        targets = [target._replace(layout=None) for target in targets]
-        said: list[_Said] = self._links.gather(_Said(self._settings(), targets, lean, shape, parts))
-        for stage, one in enumerate(said):
-            if one.parts:
-                raise ValueError(
-                    f"{_WHERE}: points and output must be whole in each process, got parts on "
-                    f"stage {stage}: {', '.join(one.parts)}; make their modules' outputs whole "
-                    "with output_layouts=Replicate()"
-                )
-        _check_settings("stages", [one.settings for one in said])
-        if isinstance(self.module, DistributedDataParallel):
-            replicas = self.module.process_group
-            settings: list[Any] = [None] * dist.get_world_size(replicas)
-            dist.all_gather_object(settings, self._settings(), replicas)
-            _check_settings("replicas", settings)
-        for one in said:
-            for target in one.targets:
-                dfa.dfa_layers[target.dfa_layer]._size = split_target(target)[1]
-        last = said[-1].output
-        assert last is not None
-        if not self._is_last:
-            dfa._group.error_size = math.prod(split_shape(last.shape, dfa.batch_dims, _WHERE)[1])
-        return _Agreement(dfa.mode, said, last, self._payloads(said, last))
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same on all stages, by name."""
@@ -480,52 +417,7 @@ class FeedbackStage:
             "scale_grads": self.scale_grads,
         }
 
-    def _payloads(self, said: Sequence[_Said], output: Meta) -> list[_Payload | None]:
-        """What every stage is sent; what several are sent alike is one payload."""
-        kinds = [self._kind(one, output) if one.targets else None for one in said[:-1]]
-        payloads: dict[Any, _Payload] = {}
-        for kind in kinds:
-            if kind is not None:
-                stages = tuple(stage for stage, other in enumerate(kinds) if other == kind)
-                payloads[kind] = _Payload(stages, *kind)
-        self._links.prepare([payload.stages for payload in payloads.values()])
-        return [*map(payloads.get, kinds), None]
-
-    def _kind(self, one: _Said, output: Meta) -> tuple[Layers | None, tuple[Meta, ...]]:
-        """What a stage is sent: the layers of its signals, or None and the error."""
-        batch, rest = split_shape(output.shape, self.dfa.batch_dims, _WHERE)
-        rows, n = math.prod(batch), math.prod(rest)
-        error = (Meta(torch.Size([rows, n]), output.dtype),)
-        layers, dtype = self._asked(one, output)
-        ready = tuple(Meta(torch.Size([rows, size]), dtype) for size in layers.sizes)
-        weights = isinstance(self.dfa.source, OutputWeights)
-        if weights and self.send == "error":
-            raise ValueError(
-                f"{_WHERE}: send must be 'signals' or None where OutputWeights makes them, since "
-                "the last stage alone has the weights, got 'error'"
-            )
-        fewer = _bytes(ready) < _bytes(error)
-        if weights or self.send == "signals" or (self.send is None and fewer):
-            return layers, ready
-        return None, error
-
-    def _asked(self, one: _Said, output: Meta) -> tuple[Layers, torch.dtype]:
-        """The layers whose signals a stage needs, and the dtype."""
-        plan = self.dfa.plan(one.targets, output.shape)
-        dtype = signals.dtype_of(plan.places, output.dtype)
-        return self.dfa.asked_for(plan, one.lean), dtype
-
-    def _check_targets(self, agreed: _Agreement) -> None:
-        """Raise where another layer is to be trained than in the first step, or of another size."""
-        before, now = agreed.said[self.stage].targets, self.dfa.targets()
-        if now != before:
-            raise ValueError(
-                f"{_WHERE}: the layers that train must be those of the first step, "
-                f"{_described(before)}, got {_described(now)}; call forget() on all stages before "
-                "others"
-            )
-
-    def _tie(self, agreed: _Agreement, output: Any) -> _Pass:
+    def _tie(self, agreed: Agreement, output: Any) -> _Pass:
         """Tie the activations that wait to a stand-in for the network's output."""
         if self.dfa.mode == "dfa":
             self._warn_of_an_end(output)
@@ -536,10 +428,10 @@ class FeedbackStage:
         return _Pass(self.dfa.tie(stand_in, made), stand_in, made)
 
     def _finish(
-        self, agreed: _Agreement, output: Tensor, target: Any
+        self, agreed: Agreement, output: Tensor, target: Any
     ) -> tuple[_Pass, Tensor, Tensor]:
         """The loss of a microbatch and its error, of which all stages get what is theirs."""
-        _same("the output", (agreed.output,), (Meta.of(output),))
+        check_same("the output", (agreed.output,), (Meta.of(output),))
         made = Received()
         tied = self.dfa.tie(output, made)
         leaf = tied.detach().requires_grad_()
@@ -548,16 +440,16 @@ class FeedbackStage:
         if not isinstance(loss, Tensor) or loss.dim() > 0 or not loss.requires_grad:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(
-                f"{_WHERE}: loss must return a scalar that depends on the output, got {got}"
+                f"{WHERE}: loss must return a scalar that depends on the output, got {got}"
             )
         (loss / self.microbatches if self.scale_grads else loss).backward()
         error = leaf.grad
         if error is None:
-            raise ValueError(f"{_WHERE}: loss must depend on the output, got one that does not")
+            raise ValueError(f"{WHERE}: loss must depend on the output, got one that does not")
         self._send_feedback(agreed, error, made)
         return _Pass(tied, error, made), loss.detach(), leaf.detach()
 
-    def _send_feedback(self, agreed: _Agreement, error: Tensor, made: Received) -> None:
+    def _send_feedback(self, agreed: Agreement, error: Tensor, made: Received) -> None:
         """Send every stage its payload, and fill this stage's own."""
         payloads = dict.fromkeys(payload for payload in agreed.payloads if payload is not None)
         if not payloads and not agreed.said[-1].targets:
@@ -566,7 +458,7 @@ class FeedbackStage:
         rows = dfa.transformed(error, dfa.batch_dims)
         made.source, made.rows = dfa.source, rows
         if self._wanted is None:
-            self._wanted = self._all_asked(agreed)
+            self._wanted = agreed.asked(dfa, self.stage)
         for payload in payloads:
             tensors = [rows]
             if payload.layers is not None:
@@ -577,26 +469,10 @@ class FeedbackStage:
                 if asked == self._wanted.get(self.stage):
                     made.signals = [tensor.clone() for tensor in tensors]
             tensors = [tensor.detach().to(links.device) for tensor in tensors]
-            _same("what is sent", payload.metas, [Meta.of(tensor) for tensor in tensors])
+            check_same("what is sent", payload.metas, [Meta.of(tensor) for tensor in tensors])
             links.broadcast(tensors, payload.stages)
 
-    def _all_asked(self, agreed: _Agreement) -> dict[int, tuple[Layers, torch.dtype]]:
-        """`_asked` of every stage that is sent signals, and of this one; anew for every step.
-
-        A normalization may change in training.
-        """
-        wanted = {
-            stage: self._asked(one, agreed.output)
-            for stage, (one, payload) in enumerate(zip(agreed.said, agreed.payloads, strict=True))
-            if one.targets and (stage == self.stage or (payload and payload.layers))
-        }
-        for payload in agreed.payloads:
-            if payload is not None and payload.layers is not None:
-                ours = [wanted[stage] for stage in payload.stages]
-                _same(f"what stages {payload.stages} share", ours[:1] * len(ours), ours)
-        return wanted
-
-    def _expect(self, agreed: _Agreement) -> None:
+    def _expect(self, agreed: Agreement) -> None:
         """Begin to receive the payloads of the next microbatches."""
         payload = agreed.payloads[self.stage]
         if payload is None:
@@ -637,7 +513,7 @@ class FeedbackStage:
             payload = self._agreed and self._agreed.payloads[self.stage]
             numbers = sum(meta.shape[1] for meta in payload.metas) if payload else 0
             facts.append(f"gets {gets}, {numbers} numbers a row")
-        return f"{_WHERE}({', '.join(facts)})"
+        return f"{WHERE}({', '.join(facts)})"
 
 
 def _tensors_in(value: Any) -> list[Tensor]:
@@ -654,7 +530,7 @@ def _tensors(output: Any) -> list[Tensor]:
     tensors = [output] if isinstance(output, Tensor) else checks.listed(output)
     if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
         raise TypeError(
-            f"{_WHERE}: module must return a tensor or a tuple of tensors, got "
+            f"{WHERE}: module must return a tensor or a tuple of tensors, got "
             f"{type(output).__name__}"
         )
     return tensors
@@ -677,7 +553,7 @@ def _refuse_wrappers(module: nn.Module) -> None:
         else:
             continue
         got = f"{type(part).__name__} {name!r}" if name else f"a {type(part).__name__}"
-        raise ValueError(f"{_WHERE}: module cannot be trained in microbatches, got {got}: {why}")
+        raise ValueError(f"{WHERE}: module cannot be trained in microbatches, got {got}: {why}")
 
 
 def _without_reduction(module: nn.Module) -> contextlib.AbstractContextManager:
@@ -685,32 +561,3 @@ def _without_reduction(module: nn.Module) -> contextlib.AbstractContextManager:
     if isinstance(module, DistributedDataParallel):
         return module.no_sync()
     return contextlib.nullcontext()
-
-
-def _bytes(metas: Sequence[Meta]) -> int:
-    return sum(math.prod(meta.shape) * meta.dtype.itemsize for meta in metas)
-
-
-def _same(what: str, before: Sequence[Any], now: Sequence[Any]) -> None:
-    """Raise where something is no longer as in the first step."""
-    if [*before] != [*now]:
-        raise ValueError(
-            f"{_WHERE}: {what} must be as in the first step, {[*before]}, got {[*now]}; call "
-            "forget() on all stages before a change"
-        )
-
-
-def _described(targets: Sequence[Target]) -> list[tuple[int, list[int]]]:
-    return [(target.dfa_layer, list(target.shape)) for target in targets]
-
-
-def _check_settings(kind: str, settings: Sequence[Mapping[str, Any]]) -> None:
-    """Raise unless all stages or replicas have the same, naming the first that differs."""
-    for name in dict.fromkeys(name for one in settings for name in one):
-        values = [one.get(name) for one in settings]
-        unlike = [stage for stage, value in enumerate(values) if value != values[0]]
-        if unlike:
-            raise ValueError(
-                f"{_WHERE}: {name} must be the same on all {kind}, got {values[unlike[0]]!r} on "
-                f"{kind} {unlike} and {values[0]!r} on the first"
-            )

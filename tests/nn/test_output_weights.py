@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dfa_kernels import DFA, DFALayer, alignment, attach
+from dfa_kernels.layers import Layers
 from dfa_kernels.nn import OutputWeights
 from tests.nn.networks import BATCH, CLASSES, INPUTS, assert_equal, backward, batch
 
@@ -87,6 +88,15 @@ def test_weights_that_a_functional_call_brings():
         model[-1].mode = "dfa"
         found = torch.func.grad(loss)(weights)
         assert_equal(found.values(), expected.values(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_part_of_the_error_meets_its_part_of_the_weights():
+    linear, error = nn.Linear(4, 7), torch.randn(2, 7)
+    layers = Layers((0,), (4,), (0.5 / math.sqrt(28),))
+    (signal,) = OutputWeights(linear).project(error[:, 3:5], layers, torch.float32, 3)
+    torch.testing.assert_close(signal, 0.5 * error[:, 3:5] @ linear.weight[3:5].detach())
+    with pytest.raises(ValueError, match=r"OutputWeights: linear must have .* and 7 beside"):
+        OutputWeights(linear).project(error[:, 3:5], layers, torch.float32, 6)
 
 
 def test_compiled():

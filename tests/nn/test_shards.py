@@ -202,6 +202,25 @@ def test_what_is_sent_where_activations_are_parts(mesh):
     assert sent(model) == {"reduce_scatter_tensor": 1}
 
 
+def test_signals_share_no_memory(mesh):
+    """One layer's signal for a plain and for a DTensor activation: it may be changed in place."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    memory = []
+
+    def note(signal, layer):
+        local = signal.to_local() if hasattr(signal, "to_local") else signal
+        memory.append(local.data_ptr())
+        return signal
+
+    layers = [DFALayer(), DFALayer()]
+    dfa = DFA(layers, signal_transform=note)
+    layers[0](torch.ones(3, 4, requires_grad=True).sin())
+    layers[1](distributed(mesh, Replicate()))
+    dfa(distributed(mesh, Shard(1))).sum().backward()
+    assert len({*memory}) == 2
+
+
 def test_nothing_is_sent_where_the_error_is_whole(mesh):
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 10))
     attach(model, ["1"])

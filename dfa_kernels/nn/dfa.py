@@ -42,7 +42,7 @@ from dfa_kernels.nn.plan import Plan, Target, make_plan
 from dfa_kernels.nn.rows import to_rows
 from dfa_kernels.nn.scripting import tracing
 from dfa_kernels.nn.settings import Settings
-from dfa_kernels.nn.shards import Layout, layout_of, meshes_behind
+from dfa_kernels.nn.shards import Layout, layout_of, may_be_parts, meshes_behind
 from dfa_kernels.nn.sources import (
     OutputWeights,
     Received,
@@ -323,7 +323,7 @@ class DFA(Settings):
         keep = compiling and not torch._C._are_functorch_transforms_active()
         if keep:
             signals = functools.partial(self._traced_signals, indices)
-        elif any(item.factor is not None for item in waiting) and not plan.shared:
+        elif any(item.factor is not None for item in waiting) and plan.mesh is None:
             signals = self._lean(plan, waiting, made)
         else:
             signals = functools.partial(self._planned_signals, plan, made)
@@ -335,7 +335,7 @@ class DFA(Settings):
         `source` makes them, or the one that is in force.
         """
         source, share = source or self.source, self.signal_transform is None
-        if plan.shared:
+        if plan.mesh is not None:
             signals = sharded.deliver(
                 source, error, plan, self.error_transform and self._transformed_error
             )
@@ -608,17 +608,29 @@ class DFA(Settings):
 
     def targets(self) -> list[Target]:
         """The activations that wait for the output."""
-        return [self._target(item.layer, item.activation) for item in self._group.items()]
+        items = self._group.items()
+        return self._targets([item.layer for item in items], [item.activation for item in items])
 
-    def _target(self, index: int, activation: Tensor) -> Target:
-        dims = self.dfa_layers[index].row_dims
-        layout = layout_of("DFA", f"dfa_layers[{index}]", activation)
-        shape = activation.shape if layout is None else layout.shape
-        return Target(index, shape, dims, activation.dtype, activation.device, layout)
+    def _targets(self, indices: Sequence[int], activations: Sequence[Tensor]) -> list[Target]:
+        shared, targets = may_be_parts(), []
+        for index, activation in zip(indices, activations, strict=True):
+            shape, layout = activation.shape, None
+            if shared:
+                layout = self._layout(f"dfa_layers[{index}]", activation)
+                shape = activation.shape if layout is None else layout.shape
+            dims = self.dfa_layers[index].row_dims
+            device = activation.device
+            targets.append(Target(index, shape, dims, activation.dtype, device, layout))
+        return targets
+
+    def _layout(self, argument: str, tensor: Tensor) -> Layout | None:
+        """How processes share a tensor. The first pass that trains warns of what might be parts."""
+        # A graph that read what it wrote would be made twice.
+        first = not torch.compiler.is_compiling() and self._group.error_size is None
+        return layout_of("DFA", argument, tensor, warn=first)
 
     def _plan(self, indices: Sequence[int], activations: Sequence[Tensor], output: Tensor) -> Plan:
         """Which layer's signal goes to which activation. Moves masks to their activations."""
-        targets = []
         for index, activation in zip(indices, activations, strict=True):
             device = activation.device
             if self.rp_device is None and device != output.device:
@@ -628,9 +640,9 @@ class DFA(Settings):
                 )
             if index in self.masks and self.masks[index].device != device:
                 self.masks[index] = self.masks[index].to(device)
-            targets.append(self._target(index, activation))
-        layout = layout_of("DFA", "output", output)
-        return self.plan(targets, output.shape if layout is None else layout.shape, layout)
+        layout = self._layout("output", output)
+        shape = output.shape if layout is None else layout.shape
+        return self.plan(self._targets(indices, activations), shape, layout)
 
     def plan(
         self, targets: Sequence[Target], output_shape: torch.Size, layout: Layout | None = None
@@ -647,7 +659,7 @@ class DFA(Settings):
             self.masks,
             self.scale_repeats,
         )
-        if plan.shared and self.rp_device is not None:
+        if plan.mesh is not None and self.rp_device is not None:
             raise ValueError(
                 "DFA: rp_device must be None where processes share the output or activations, "
                 f"got {self.rp_device}"
@@ -704,7 +716,8 @@ class DFA(Settings):
         group = self._group
         if not group.sends_signals or not torch.is_grad_enabled() or "sharded ranks" in group.said:
             return
-        if ranks.check_sharded(model, self.get_extra_state(), self._in_words()):
+        if meshes := ranks.meshes_of(model):
+            ranks.check_meshes(meshes, self.get_extra_state(), self._in_words())
             group.said.add("sharded ranks")
 
     def _check_ranks_behind(self, tensors: Sequence[Tensor]) -> None:
@@ -712,9 +725,9 @@ class DFA(Settings):
         said = self._group.said
         if "sharded ranks" in said or not ranks.dtensors_in_use():
             return
+        said.add("sharded ranks")  # a long look at them, and the first pass is enough
         if meshes := meshes_behind(tensors):
             ranks.check_meshes(meshes, self.get_extra_state(), self._in_words())
-            said.add("sharded ranks")
 
     def _in_words(self) -> str:
         sizes = [layer.size for layer in self.dfa_layers]

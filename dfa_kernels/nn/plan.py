@@ -35,7 +35,8 @@ class Plan(NamedTuple):
 
     `indices` has the index of each place's `DFALayer`, `own_sizes` the size that each had last.
     `batch_dims` and `layout` are the output's. They and `masks` stay, whatever the `DFA` gets
-    before the backward pass.
+    before the backward pass. `mesh` is the device mesh of the output or the activations that
+    processes share, or None.
     """
 
     layers: Layers
@@ -46,16 +47,7 @@ class Plan(NamedTuple):
     batch_dims: Sequence[int]
     masks: Mapping[int, Tensor]
     layout: Layout | None
-
-    @property
-    def shared(self) -> bool:
-        """Whether processes share the output or an activation."""
-        return self.mesh is not None
-
-    @property
-    def mesh(self) -> Any:
-        """The one device mesh of what processes share, or None. Raises if there are several."""
-        return mesh_of([self.layout, *(place.layout for place in self.places)])
+    mesh: Any
 
 
 def make_plan(
@@ -105,7 +97,8 @@ def make_plan(
         for position, target in zip(positions, targets, strict=True)
     ]
     indices = [target.dfa_layer for target in targets]
-    return Plan(layers, places, indices, own, error_size, output_dims, masks, output_layout)
+    mesh = mesh_of([output_layout, *(target.layout for target in targets)])
+    return Plan(layers, places, indices, own, error_size, output_dims, masks, output_layout, mesh)
 
 
 def split_target(target: Target) -> tuple[list[int], int]:

@@ -53,26 +53,18 @@ def check_data_parallel(state: Tensor, description: str) -> None:
     _check_equal(state, description, parallel.process_group, parallel.device)
 
 
-def check_sharded(model: nn.Module, state: Tensor, description: str) -> bool:
-    """Raise on every rank unless all states agree of the ranks that share the model's parameters.
-
-    These are those of every dimension of its DTensors' device meshes. Every rank must call it.
-    Returns whether there are any.
-    """
-    meshes = _meshes(model)
-    check_meshes(meshes, state, description)
-    return bool(meshes)
-
-
 def check_meshes(meshes: Iterable[Any], state: Tensor, description: str) -> None:
-    """The same for the ranks of device meshes, all of which must call it."""
+    """Raise on every rank unless all states agree of the ranks of every dimension of device meshes.
+
+    All of these ranks must call it.
+    """
     for mesh in meshes:
         for dim in range(mesh.ndim):
             device = torch.device(mesh.device_type)
             _check_equal(state, description, mesh.get_group(dim), device)
 
 
-def _meshes(model: nn.Module) -> list[Any]:
+def meshes_of(model: nn.Module) -> list[Any]:
     """The device meshes of a model's parameters, each once, in the model's order."""
     found: dict[Any, None] = {}
     for parameter in model.parameters():

@@ -6,6 +6,7 @@ returns by default, and what activation functions make of them.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -47,10 +48,11 @@ class Layout(NamedTuple):
         return tuple(Replicate() if place.is_partial() else place for place in self.placements)
 
 
-def layout_of(function: str, argument: str, tensor: Tensor) -> Layout | None:
+def layout_of(function: str, argument: str, tensor: Tensor, *, warn: bool = True) -> Layout | None:
     """How processes share a tensor, or None where it is whole as far as can be known.
 
-    A plain tensor is known to be a part by autograd's graph.
+    A plain tensor is known to be a part by autograd's graph. With `warn`, which takes a longer look
+    at it, one that might be a part is told of.
 
     Raises:
         ValueError: it is made of parts that are split differently, or a plain part in what
@@ -59,7 +61,7 @@ def layout_of(function: str, argument: str, tensor: Tensor) -> Layout | None:
     if sharding.is_dtensor(tensor):
         dtensor: Any = tensor
         return Layout(dtensor.device_mesh, tuple(dtensor.placements), dtensor.shape, False)
-    if not _may_be_parts():
+    if not may_be_parts():
         return None
     if torch.compiler.is_compiling():
         _refuse_traced_part(function, argument, tensor)
@@ -74,13 +76,14 @@ def layout_of(function: str, argument: str, tensor: Tensor) -> Layout | None:
             f"{function}: {argument} must be split in one way, got a part of {got}; make the "
             "outputs of parallelized modules DTensors with use_local_output=False"
         )
-    if not found:
+    if not found and warn:
         _warn_of_what_is_made_of_parts(function, argument, tensor)
     return next(iter(found), None)
 
 
 @torch.compiler.assume_constant_result
-def _may_be_parts() -> bool:
+def may_be_parts() -> bool:
+    """Whether any tensor in this process can be a part of one that processes share."""
     return (
         "torch.distributed.tensor" in sys.modules
         and distributed.is_available()
@@ -161,9 +164,13 @@ def _behind(tensor: Tensor, passes: Callable[[Any], bool]) -> Iterator[Any]:
             todo += [next_node for next_node, _ in node.next_functions]
 
 
-def _is(node: Any, words: Sequence[str]) -> bool:
-    name = node.name().lower()
-    return any(word in name for word in words)
+def _is(node: Any, words: tuple[str, ...]) -> bool:
+    return _has(node.name(), words)
+
+
+@functools.cache
+def _has(name: str, words: tuple[str, ...]) -> bool:
+    return any(word in name.lower() for word in words)
 
 
 def _makes(node: Any, shape: torch.Size) -> bool:

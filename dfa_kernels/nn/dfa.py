@@ -725,9 +725,9 @@ class DFA(Settings):
         said = self._group.said
         if "sharded ranks" in said or not ranks.dtensors_in_use():
             return
-        said.add("sharded ranks")  # a long look at them, and the first pass is enough
         if meshes := meshes_behind(tensors):
             ranks.check_meshes(meshes, self.get_extra_state(), self._in_words())
+        said.add("sharded ranks")  # it is a long look, and that at the first pass is enough
 
     def _in_words(self) -> str:
         sizes = [layer.size for layer in self.dfa_layers]

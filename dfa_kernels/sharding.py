@@ -13,11 +13,21 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
+
+
+@torch.compiler.assume_constant_result
+def in_use() -> bool:
+    """Whether any tensor in this process can be a DTensor, or made of one."""
+    return (
+        "torch.distributed.tensor" in sys.modules
+        and distributed.is_available()
+        and distributed.is_initialized()
+    )
 
 
 def is_dtensor(tensor: Any) -> bool:

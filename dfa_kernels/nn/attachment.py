@@ -52,7 +52,7 @@ class Attachment:
         ]
         ends = model if output is None else modules[output]
         if output is None:
-            dfa._group.entered = False
+            dfa._group.ends_model = True
         hook = OutputHook(output or type(model).__name__, dfa)
         self._handles += [ends.register_forward_hook(hook), *dfa.watch(model)]
         if state is not None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dfa_kernels import checks, derivatives, stream
+from dfa_kernels import checks, derivatives, sharding, stream
 from dfa_kernels.layers import Layers
 from dfa_kernels.nn import guards, loading, matching, ranks, sharded, state
 from dfa_kernels.nn import signals as delivery
@@ -42,7 +42,7 @@ from dfa_kernels.nn.plan import Plan, Target, make_plan
 from dfa_kernels.nn.rows import to_rows
 from dfa_kernels.nn.scripting import tracing
 from dfa_kernels.nn.settings import Settings
-from dfa_kernels.nn.shards import Layout, layout_of, may_be_parts, meshes_behind
+from dfa_kernels.nn.shards import Layout, layout_of, meshes_behind
 from dfa_kernels.nn.sources import (
     OutputWeights,
     Received,
@@ -612,7 +612,7 @@ class DFA(Settings):
         return self._targets([item.layer for item in items], [item.activation for item in items])
 
     def _targets(self, indices: Sequence[int], activations: Sequence[Tensor]) -> list[Target]:
-        shared, targets = may_be_parts(), []
+        shared, targets = sharding.in_use(), []
         for index, activation in zip(indices, activations, strict=True):
             shape, layout = activation.shape, None
             if shared:
@@ -707,7 +707,7 @@ class DFA(Settings):
         if torch.compiler.is_compiling():
             wanted = ranks.fully_sharded()
         else:
-            wanted = "sharded ranks" not in self._group.said and ranks.dtensors_in_use()
+            wanted = "sharded ranks" not in self._group.said and sharding.in_use()
         if wanted:
             self._check_ranks(model)
 
@@ -723,7 +723,7 @@ class DFA(Settings):
     def _check_ranks_behind(self, tensors: Sequence[Tensor]) -> None:
         """The same without `watch`, of the ranks that tensor parallelism shows to share them."""
         said = self._group.said
-        if "sharded ranks" in said or not ranks.dtensors_in_use():
+        if "sharded ranks" in said or not sharding.in_use():
             return
         if meshes := meshes_behind(tensors):
             ranks.check_meshes(meshes, self.get_extra_state(), self._in_words())

@@ -69,8 +69,8 @@ class Group:
     `handling` and `batch_dims` are None where nobody chose them. `waiting` has the activations of
     each layer until the forward pass reaches the output, `idle` the layers that no signal can train
     in this pass, and why, `anchors` the scalars of `fully_sharded`. `said` has the warnings that
-    were given. `entered` says whether a call of the model is under way, or is None where its output
-    is not what the `DFA` gets. `under_way` says so too, or is None without `DFA.watch`.
+    were given. `under_way` says whether a call of the model is, or is None without `DFA.watch`;
+    `ends_model` whether that model's own output is known to be what the `DFA` gets.
     """
 
     mode: str
@@ -79,8 +79,8 @@ class Group:
     lean: bool
     requires_grad: bool
     through: Through | None = None
-    entered: bool | None = None
     under_way: bool | None = None
+    ends_model: bool = False
     error_size: int | None = None  # n in the last forward pass that trained, or in a loaded state
     record: Record | None = None
     waiting: dict[int, list[Waiting]] = dataclasses.field(default_factory=dict)
@@ -95,7 +95,7 @@ class Group:
 
     def wait(self, layer: int, before: Tensor, through: Through | None) -> None:
         """Keep an activation, or a function of it, until the forward pass reaches the output."""
-        if self.entered is False:
+        if self.ends_model and not self.under_way:
             guards.warn_of_a_pass_without_hooks(self.said)
             return
         if not self.waiting:
@@ -138,15 +138,11 @@ class Group:
         """A forward pass of the model begins. Takes a forward pre-hook's arguments."""
         self.forget()
         self.under_way = True
-        if self.entered is not None:
-            self.entered = True
 
     def end(self, *_: Any) -> None:
         """It ends. Takes a forward hook's arguments."""
         self.forget()
         self.under_way = False
-        if self.entered is not None:
-            self.entered = False
 
     def warn_of_waiting(self, *_: Any) -> None:
         """Warn at the end of a forward pass of layers that nothing will train. A forward hook."""
@@ -156,8 +152,7 @@ class Group:
     def __getstate__(self) -> dict:
         # A copy takes no part in the forward pass under way.
         fresh: dict = {"waiting": {}, "idle": {}, "anchors": [], "record": None}
-        for name in ("entered", "under_way"):
-            fresh[name] = None if getattr(self, name) is None else False
+        fresh["under_way"] = None if self.under_way is None else False
         return {**self.__dict__, **fresh}
 
 

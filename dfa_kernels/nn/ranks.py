@@ -21,11 +21,6 @@ def inside_data_parallel() -> bool:
     return DistributedDataParallel._get_active_ddp_module() is not None
 
 
-def dtensors_in_use() -> bool:
-    """Whether any parameter in this process can be a DTensor, in a group that still is."""
-    return "torch.distributed.tensor" in sys.modules and distributed.is_initialized()
-
-
 @torch.compiler.assume_constant_result
 def fully_sharded() -> bool:
     """Whether anything in this process was given to `fully_shard`, in a group that still is."""

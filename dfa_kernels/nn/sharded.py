@@ -83,14 +83,14 @@ def deliver(
         ours = [index for index, piece in enumerate(pieces) if piece.narrow == narrow]
         wanted = [_layer_of(plan, index, pieces[index]) for index in ours]
         layers, positions = Layers.distinct(*zip(*wanted, strict=True))
-        apart = [_scattered(rows, places[index], mesh) for index in ours]
-        summed = {*positions} - {
-            one for one, is_apart in zip(positions, apart, strict=True) if is_apart
-        }
+        summed = {*positions} if _SUM in rows.splits else set()
+        for index, layer in zip(ours, positions, strict=True):
+            if _scattered(rows, places[index], mesh):
+                summed.discard(layer)
         make = functools.partial(
             project, source, _narrowed(rows, narrow), dtype=dtype, first_column=rows.first_column
         )
-        made = _made(make, layers, summed if _SUM in rows.splits else set(), rows, mesh)
+        made = _made(make, layers, summed, rows, mesh)
         first: dict[int, int] = {}  # the place that has a layer's signal itself
         for index, layer in zip(ours, positions, strict=True):
             place, twin = places[index], first.setdefault(layer, index)

@@ -7,12 +7,11 @@ returns by default, and what activation functions make of them.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from dfa_kernels import sharding
 from dfa_kernels.nn import guards
@@ -61,7 +60,7 @@ def layout_of(function: str, argument: str, tensor: Tensor, *, warn: bool = True
     if sharding.is_dtensor(tensor):
         dtensor: Any = tensor
         return Layout(dtensor.device_mesh, tuple(dtensor.placements), dtensor.shape, False)
-    if not may_be_parts():
+    if not sharding.in_use():
         return None
     if torch.compiler.is_compiling():
         _refuse_traced_part(function, argument, tensor)
@@ -79,16 +78,6 @@ def layout_of(function: str, argument: str, tensor: Tensor, *, warn: bool = True
     if not found and warn:
         _warn_of_what_is_made_of_parts(function, argument, tensor)
     return next(iter(found), None)
-
-
-@torch.compiler.assume_constant_result
-def may_be_parts() -> bool:
-    """Whether any tensor in this process can be a part of one that processes share."""
-    return (
-        "torch.distributed.tensor" in sys.modules
-        and distributed.is_available()
-        and distributed.is_initialized()
-    )
 
 
 def _refuse_traced_part(function: str, argument: str, tensor: Tensor) -> None:

@@ -30,6 +30,21 @@ def integer(function: str, argument: str, value: int, *, low: int, high: int) ->
     return value
 
 
+def number(
+    function: str, argument: str, value: float, *, low: float, high: float = math.inf
+) -> float:
+    """`value` as a finite float in [low, high]. Takes numpy's numbers, but no booleans."""
+    if is_boolean(value) or not isinstance(value, (int, float, Real)):
+        raise TypeError(
+            f"{function}: {argument} must be a number, got {type(value).__name__} {value!r}"
+        )
+    if not (math.isfinite(value) and low <= value <= high):
+        raise ValueError(
+            f"{function}: {argument} must be finite and in [{low}, {high}], got {value}"
+        )
+    return float(value)
+
+
 def boolean(function: str, argument: str, value: bool) -> bool:
     """`value`, True or False, as a bool. Takes numpy's, but nothing else that counts as true."""
     if is_boolean(value):

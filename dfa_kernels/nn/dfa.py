@@ -27,8 +27,9 @@ from dfa_kernels import checks, derivatives, sharding, stream
 from dfa_kernels.layers import Layers
 from dfa_kernels.nn import guards, loading, matching, ranks, sharded, state
 from dfa_kernels.nn import signals as delivery
+from dfa_kernels.nn.chunks import Head, Loss, Projection, check_row_by_row, needs_whole_logits
 from dfa_kernels.nn.fully_sharded import AnchorsOfModel
-from dfa_kernels.nn.functions import Factor, Feedback, Signals
+from dfa_kernels.nn.functions import Factor, Signals
 from dfa_kernels.nn.layer import (
     DFALayer,
     FeedbackPointsHandling,
@@ -38,6 +39,7 @@ from dfa_kernels.nn.layer import (
     Waiting,
     recomputing,
 )
+from dfa_kernels.nn.linear_cross_entropy import Work, graph_takes
 from dfa_kernels.nn.plan import Plan, Target, make_plan
 from dfa_kernels.nn.rows import to_rows
 from dfa_kernels.nn.scripting import tracing
@@ -55,6 +57,7 @@ from dfa_kernels.nn.sources import (
     check_seeded,
     matrix_of,
 )
+from dfa_kernels.nn.ties import Tie
 
 
 class DFA(Settings):
@@ -284,16 +287,27 @@ class DFA(Settings):
         """See `forward`. `made` makes the signals of this pass, or the source in force."""
         if not isinstance(output, Tensor):
             raise TypeError(f"DFA: output must be a tensor, got {type(output).__name__}")
+        tie = self._begin(output, [output], made)
+        return output if tie is None else tie.apply(output)
+
+    def _begin(
+        self, output: Tensor, made_of: Sequence[Tensor], made: Source | None = None
+    ) -> Tie | None:
+        """Take what waits for the output, or None if no signal is to be sent.
+
+        Of `output` itself only the shape, dtype and device are used; autograd makes it of
+        `made_of`. See `tie` for `made`.
+        """
         waiting, idle, anchors = self._group.take()
         record = self._group.record
         if not torch.is_grad_enabled() or (record is None and self.mode != "dfa"):
-            return output
+            return None
         if tracing("DFA", self.training, output) or recomputing("DFA"):
-            return output
-        if record is None and (waiting or derivatives.requires_gradient(output)):
+            return None
+        if record is None and (waiting or any(map(derivatives.requires_gradient, made_of))):
             self._warn(waiting, idle, output)
         if not waiting:
-            return output
+            return None
         indices = [item.layer for item in waiting]
         activations = [item.activation for item in waiting]
         plan, source = self._plan(indices, activations, output), self.source
@@ -303,14 +317,14 @@ class DFA(Settings):
         if record is not None:
             record.output, record.plan, record.source = output, plan, made
             record.activations, record.before = activations, [item.before for item in waiting]
-            return output
+            return None
         if self._match is not None:
             self._match.check(plan)
         for index, size in plan.own_sizes.items():
             self.dfa_layers[index]._size = size
         self._group.error_size = plan.error_size
         if not compiling and self._group.under_way is None:
-            self._check_ranks_behind([output, *activations])
+            self._check_ranks_behind([*made_of, *activations])
         device = self.rp_device or output.device
         if not isinstance(self.normalization, str) and isinstance(source, (Seeded, Stored)):
             scales, dtype, factors = plan.layers.scales, output.dtype, source.distribution
@@ -321,13 +335,100 @@ class DFA(Settings):
         signals: Signals
         # Inside a transform of torch.func nothing can be kept for its shape while tracing.
         keep = compiling and not torch._C._are_functorch_transforms_active()
+        lean = not keep and any(item.factor is not None for item in waiting) and plan.mesh is None
         if keep:
             signals = functools.partial(self._traced_signals, indices)
-        elif any(item.factor is not None for item in waiting) and plan.mesh is None:
+        elif lean:
             signals = self._lean(plan, waiting, made)
         else:
             signals = functools.partial(self._planned_signals, plan, made)
-        return Feedback.apply(signals, keep, len(anchors), output, *activations, *anchors)
+        layers = self.asked_for(plan, lean)
+        dtype = delivery.dtype_of(plan.places, output.dtype)
+        source = made or source
+        return Tie(plan, layers, dtype, source, signals, keep, activations, anchors)
+
+    def linear_cross_entropy(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        *,
+        bias: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """The loss of a language model whose logits are never whole: output layer, `DFA` and loss.
+
+        It takes the place of `F.cross_entropy(self(F.linear(hidden, weight, bias)), target)`: the
+        same loss, gradients and signals, to rounding. Logits and errors exist for a chunk of tokens
+        at a time only, so that memory for them depends neither on the tokens nor on the vocabulary:
+        64 MiB on a CPU, 256 MiB elsewhere, or DFA_KERNELS_LOGITS_BYTES. Signals and gradients are
+        ready when this returns; the backward pass multiplies them by the gradient of the loss.
+
+        With the signals of a seed, of stored matrices or of `OutputWeights` no product is made
+        twice. With an `error_transform`, a `Source` of your own or reduction "none" the backward
+        pass makes the logits again, one product of four. The first two get the error of a chunk of
+        tokens at a time and must treat each row by itself. What makes the signals is what is in
+        force now. While `alignment` measures, logits are whole; so they are under torch.func, and
+        where they are DTensors.
+
+        Args:
+            hidden: [..., d], the input of the output layer. All its dimensions but the last must be
+                batch dimensions of this `DFA`, so that every token is a row.
+            weight: [n, d], the output layer's, as tied embeddings have it, too.
+            target: [...], int64, a word of the vocabulary for each token or ignore_index. On a CPU
+                ignored tokens cost nothing.
+            bias: [n].
+            ignore_index, reduction, label_smoothing: as for `torch.nn.functional.cross_entropy`.
+            softcap: c of logits c tanh(x / c). The error is the gradient by x.
+
+        Returns:
+            The loss: a scalar, or [...] with reduction "none". It has no second derivatives.
+
+        Raises:
+            TypeError, ValueError, IndexError: naming the argument and what was got. On a GPU a
+                target that is no word fails later, as a device-side assertion.
+        """
+        loss = Loss.checked(ignore_index, reduction, label_smoothing, softcap)
+        head = Head(hidden, weight, bias)
+        head.check(target)
+        return self._loss(head, target, loss)
+
+    def _loss(self, head: Head, target: Tensor, loss: Loss) -> Tensor:
+        """See `linear_cross_entropy`."""
+        if self._group.record is not None or needs_whole_logits(head):
+            return loss.of(self.tie(head.logits()), target)
+        if self.mode == "dfa" and self._group.waiting:
+            head.check_rows(self.batch_dims)
+        return self._loss_of(self._begin(head.stand_in(), head.tensors), head, target, loss)
+
+    def _loss_of(self, tie: Tie | None, head: Head, target: Tensor, loss: Loss) -> Tensor:
+        """The same, of what was taken when the pass reached the output layer."""
+        if tie is not None and tie.plan.mesh is not None:
+            return loss.of(tie.apply(head.logits()), target)
+        projection = None if tie is None else self._projection(tie, head)
+        if torch.compiler.is_compiling() and not graph_takes(projection):
+            assert tie is not None
+            guards.warn_of_whole_logits(self._group.said)
+            return loss.of(tie.apply(head.logits()), target)
+        # What does not depend on the tie: a checkpoint that repeats this pass has none.
+        own = self.error_transform is not None
+        own |= not isinstance(self.source, (Seeded, Stored, OutputWeights))
+        again = loss.reduction == "none" or (own and self.mode == "dfa")
+        dims = range(head.hidden.dim() - 1) if tie is None else tie.plan.batch_dims
+        return Work.of(head, loss, tuple(dims), projection, tie, again).apply(head, target)
+
+    def _projection(self, tie: Tie, head: Head) -> Projection:
+        """What makes the signals of a chunk of tokens."""
+        source, transform, by_weight = tie.source, None, None
+        if self.error_transform is not None:
+            transform = self._transformed_chunk
+        elif isinstance(source, OutputWeights):
+            by_weight = source.scales_by(head.weight, tie.layers)
+        device = torch.device(self.rp_device or head.hidden.device)
+        return Projection(source, tie.layers, tie.dtype, device, transform, by_weight)
 
     def signals(self, plan: Plan, error: Tensor, source: Source | None = None) -> list[Tensor]:
         """B_i e for every place, by one projection, each of its activation's shape and dtype.
@@ -359,14 +460,23 @@ class DFA(Settings):
         return self.source
 
     def _planned_signals(
-        self, plan: Plan, source: Source | None, error: Tensor, _: Sequence[Tensor]
+        self,
+        plan: Plan,
+        source: Source | None,
+        error: Tensor,
+        _: Sequence[Tensor],
+        other: Source | None = None,
     ) -> list[Tensor]:
-        return self.signals(plan, error, source)
+        return self.signals(plan, error, other or source)
 
     def _traced_signals(
-        self, indices: Sequence[int], error: Tensor, activations: Sequence[Tensor]
+        self,
+        indices: Sequence[int],
+        error: Tensor,
+        activations: Sequence[Tensor],
+        other: Source | None = None,
     ) -> list[Tensor]:
-        return self.signals(self._plan(indices, activations, error), error)
+        return self.signals(self._plan(indices, activations, error), error, other)
 
     def _lean(self, plan: Plan, waiting: Sequence[Waiting], source: Source | None) -> Signals:
         """The same, where each activation scales and masks its view of one signal by its factor.
@@ -387,14 +497,13 @@ class DFA(Settings):
                 factor.transform = functools.partial(self._transformed, indices[index])
             if item.factor is None:
                 own[index] = factor.apply
-        return lambda error, _: delivery.deliver_views(
-            source or self.source,
-            self._rows(error, plan.batch_dims, source),
-            layers,
-            places,
-            longest,
-            own,
-        )
+
+        def views(error: Tensor, _: Sequence[Tensor], other: Source | None = None) -> list[Tensor]:
+            maker = other or source
+            rows = self._rows(error, plan.batch_dims, maker)
+            return delivery.deliver_views(maker or self.source, rows, layers, places, longest, own)
+
+        return views
 
     def _transformed(self, index: int, signal: Tensor) -> Tensor:
         """A layer's signal through `signal_transform`."""
@@ -605,6 +714,13 @@ class DFA(Settings):
         if not isinstance(transformed, Tensor) or transformed.shape != rows.shape:
             raise _other_shape("error_transform", rows, transformed)
         return transformed
+
+    def _transformed_chunk(self, rows: Tensor) -> Tensor:
+        """The error of a chunk of tokens through `error_transform`, which is checked once."""
+        if self.__dict__.get("_row_by_row") is not self.error_transform:
+            check_row_by_row(self._transformed_error, rows)
+            self.__dict__["_row_by_row"] = self.error_transform  # no submodule
+        return self._transformed_error(rows)
 
     def targets(self) -> list[Target]:
         """The activations that wait for the output."""

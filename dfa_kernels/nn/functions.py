@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# signals(error, activations if they are kept) -> one gradient per activation
-Signals = Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor | None]]
+# signals(error, activations if they are kept, source if it is another than the pass's) -> one
+# gradient per activation
+Signals = Callable[..., Sequence[Tensor | None]]
 
 
 class Feedback(torch.autograd.Function):
@@ -48,8 +49,12 @@ class Feedback(torch.autograd.Function):
     def backward(ctx, error: Tensor) -> tuple[Tensor | None, ...]:
         """The error for the output, the signals for the activations."""
         signals = ctx.signals(error, ctx.saved_tensors)
-        nothing = [torch.zeros((), device=error.device)] * ctx.anchors if ctx.anchors else ()
-        return (None, None, None, error, *signals, *nothing)
+        return (None, None, None, error, *signals, *for_anchors(ctx.anchors, error))
+
+
+def for_anchors(count: int, error: Tensor) -> list[Tensor]:
+    """The gradients of anchors."""
+    return [torch.zeros((), device=error.device)] * count if count else []
 
 
 class Factor:

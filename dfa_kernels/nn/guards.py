@@ -150,6 +150,17 @@ def warn_of_an_end_without_point(said: set[str], stage: int) -> None:
     )
 
 
+def warn_of_whole_logits(said: set[str]) -> None:
+    """A graph cannot take what makes the signals as a part of one node."""
+    warn_once(
+        said,
+        "whole logits",
+        "DFA.linear_cross_entropy: with an error_transform or a Source of your own torch.compile "
+        "makes whole logits; call it uncompiled, or use a seed, stored matrices or OutputWeights "
+        "of this output layer",
+    )
+
+
 def warn_of_tokens(said: set[str]) -> None:
     """An output of three dimensions met the default `batch_dims`."""
     warn_once(

@@ -209,6 +209,14 @@ class OutputWeights:
         found._weight = weight.detach().clone() if keep else weight
         return found
 
+    def scales_by(self, weight: Tensor, layers: Layers) -> list[float] | None:
+        """If signals are W^T e by these weights: by how much each layer's is longer than that."""
+        mine = self.linear.weight if self._weight is None else self._weight
+        n, size = weight.shape
+        if mine is not weight or any(own != size for own in layers.sizes):
+            return None
+        return [scale * math.sqrt(size * n) for scale in layers.scales]
+
     def project(
         self, error: Tensor, layers: Layers, dtype: torch.dtype, first_column: int = 0
     ) -> list[Tensor]:

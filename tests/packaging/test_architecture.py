@@ -93,6 +93,7 @@ def test_floors_are_of_modules_there_are():
 def test_the_trainers_modules_are_in_this_order():
     """Each imports only those before it."""
     order = ["rows", "functions", "sources", "state", "guards", "shards", "signals", "plan"]
+    order += ["chunks", "ties", "linear_cross_entropy"]
     order += ["sharded", "ranks", "scripting", "layer", "fully_sharded", "matching", "settings"]
     order += ["loading", "dfa", "hooks", "points", "recompile", "attachment", "angles"]
     order += ["links", "agreement", "pipeline"]

@@ -113,6 +113,15 @@ def proc_bytes(path: str, key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in _lines(path) if line.startswith(key + ":"))
 
 
+def return_kept_memory() -> None:
+    """Return the memory that our kernels on the CPU keep for large signals.
+
+    Before `peak_bytes` of a call that lets go of its signals, as a training step does.
+    """
+    if registry.unavailable("cpp", "cpu") is None:
+        torch.ops.dfa_kernels.empty_pool()
+
+
 def _idle_bytes() -> int:
     """Memory that our kernels on the CPU keep for large signals and that no tensor has."""
     if registry.unavailable("cpp", "cpu") is not None:

@@ -1,4 +1,7 @@
-"""Figures of a run: cost as the shape grows, memory against depth, and a roofline."""
+"""Figures of a run: cost as the shape grows, memory against depth, and a roofline.
+
+Of a run of `large_vocabulary`, memory and time as tokens grow.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.harness.roofs import BEYOND_CACHES, bandwidth
 from benchmarks.harness.shapes import STRUCTURED, is_ours, title
+from benchmarks.report import vocabulary_tables
 
 AXES = {"batch": "batch M", "n": "length of the error n", "size": "layer size", "layers": "layers"}
 
@@ -30,6 +34,8 @@ def series(results: dict) -> dict[str, list[dict]]:
 
 def drawings(results: dict) -> dict[str, Figure]:
     """The figures that results have data for, by file name."""
+    if "vocabulary" in results:
+        return {"large_vocabulary.png": large_vocabulary(results)}
     found = series(results)
     drawn = {}
     if found:
@@ -176,3 +182,43 @@ def _name_batches(panel: Axes, points: list[tuple[float, float, int]]) -> None:
         side, align = ((6, 0), "left") if index % 2 == 0 else ((-6, 0), "right")
         place = {"xytext": side, "textcoords": "offset points", "ha": align, "va": "center"}
         panel.annotate(f"M={batch:,}", (x, y), fontsize=7, **place)
+
+
+def large_vocabulary(results: dict):
+    """Memory and time of a step as tokens grow; dashed, with whole logits."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    cases = results["cases"]
+    names = [whole["signals"] for whole, _ in vocabulary_tables.pairs(cases[0])]
+    for panel, key, scale, unit in zip(
+        panels, ("peak", "seconds"), (1e9, 1), ("GB", "s"), strict=True
+    ):
+        for index, name in enumerate(names):
+            for loss, dashes, width in (("whole", "--", 1.2), ("chunks", "-", 2.5)):
+                points = [
+                    (case["tokens"], row[key] / scale)
+                    for case in cases
+                    for row in case["ways"]
+                    if (row["signals"], row["loss"]) == (name, loss) and key in row
+                ]
+                label = vocabulary_tables.SIGNALS[name].replace("`", "")
+                label += ", whole logits" if loss == "whole" else ""
+                style = {"ls": dashes, "lw": width, "color": f"C{index}", "ms": 4}
+                if points:
+                    panel.plot(*zip(*points, strict=True), marker="o", label=label, **style)
+        panel.set_xscale("log", base=2)
+        panel.set(yscale="log", xlabel="tokens", ylabel=unit)
+        panel.set_xticks(ticks := [case["tokens"] for case in cases], [f"{n:,}" for n in ticks])
+        panel.grid(alpha=0.3)
+    tokens = [case["tokens"] for case in cases]
+    gray = {"color": "gray", "ls": ":"}
+    logits = [case["logit_bytes"] / 1e9 for case in cases]
+    panels[0].plot(tokens, logits, label="the logits alone", **gray)
+    products = [min(row["products"] for row in case["ways"] if "products" in row) for case in cases]
+    limits = [one / results["rate"] for one in products]
+    panels[1].plot(tokens, limits, label="backpropagation's products alone", **gray)
+    shape = f"vocabulary {results['vocabulary']:,}, width {results['width']:,}"
+    panels[0].set_title(f"peak memory of a step ({shape})", fontsize=9)
+    panels[1].set_title(f"time of a step ({shape})", fontsize=9)
+    for panel in panels:
+        panel.legend(fontsize=7)
+    return figure

@@ -40,9 +40,10 @@ from benchmarks.harness.gate import Wrong
 from benchmarks.harness.measure import (
     MISSING,
     available_bytes,
+    empty_pool,
     is_out_of_memory,
     peak_bytes,
-    return_kept_memory,
+    return_freed_memory,
     seconds,
 )
 from dfa_kernels import DFA, DFALayer
@@ -103,7 +104,7 @@ class Way:
     def measure(self, x, target):
         """Seconds and peak bytes of a step."""
         self.network.zero_grad()
-        return_kept_memory()
+        empty_pool()
         step = partial(self.step, x, target)
         return peak_bytes(partial(seconds, step, x.device.type), x.device.type)
 
@@ -292,4 +293,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    return_freed_memory()
     raise SystemExit(main())

@@ -2,8 +2,9 @@
 
 Both come from the committed JSON alone. In other files a table stands between
 `<!-- table NAME FILE -->` and `<!-- end -->`, where NAME is a function of `speed_tables`,
-`gpu_tables`, `paper_tables`, `transformer_tables`, `distributed_tables` or `vocabulary_tables` and
-FILE a path in `results/`. A folder of results may have other Markdown files, to which its page leads.
+`gpu_tables`, `paper_tables`, `transformer_tables`, `distributed_tables` or `vocabulary_tables`, and
+FILE a path in `results/`. A folder of results may have other Markdown files, to which its page
+leads.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from dfa_kernels.demo.common import Run, angles, draw, take_turns, timed
+from dfa_kernels.demo.common import Run, angles, draw, peak_bytes, take_turns, timed
 from dfa_kernels.nn import Attachment, OutputWeights, attach
 from dfa_kernels.nn.angles import alignment
 
@@ -202,6 +202,8 @@ def train(
             with torch.no_grad():
                 run.note(loss(model, text.test).item())
             yield
+    optimizer.zero_grad()
+    run.peak_bytes = peak_bytes(lambda: loss(model, text.train[:BATCH]).backward(), device)
     if way in ("weights", "matched"):
         run.alignments = alignment(model, lambda: loss(model, text.test))
 
@@ -220,10 +222,15 @@ def report(runs: dict[str, Run]) -> list[Table]:
         "held-out loss",
         "way from frozen to backpropagation",
         "ms per step",
+        "tokens per second",
+        "peak MB of forward and backward",
         title=f"{TITLE}, {steps:,} steps",
     )
     for way, run in runs.items():
-        training.add_row(LABELS[way], f"{run.values[-1]:.3f}", closed(runs, way), run.milliseconds)
+        speed = f"{BATCH * CONTEXT / run.seconds:,.0f}"
+        memory = f"{run.peak_bytes / 1e6:.2f}"
+        cells = (f"{run.values[-1]:.3f}", closed(runs, way), run.milliseconds, speed, memory)
+        training.add_row(LABELS[way], *cells)
     by_way = {"weights": runs["weights"].alignments, "started": runs["matched"].alignments}
     return [training, angles(by_way)]
 

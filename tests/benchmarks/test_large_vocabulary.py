@@ -25,7 +25,7 @@ def network():
 
 @pytest.fixture
 def measured():
-    """As in the JSON, of three numbers of tokens, the last of which is too many for whole logits."""
+    """As in the JSON, of three numbers of tokens; whole logits do not fit with the last."""
     cases = []
     for tokens in (1024, 2048, 4096):
         ways = []
@@ -44,8 +44,9 @@ def measured():
 
 def test_a_quick_run(tmp_path, capsys):
     file = tmp_path / "large_vocabulary.json"
-    arguments = "--tokens 16 8 --vocabulary 50 --width 12 --branches 2 --rounds 2 --json".split()
-    assert large_vocabulary.main([*arguments, str(file)]) == 0
+    sizes = {"--vocabulary": 50, "--width": 12, "--branches": 2, "--rounds": 2, "--json": file}
+    arguments = [str(one) for pair in sizes.items() for one in pair]
+    assert large_vocabulary.main([*arguments, "--tokens", "16", "8"]) == 0
     results = json.loads(file.read_text())
     assert {"commit", "date", "device", "versions", "vocabulary", "width"} <= results.keys()
     assert results["finished"]

@@ -78,12 +78,13 @@ class Way:
     def __init__(self, network, signals, loss):
         self.network, self.signals, self.loss = network, signals, loss
         self.points = [DFALayer() for _ in network.biases]
-        made = {"distribution": signals}
         if signals == WEIGHTS:
-            made = {"matrix": OutputWeights(network.head)}
-        self.dfa = DFA(self.points, **({} if signals == BACKPROP else made))
-        if signals == BACKPROP:
+            self.dfa = DFA(self.points, matrix=OutputWeights(network.head))
+        elif signals == BACKPROP:
+            self.dfa = DFA(self.points)
             self.dfa.mode = "backprop"
+        else:
+            self.dfa = DFA(self.points, distribution=signals)
 
     def step(self, x, target):
         """Add to the gradients; the loss."""

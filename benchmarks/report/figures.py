@@ -188,37 +188,29 @@ def large_vocabulary(results: dict):
     """Memory and time of a step as tokens grow; dashed, with whole logits."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     cases = results["cases"]
+    tokens = [case["tokens"] for case in cases]
+    logits = [case["logit_bytes"] / 1e9 for case in cases]
+    products = 3 * results["width"] * results["vocabulary"]
+    limits = [products * count / results["rate"] for count in tokens]
     names = [whole["signals"] for whole, _ in vocabulary_tables.pairs(cases[0])]
-    for panel, key, scale, unit in zip(
-        panels, ("peak", "seconds"), (1e9, 1), ("GB", "s"), strict=True
+    for panel, key, scale, unit, about, bound, least in (
+        (panels[0], "peak", 1e9, "GB", "peak memory", "the logits alone", logits),
+        (panels[1], "seconds", 1.0, "s", "time", "backpropagation's products alone", limits),
     ):
-        for index, name in enumerate(names):
-            for loss, dashes, width in (("whole", "--", 1.2), ("chunks", "-", 2.5)):
-                points = [
-                    (case["tokens"], row[key] / scale)
-                    for case in cases
-                    for row in case["ways"]
-                    if (row["signals"], row["loss"]) == (name, loss) and key in row
-                ]
-                label = vocabulary_tables.SIGNALS[name].replace("`", "")
-                label += ", whole logits" if loss == "whole" else ""
-                style = {"ls": dashes, "lw": width, "color": f"C{index}", "ms": 4}
-                if points:
-                    panel.plot(*zip(*points, strict=True), marker="o", label=label, **style)
+        for color, name in enumerate(names):
+            for place, loss, style in ((0, ", whole logits", ("--", 1.2)), (1, "", ("-", 2.5))):
+                rows = [vocabulary_tables.pairs(case)[color][place] for case in cases]
+                timed = [i for i, row in enumerate(rows) if key in row]
+                x, y = [tokens[i] for i in timed], [rows[i][key] / scale for i in timed]
+                label = vocabulary_tables.SIGNALS[name].replace("`", "") + loss
+                looks = {"ls": style[0], "lw": style[1], "color": f"C{color}"}
+                panel.plot(x, y, marker="o", ms=4, label=label, **looks)
+        panel.plot(tokens, least, color="gray", ls=":", label=bound)
         panel.set_xscale("log", base=2)
         panel.set(yscale="log", xlabel="tokens", ylabel=unit)
-        panel.set_xticks(ticks := [case["tokens"] for case in cases], [f"{n:,}" for n in ticks])
-        panel.grid(alpha=0.3)
-    tokens = [case["tokens"] for case in cases]
-    gray = {"color": "gray", "ls": ":"}
-    logits = [case["logit_bytes"] / 1e9 for case in cases]
-    panels[0].plot(tokens, logits, label="the logits alone", **gray)
-    products = [min(row["products"] for row in case["ways"] if "products" in row) for case in cases]
-    limits = [one / results["rate"] for one in products]
-    panels[1].plot(tokens, limits, label="backpropagation's products alone", **gray)
-    shape = f"vocabulary {results['vocabulary']:,}, width {results['width']:,}"
-    panels[0].set_title(f"peak memory of a step ({shape})", fontsize=9)
-    panels[1].set_title(f"time of a step ({shape})", fontsize=9)
-    for panel in panels:
+        panel.set_xticks(tokens, [f"{count:,}" for count in tokens])
+        shape = f"vocabulary {results['vocabulary']:,}, width {results['width']:,}"
+        panel.set_title(f"{about} of a step ({shape})", fontsize=9)
         panel.legend(fontsize=7)
+        panel.grid(alpha=0.3)
     return figure

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 
 from dfa_kernels.demo.common import Run, angles, draw, peak_bytes, take_turns, timed
@@ -218,13 +218,14 @@ def report(runs: dict[str, Run]) -> list[Table]:
     """The tables: the four ways of training, and the alignment of those by DFA."""
     steps = runs["backprop"].steps[-1]
     training = Table(
-        "trained by",
+        Column("trained by", width=len(LABELS["backprop"])),
         "held-out loss",
-        "way from frozen to backpropagation",
+        "way from frozen to backprop",
         "ms per step",
         "tokens per second",
-        "peak MB of forward and backward",
+        "peak MB",
         title=f"{TITLE}, {steps:,} steps",
+        caption="Memory is that of a forward and backward pass, beyond the weights.",
     )
     for way, run in runs.items():
         speed = f"{BATCH * CONTEXT / run.seconds:,.0f}"

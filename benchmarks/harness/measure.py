@@ -20,7 +20,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 # In results, the key of the bytes that would have been needed.
 MISSING = "does not fit"
 # Options of glibc's mallopt (malloc.h).
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 
 
 def keep_freed_memory() -> None:
@@ -32,6 +32,15 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def return_freed_memory() -> None:
+    """Let this process return the memory of a large tensor as soon as that is freed.
+
+    Otherwise resident memory depends on which holes of the heap a tensor happens to go to. Small
+    ones stay in the heap.
+    """
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 @contextmanager
@@ -85,7 +94,7 @@ def peak_bytes(call: Callable[[], T], device_type: str) -> tuple[T, int]:
         result = call()
         torch.cuda.synchronize()
         return result, torch.cuda.max_memory_allocated() - before
-    _return_freed_memory()  # it would hide what the call takes
+    _trim_heap()  # it would hide what the call takes
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, idle = proc_bytes("/proc/self/status", "VmRSS"), _idle_bytes()
     result = call()
@@ -98,7 +107,7 @@ def available_bytes(device_type: str) -> int:
     if device_type == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    _return_freed_memory()
+    _trim_heap()
     return min([proc_bytes("/proc/meminfo", "MemAvailable"), *_allowed_bytes()])
 
 
@@ -113,6 +122,15 @@ def proc_bytes(path: str, key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in _lines(path) if line.startswith(key + ":"))
 
 
+def empty_pool() -> None:
+    """Return the memory that our kernels on the CPU keep for large signals.
+
+    Before `peak_bytes` of a call that lets go of its signals, as a training step does.
+    """
+    if registry.unavailable("cpp", "cpu") is None:
+        torch.ops.dfa_kernels.empty_pool()
+
+
 def _idle_bytes() -> int:
     """Memory that our kernels on the CPU keep for large signals and that no tensor has."""
     if registry.unavailable("cpp", "cpu") is not None:
@@ -120,7 +138,7 @@ def _idle_bytes() -> int:
     return torch.ops.dfa_kernels.pool_bytes()[1]
 
 
-def _return_freed_memory() -> None:
+def _trim_heap() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 

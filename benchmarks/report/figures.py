@@ -1,4 +1,7 @@
-"""Figures of a run: cost as the shape grows, memory against depth, and a roofline."""
+"""Figures of a run: cost as the shape grows, memory against depth, and a roofline.
+
+Of a run of `large_vocabulary`, memory and time as tokens grow.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.harness.roofs import BEYOND_CACHES, bandwidth
 from benchmarks.harness.shapes import STRUCTURED, is_ours, title
+from benchmarks.report import vocabulary_tables
 
 AXES = {"batch": "batch M", "n": "length of the error n", "size": "layer size", "layers": "layers"}
 
@@ -30,6 +34,8 @@ def series(results: dict) -> dict[str, list[dict]]:
 
 def drawings(results: dict) -> dict[str, Figure]:
     """The figures that results have data for, by file name."""
+    if "vocabulary" in results:
+        return {"large_vocabulary.png": large_vocabulary(results)}
     found = series(results)
     drawn = {}
     if found:
@@ -176,3 +182,35 @@ def _name_batches(panel: Axes, points: list[tuple[float, float, int]]) -> None:
         side, align = ((6, 0), "left") if index % 2 == 0 else ((-6, 0), "right")
         place = {"xytext": side, "textcoords": "offset points", "ha": align, "va": "center"}
         panel.annotate(f"M={batch:,}", (x, y), fontsize=7, **place)
+
+
+def large_vocabulary(results: dict):
+    """Memory and time of a step as tokens grow; dashed, with whole logits."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    cases = results["cases"]
+    tokens = [case["tokens"] for case in cases]
+    logits = [case["logit_bytes"] / 1e9 for case in cases]
+    products = 3 * results["width"] * results["vocabulary"]
+    limits = [products * count / results["rate"] for count in tokens]
+    names = [whole["signals"] for whole, _ in vocabulary_tables.pairs(cases[0])]
+    for panel, key, scale, unit, about, bound, least in (
+        (panels[0], "peak", 1e9, "GB", "peak memory", "the logits alone", logits),
+        (panels[1], "seconds", 1.0, "s", "time", "backpropagation's products alone", limits),
+    ):
+        for color, name in enumerate(names):
+            for place, loss, style in ((0, ", whole logits", ("--", 1.2)), (1, "", ("-", 2.5))):
+                rows = [vocabulary_tables.pairs(case)[color][place] for case in cases]
+                timed = [i for i, row in enumerate(rows) if key in row]
+                x, y = [tokens[i] for i in timed], [rows[i][key] / scale for i in timed]
+                label = vocabulary_tables.SIGNALS[name].replace("`", "") + loss
+                looks = {"ls": style[0], "lw": style[1], "color": f"C{color}"}
+                panel.plot(x, y, marker="o", ms=4, label=label, **looks)
+        panel.plot(tokens, least, color="gray", ls=":", label=bound)
+        panel.set_xscale("log", base=2)
+        panel.set(yscale="log", xlabel="tokens", ylabel=unit)
+        panel.set_xticks(tokens, [f"{count:,}" for count in tokens])
+        shape = f"vocabulary {results['vocabulary']:,}, width {results['width']:,}"
+        panel.set_title(f"{about} of a step ({shape})", fontsize=9)
+        panel.legend(fontsize=7)
+        panel.grid(alpha=0.3)
+    return figure

@@ -2,8 +2,9 @@
 
 Both come from the committed JSON alone. In other files a table stands between
 `<!-- table NAME FILE -->` and `<!-- end -->`, where NAME is a function of `speed_tables`,
-`gpu_tables`, `paper_tables`, `transformer_tables` or `distributed_tables` and FILE a path in
-`results/`. A folder of results may have other Markdown files, to which its page leads.
+`gpu_tables`, `paper_tables`, `transformer_tables`, `distributed_tables` or `vocabulary_tables`, and
+FILE a path in `results/`. A folder of results may have other Markdown files, to which its page
+leads.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from benchmarks.report import (
     paper_tables,
     speed_tables,
     transformer_tables,
+    vocabulary_tables,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -113,6 +115,17 @@ PARTS: dict[str, tuple[Part, ...]] = {
             "Forward, backward and optimizer of a network (`benchmarks/training_step.py`). "
             "Memory is the peak of a step beyond the weights.",
             speed_tables.training_step,
+        ),
+    ),
+    "large_vocabulary.json": (
+        Part(
+            "Large vocabularies",
+            "The output layer, the loss and the signals of a language model: forward and backward "
+            "(`benchmarks/large_vocabulary.py`). With whole logits, and with "
+            "`DFA.linear_cross_entropy`, a chunk of tokens at a time. Memory is the peak of a step "
+            "beyond the weights.",
+            vocabulary_tables.large_vocabulary,
+            "large_vocabulary.png",
         ),
     ),
     "communication.json": (
@@ -218,8 +231,14 @@ def files(found: dict[str, dict]) -> list[str]:
 def render(text: str) -> str:
     """A Markdown file's text with every table generated again."""
     tables: dict = {}
-    modules = (speed_tables, gpu_tables, paper_tables, transformer_tables, distributed_tables)
-    for module in modules:
+    for module in (
+        speed_tables,
+        gpu_tables,
+        paper_tables,
+        transformer_tables,
+        distributed_tables,
+        vocabulary_tables,
+    ):
         tables |= vars(module)
 
     def table(match: re.Match) -> str:

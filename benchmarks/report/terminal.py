@@ -12,6 +12,7 @@ from rich.table import Table
 
 from benchmarks.harness import roofs
 from benchmarks.harness.shapes import is_ours, title
+from benchmarks.report import vocabulary_tables
 from benchmarks.report.results import best_of_ours, memory, ratio
 from benchmarks.report.texts import bytes_text, promise_text, rate_text, time_text, times_text
 
@@ -105,7 +106,10 @@ def draw(console: Console, results: dict, path: Path) -> None:
 
 
 def show_all(console: Console, results: dict) -> None:
-    """A whole run, as it was shown while it ran."""
+    """A whole run, as it was shown while it ran; one of `large_vocabulary` as its table."""
+    if "vocabulary" in results:
+        lines = vocabulary_tables.large_vocabulary(results)
+        return console.print("\n".join(lines), soft_wrap=True, markup=False)
     for case in results["cases"]:
         console.print(f"\n[bold]{case['case']}[/]")
         console.print(progress(case))

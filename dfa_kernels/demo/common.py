@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
+import os
 import statistics
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +34,7 @@ class Run:
     steps: list[int] = field(default_factory=list)  # until each value
     step_seconds: list[float] = field(default_factory=list)
     alignments: dict[str, Alignment] = field(default_factory=dict)
+    peak_bytes: int = 0  # of a step
 
     def note(self, value: float) -> None:
         """Keep a result on held-out data at the present step."""
@@ -37,9 +42,14 @@ class Run:
         self.steps.append(len(self.step_seconds))
 
     @property
+    def seconds(self) -> float:
+        """The median step."""
+        return statistics.median(self.step_seconds)
+
+    @property
     def milliseconds(self) -> str:
         """The median step, for a table."""
-        return f"{1e3 * statistics.median(self.step_seconds):.2f}"
+        return f"{1e3 * self.seconds:.2f}"
 
 
 @contextlib.contextmanager
@@ -50,6 +60,31 @@ def timed(run: Run, device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     run.step_seconds.append(time.perf_counter() - start)
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """The most that a step had of torch's memory beyond what was in use, by torch's own count.
+
+    On the CPU its profiler notes every allocation.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it writes lines about itself
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = [event for event in events if event["name"] == "[memory]"]
+    changes.sort(key=lambda event: event["ts"])
+    return max(itertools.accumulate((one["args"]["Bytes"] for one in changes), initial=0))
 
 
 def take_turns(console: Console, ways: Mapping[str, Iterator[None]], turns: int) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 
-from dfa_kernels.demo.common import Run, angles, draw, take_turns, timed
+from dfa_kernels.demo.common import Run, angles, draw, peak_bytes, take_turns, timed
 from dfa_kernels.nn import Attachment, OutputWeights, attach
 from dfa_kernels.nn.angles import alignment
 
@@ -202,6 +202,8 @@ def train(
             with torch.no_grad():
                 run.note(loss(model, text.test).item())
             yield
+    optimizer.zero_grad()
+    run.peak_bytes = peak_bytes(lambda: loss(model, text.train[:BATCH]).backward(), device)
     if way in ("weights", "matched"):
         run.alignments = alignment(model, lambda: loss(model, text.test))
 
@@ -216,14 +218,20 @@ def report(runs: dict[str, Run]) -> list[Table]:
     """The tables: the four ways of training, and the alignment of those by DFA."""
     steps = runs["backprop"].steps[-1]
     training = Table(
-        "trained by",
+        Column("trained by", width=len(LABELS["backprop"])),
         "held-out loss",
-        "way from frozen to backpropagation",
+        "way from frozen to backprop",
         "ms per step",
+        "tokens per second",
+        "peak MB",
         title=f"{TITLE}, {steps:,} steps",
+        caption="Memory is that of a forward and backward pass, beyond the weights.",
     )
     for way, run in runs.items():
-        training.add_row(LABELS[way], f"{run.values[-1]:.3f}", closed(runs, way), run.milliseconds)
+        speed = f"{BATCH * CONTEXT / run.seconds:,.0f}"
+        memory = f"{run.peak_bytes / 1e6:.2f}"
+        cells = (f"{run.values[-1]:.3f}", closed(runs, way), run.milliseconds, speed, memory)
+        training.add_row(LABELS[way], *cells)
     by_way = {"weights": runs["weights"].alignments, "started": runs["matched"].alignments}
     return [training, angles(by_way)]
 

@@ -5,7 +5,7 @@ import torch
 
 from dfa_kernels import cli, feedback_matrix
 from dfa_kernels.demo import transformer
-from dfa_kernels.demo.common import Run
+from dfa_kernels.demo.common import Run, peak_bytes
 from dfa_kernels.nn import OutputWeights
 
 CPU = torch.device("cpu")
@@ -38,6 +38,8 @@ def test_it_shows_and_draws_what_it_did(folder, monkeypatch, capsys):
     text = capsys.readouterr().out
     for expected in ("backpropagation", *transformer.LABELS.values(), "6 steps", "blocks.3"):
         assert expected in " ".join(text.split())
+    for expected in ("tokens", "peak MB"):
+        assert expected in text
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert [handle.mode for handle in made] == ["backprop", "dfa", "dfa", "shallow"]
     source = made[2].dfa.source
@@ -80,7 +82,33 @@ def test_each_way_trains_what_it_says(way, folder, monkeypatch):
     assert changed == (last if way == "shallow" else before.keys())
     assert run.values[-1] < run.values[0]
     assert run.steps == [1, 2, 3]
+    weights = sum(value.nbytes for value in after.values() if value.grad is not None)
+    logits = 4 * transformer.BATCH * transformer.CONTEXT * transformer.BYTES
+    assert run.peak_bytes > weights + logits
     assert bool(run.alignments) == (way in ("weights", "matched"))
+
+
+def test_the_peak_of_a_step_is_of_what_lives_at_once():
+    number = torch.float32.itemsize * 100_000
+
+    def step():
+        ones = [torch.ones(100_000) for _ in range(3)]
+        ones.pop()
+        ones.append(torch.cat(ones))
+        return ones
+
+    kept = step()
+    assert peak_bytes(step, CPU) == 4 * number
+    assert peak_bytes(kept.clear, CPU) == 0
+
+
+def test_the_table_has_speed_and_memory():
+    runs = {
+        way: Run([2.0], [1], [0.5, 0.25, 0.25], peak_bytes=20_500_000) for way in transformer.LABELS
+    }
+    columns = {str(one.header): list(one.cells) for one in transformer.report(runs)[0].columns}
+    assert columns["tokens per second"] == ["4,096"] * 4  # BATCH x CONTEXT each quarter of a second
+    assert columns["peak MB"] == ["20.50"] * 4
 
 
 def test_the_model_sees_no_byte_before_its_turn():

@@ -10,6 +10,7 @@ the loss. Where more than a factor depends on that gradient, it makes the logits
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +31,8 @@ WHERE = "DFA.linear_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
 # Bytes that the logits of a chunk may take, on a CPU and elsewhere.
 BUDGET_CPU, BUDGET = 64 * 2**20, 256 * 2**20
+# Sums over the tokens of a chunk stay in the range of fp16: of so many, and made so much smaller.
+_FP16_ROWS, _FP16_SHRINK = 2**13, 2.0**-6
 
 
 class Loss(NamedTuple):
@@ -286,7 +289,7 @@ def run(
             of_bias += error.sum(0, dtype=wide)
         if projection is not None:
             for signal, part in zip(signals, projection.signals(error, back), strict=True):
-                signal[chunk] = part
+                signal[chunk] = part.to(signal.dtype)  # a user's source may make any
     return Results(losses, of_hidden, of_weight, of_bias, signals)
 
 
@@ -304,7 +307,8 @@ def budget(device: torch.device) -> int:
 
 def _chunk_rows(device: torch.device, n: int, dtype: torch.dtype) -> int:
     """How many tokens' logits fit in the budget; at least one."""
-    return max(budget(device) // (n * dtype.itemsize), 1)
+    most = _FP16_ROWS if dtype is torch.float16 else sys.maxsize
+    return min(max(budget(device) // (n * dtype.itemsize), 1), most)
 
 
 def _chunks(target: Tensor, ignore_index: int, rows: int) -> Iterator[slice | Tensor]:
@@ -336,10 +340,10 @@ def _check_words(target: Tensor, n: int, ignore_index: int) -> None:
         torch._assert_async(fits.all(), f"{WHERE}: target must be in [0, {n}) or ignore_index")
 
 
-def check_row_by_row(transform: Callable[[Tensor], Tensor], error: Tensor) -> None:
+def check_row_by_row(transform: Callable[[Tensor], Tensor], error: Tensor) -> bool:
     """Raise where what an error_transform makes of a row depends on the others.
 
-    A transform that draws random numbers is not checked.
+    Returns whether this error could show it. A transform that draws random numbers is not checked.
     """
     sample = error[:: max(len(error) // 8, 1)][:8]
     on_gpu = [sample.device] if sample.device.type == "cuda" else []
@@ -348,16 +352,19 @@ def check_row_by_row(transform: Callable[[Tensor], Tensor], error: Tensor) -> No
         alone = transform(sample)
         later = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, on_gpu)]
         if not all(map(torch.equal, states, later)):
-            return
+            return True
         beside = transform(torch.cat([sample, 2 * sample.flip(0)]))[: len(sample)]
+    if not (sample.isfinite().all() and sample.any()):  # too large a scale of fp16, or no loss
+        return False
     tolerance = 30 * torch.finfo(sample.dtype).eps
-    most = tolerance * float(alone.abs().max()) if alone.numel() else 0.0
+    most = tolerance * float(alone.abs().nan_to_num().max())
     if not torch.allclose(alone, beside, rtol=tolerance, atol=most, equal_nan=True):
         raise ValueError(
             f"{WHERE}: error_transform must treat each row by itself, since it gets a chunk of "
             "tokens at a time, got one that makes a row another beside others, as e * len(e) "
             "does; call the DFA on whole logits for that"
         )
+    return True
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
@@ -369,9 +376,12 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> 
             total.addmm_(left, right)
         return
     step = max(budget(total.device) // (right.shape[1] * left.element_size()), 1)
+    shrink = _FP16_SHRINK if left.dtype is torch.float16 else 1.0
+    right = right * shrink
     for start, stop in cut(len(left), step):
         product = left[start:stop] @ right
         if first:
             total[start:stop] = product
+            total[start:stop] /= shrink
         else:
-            total[start:stop] += product
+            total[start:stop].add_(product, alpha=1 / shrink)

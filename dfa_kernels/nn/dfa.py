@@ -718,8 +718,8 @@ class DFA(Settings):
     def _transformed_chunk(self, rows: Tensor) -> Tensor:
         """The error of a chunk of tokens through `error_transform`, which is checked once."""
         if self.__dict__.get("_row_by_row") is not self.error_transform:
-            check_row_by_row(self._transformed_error, rows)
-            self.__dict__["_row_by_row"] = self.error_transform  # no submodule
+            if check_row_by_row(self._transformed_error, rows):
+                self.__dict__["_row_by_row"] = self.error_transform  # no submodule
         return self._transformed_error(rows)
 
     def targets(self) -> list[Target]:

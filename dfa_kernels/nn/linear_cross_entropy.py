@@ -133,10 +133,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         if work.again and bias is not None:
             inputs.append(bias)
         made = [count] if work.again else [count, *results.tensors[1:]]
-        ctx.work, ctx.shape, ctx.n = work, hidden.shape, weight.shape[0]
-        ctx.dtype = weight.dtype
+        # Without the tie, which has the activations: they would live as long as the loss.
+        ctx.work, ctx.shape, ctx.n = work._replace(tie=None), hidden.shape, weight.shape[0]
+        ctx.dtype, ctx.signals = weight.dtype, None
+        kept: tuple[Tensor, ...] = ()
+        if work.tie is not None:
+            ctx.signals, ctx.anchors = work.tie.signals, len(work.tie.anchors)
+            kept = tied[: len(work.tie.activations)]
         if torch.compiler.is_compiling():
-            kept = tied[: len(work.tie.activations)] if work.tie is not None else ()
             ctx.inputs, ctx.made = len(inputs), len(made)
             ctx.save_for_backward(hidden, *inputs, *made, *kept)
         else:
@@ -180,13 +184,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         if of_bias is not None:
             of_bias = of_bias.to(ctx.dtype)
         gradients = (None, of_hidden, of_weight, of_bias, None)
-        if work.tie is None:
+        if ctx.signals is None:
             return gradients
         error = torch.zeros((), dtype=work.logits, device=gradient.device)  # of no memory
         error = error.expand(*shape[:-1], ctx.n)
         source = Received(rows=signals[0][:, :0], signals=[*signals])
-        sent = work.tie.signals(error, kept, source)
-        return (*gradients, *sent, *for_anchors(len(work.tie.anchors), error))
+        sent = ctx.signals(error, kept, source)
+        return (*gradients, *sent, *for_anchors(ctx.anchors, error))
 
 
 # --- in graphs ---
@@ -329,5 +333,5 @@ torch.library.register_fake("dfa_kernels::linear_cross_entropy", _operator_fake,
 
 def _times(tensor: Tensor, factor: Tensor, alone: bool) -> Tensor:
     """A product, in place if nobody else will need the tensor."""
-    factor = factor.to(tensor.device)
-    return tensor.mul_(factor) if alone else tensor * factor
+    factor = factor.to(tensor.device).view(1)  # a scalar would be rounded to the tensor's dtype
+    return tensor.mul_(factor) if alone else (tensor * factor).to(tensor.dtype)

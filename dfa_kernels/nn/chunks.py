@@ -282,14 +282,14 @@ def run(
         )
         back = error @ weight if through else None
         if of_hidden is not None and back is not None:
-            of_hidden[chunk] = back
+            of_hidden[chunk] = back.to(of_hidden.dtype)
         if of_weight is not None:
             _add_product(of_weight, error.T, rows, first=index == 0)
         if of_bias is not None:
             of_bias += error.sum(0, dtype=wide)
         if projection is not None:
             for signal, part in zip(signals, projection.signals(error, back), strict=True):
-                signal[chunk] = part.to(signal.dtype)  # a user's source may make any
+                signal[chunk] = part.to(signal.device, signal.dtype)
     return Results(losses, of_hidden, of_weight, of_bias, signals)
 
 

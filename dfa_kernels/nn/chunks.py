@@ -25,7 +25,7 @@ from dfa_kernels.layers import Layers
 from dfa_kernels.nn import signals as delivery
 from dfa_kernels.nn.rows import order
 from dfa_kernels.nn.shards import layout_of
-from dfa_kernels.nn.sources import Source
+from dfa_kernels.nn.sources import OutputWeights, Seeded, Source, Stored
 
 WHERE = "DFA.linear_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
@@ -132,7 +132,9 @@ class Head(NamedTuple):
     def autocast(self) -> torch.dtype | None:
         """The dtype in which autocast multiplies, or None where it is off."""
         kind = self.hidden.device.type
-        if self.hidden.dtype is torch.float64 or not torch.is_autocast_enabled(kind):
+        if self.hidden.dtype is torch.float64 or not torch.amp.is_autocast_available(kind):
+            return None
+        if not torch.is_autocast_enabled(kind):
             return None
         return torch.get_autocast_dtype(kind)
 
@@ -193,6 +195,11 @@ class Projection(NamedTuple):
     transform: Callable[[Tensor], Tensor] | None
     by_weight: Sequence[float] | None
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether an error of zeros, as of ignored tokens, is known to make signals of zeros."""
+        return self.transform is None and isinstance(self.source, (Seeded, Stored, OutputWeights))
+
     def new(self, tokens: int, *, zeros: bool) -> list[Tensor]:
         """Memory for the signals."""
         make = torch.zeros if zeros else torch.empty
@@ -250,7 +257,8 @@ def run(
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     _check_words(target, n, loss.ignore_index)
     weight, bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
-    chunks = list(_chunks(target, loss.ignore_index, _chunk_rows(hidden.device, n, dtype)))
+    most, all_rows = _chunk_rows(hidden.device, n, dtype), projection and not projection.is_linear
+    chunks = list(_chunks(target, None if all_rows else loss.ignore_index, most))
     whole = sum(map(_length, chunks)) == tokens
     new = hidden.new_empty if whole else hidden.new_zeros
 
@@ -311,9 +319,9 @@ def _chunk_rows(device: torch.device, n: int, dtype: torch.dtype) -> int:
     return min(max(budget(device) // (n * dtype.itemsize), 1), most)
 
 
-def _chunks(target: Tensor, ignore_index: int, rows: int) -> Iterator[slice | Tensor]:
+def _chunks(target: Tensor, ignore_index: int | None, rows: int) -> Iterator[slice | Tensor]:
     """The tokens of each chunk. On a CPU without the ignored: elsewhere to know them is to wait."""
-    if target.device.type == "cpu":
+    if target.device.type == "cpu" and ignore_index is not None:
         kept = (target != ignore_index).nonzero().squeeze(1)
         if len(kept) < len(target):
             yield from kept.tensor_split(-(-len(kept) // rows) or 1) if len(kept) else ()
@@ -353,7 +361,7 @@ def check_row_by_row(transform: Callable[[Tensor], Tensor], error: Tensor) -> bo
         later = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, on_gpu)]
         if not all(map(torch.equal, states, later)):
             return True
-        beside = transform(torch.cat([sample, 2 * sample.flip(0)]))[: len(sample)]
+        beside = transform(torch.cat([2 * sample.flip(0), sample]))[-len(sample) :]
     if not (sample.isfinite().all() and sample.any()):  # too large a scale of fp16, or no loss
         return False
     tolerance = 30 * torch.finfo(sample.dtype).eps

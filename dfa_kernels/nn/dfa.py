@@ -393,7 +393,8 @@ class DFA(Settings):
         """
         loss = Loss.checked(ignore_index, reduction, label_smoothing, softcap)
         head = Head(hidden, weight, bias)
-        head.check(target)
+        if not torch.jit.is_tracing():  # which warns of every condition
+            head.check(target)
         return self._loss(head, target, loss)
 
     def _loss(self, head: Head, target: Tensor, loss: Loss) -> Tensor:

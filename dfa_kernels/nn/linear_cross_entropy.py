@@ -71,7 +71,8 @@ class Work(NamedTuple):
         rows = Head(to_rows(hidden, dims, WHERE), weight, bias)
         wanted = self.wanted if learn else Wanted(False, False, False)
         call = _run_compiled if torch.compiler.is_compiling() else run
-        with torch.autocast(hidden.device.type, enabled=False):
+        kind = hidden.device.type
+        with torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False):
             return call(
                 rows,
                 target.permute(dims).reshape(-1),

@@ -88,6 +88,12 @@ class Head(NamedTuple):
             if not isinstance(given, Tensor) and not (argument == "bias" and given is None):
                 got = type(given).__name__
                 raise TypeError(f"{WHERE}: {argument} must be a tensor, got {got}")
+        if len({sharding.is_dtensor(given) for given in self.tensors}) > 1:
+            raise ValueError(
+                f"{WHERE}: hidden, weight and bias must be DTensors all or none, got "
+                f"{', '.join(type(given).__name__ for given in self.tensors)}; with fully_shard "
+                "leave the output layer to the root module, or call the DFA on its output"
+            )
         if weight.dim() != 2 or weight.shape[0] == 0:
             raise ValueError(f"{WHERE}: weight must be [n, d], got {tuple(weight.shape)}")
         n, d = weight.shape

@@ -88,6 +88,7 @@ class Work(NamedTuple):
         if self.loss.reduction == "none":
             shape = torch.Size((*shape[:-1], 1))
             losses = from_rows(losses[:, None], shape, self.batch_dims, WHERE).squeeze(-1)
+            losses = losses.clone()  # no view: those of a Function cannot be changed in place
         else:
             losses = losses.sum()
             if self.loss.reduction == "mean":

@@ -327,7 +327,7 @@ def _chunk_rows(device: torch.device, n: int, dtype: torch.dtype) -> int:
 
 def _chunks(target: Tensor, ignore_index: int | None, rows: int) -> Iterator[slice | Tensor]:
     """The tokens of each chunk. On a CPU without the ignored: elsewhere to know them is to wait."""
-    if target.device.type == "cpu" and ignore_index is not None:
+    if _readable(target) and ignore_index is not None:
         kept = (target != ignore_index).nonzero().squeeze(1)
         if len(kept) < len(target):
             yield from kept.tensor_split(-(-len(kept) // rows) or 1) if len(kept) else ()
@@ -341,10 +341,15 @@ def _length(chunk: slice | Tensor) -> int:
     return chunk.stop - chunk.start if isinstance(chunk, slice) else len(chunk)
 
 
+def _readable(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers are here and need no waiting. Those of a FakeTensor are nowhere."""
+    return tensor.device.type == "cpu" and type(tensor) is Tensor
+
+
 def _check_words(target: Tensor, n: int, ignore_index: int) -> None:
     """Raise, on a GPU later, where a token is no word of the vocabulary."""
     fits = ((target >= 0) & (target < n)) | (target == ignore_index)
-    if target.device.type == "cpu":
+    if _readable(target):
         if not fits.all():
             got = target[~fits][0].item()
             raise IndexError(
@@ -359,6 +364,8 @@ def check_row_by_row(transform: Callable[[Tensor], Tensor], error: Tensor) -> bo
 
     Returns whether this error could show it. A transform that draws random numbers is not checked.
     """
+    if error.is_meta or type(error) is not Tensor:  # a FakeTensor has no numbers
+        return False
     sample = error[:: max(len(error) // 8, 1)][:8]
     on_gpu = [sample.device] if sample.device.type == "cuda" else []
     with torch.random.fork_rng(on_gpu):
@@ -391,11 +398,9 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> 
         return
     step = max(budget(total.device) // (right.shape[1] * left.element_size()), 1)
     shrink = _FP16_SHRINK if left.dtype is torch.float16 else 1.0
-    right = right * shrink
+    if shrink != 1:
+        right = right * shrink
+    if first:
+        total.zero_()
     for start, stop in cut(len(left), step):
-        product = left[start:stop] @ right
-        if first:
-            total[start:stop] = product
-            total[start:stop] /= shrink
-        else:
-            total[start:stop].add_(product, alpha=1 / shrink)
+        total[start:stop].add_(left[start:stop] @ right, alpha=1 / shrink)

@@ -4,8 +4,8 @@
         TRITON_INTERPRET=0 python tests/backends/triton_compile.py
 
 It answers each line of JSON with another. A request is one of the LAUNCHES of
-test_triton_compile.py, ["structured", ...] with one of its STRUCTURED, ["others", CAPABILITY] or
-["specialisations"]. It is a separate program
+test_triton_compile.py, ["structured", ...] with one of its STRUCTURED, ["cross_entropy", ...] with
+one of its CROSS_ENTROPY, ["others", CAPABILITY] or ["specialisations"]. It is a separate program
 because Triton's interpreter may be on in the process of the tests.
 """
 
@@ -26,6 +26,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from dfa_kernels import stream
+from dfa_kernels.backends.triton import cross_entropy as losses
 from dfa_kernels.backends.triton import kernels, launch, structured_kernels
 from dfa_kernels.backends.triton import structured as host
 
@@ -201,6 +202,40 @@ def structured(gpu, name, wide, dtype, outputs):
     }
 
 
+def cross_entropy(gpu, dtype, smoothed, capped, aligned):
+    """One of CROSS_ENTROPY, compiled and inspected."""
+    target = GPUTarget("hip", gpu, 64) if str(gpu).startswith("gfx") else GPUTarget("cuda", gpu, 32)
+    dtype = getattr(torch, dtype)
+    wide = stream.arithmetic(dtype)
+    pointers = {"logits": f"*{NAMES[dtype]}", "target": "*i64"}
+    pointers |= dict.fromkeys(("losses", "scales"), f"*{NAMES[wide]}")
+    vector = 16 // dtype.itemsize if aligned else 1
+    constants = (DTYPES[wide], True, smoothed, capped, vector, target.backend)
+    constants += (losses.block_of(dtype, vector),)
+    unaligned = {"target", "losses", "scales"} | ({"logits"} if not aligned else set())
+    kernel = losses.cross_entropy_kernel
+    binary = compiled(
+        kernel,
+        pointers,
+        constants,
+        losses.WARPS,
+        target,
+        unaligned,
+        **losses.options(target.backend),
+    )
+    if target.backend == "hip":
+        spills = re.findall(r"(?:sgpr|vgpr)_spill_count: *(\d+)", binary.asm["amdgcn"])
+        return {"spills": list(map(int, spills))}
+    code, used = disassembled(binary)
+    lines = [line for _, line in code]
+    return {
+        **used,
+        "local_instructions": count("LDL|STL", lines),
+        "shared": binary.metadata.shared,
+        "vectors": [count(rf"{name}\S*\.128\S*", lines) for name in ("LDG", "STG")],
+    }
+
+
 def others(capability):
     """The other kernels, inspected."""
     target = GPUTarget("cuda", capability, 32)
@@ -241,6 +276,8 @@ def answer(request):
     match request:
         case ["structured", *which]:
             return structured(*which)
+        case ["cross_entropy", *which]:
+            return cross_entropy(*which)
         case ["others", capability]:
             return list(others(capability))
         case ["specialisations"]:

@@ -32,8 +32,15 @@ def cross_entropy_(
     otherwise they stay as they are. Rows whose target [rows] is `ignore_index` have a loss of 0 and
     a gradient of 0. `label_smoothing` is as in `torch.nn.functional.cross_entropy`. With a softcap
     c, the loss is of c tanh(logits / c). `scale` is a number, or a tensor on the device with one
-    number or with one for each row. Nothing waits for the device.
+    number or with one for each row. Nothing waits for the device, but for the check of a Triton
+    kernel before its first use; while a CUDA graph is captured, what is not checked yet is not
+    used.
+
+    Raises TypeError if logits are not floating-point. A target that is neither a column nor
+    `ignore_index` is an error of `gather`'s, or a loss of NaN by the kernel.
     """
+    if not logits.is_floating_point():
+        raise TypeError(f"cross_entropy_: logits must be floating-point, got {logits.dtype}")
     options = ignore_index, label_smoothing, softcap, scales_of(scale, logits), gradient
     losses = by_kernel(logits, target, *options) if logits.is_cuda else None
     return plain(logits, target, *options) if losses is None else losses
@@ -154,7 +161,7 @@ def _fault(
     rows, n = 4, 2 * block + 77
     stride = n + 51 + (vector == 1)
     generator = torch.Generator().manual_seed(0)
-    given = 3 * torch.randn(rows, stride, generator=generator)
+    given = 2 * torch.randn(rows, stride, generator=generator, dtype=torch.float64, device="cpu")
     given[1, 5 : block + 5] = given[3, :block] = -torch.inf
     whole = given.to(device, dtype, copy=True)
     exact = whole.to(torch.float64, copy=True)
@@ -168,7 +175,7 @@ def _fault(
     least = stored.smallest_normal * stored.eps
     for what, found, expected, relative, absolute in (
         ("losses", losses, right, 0.0, 0.0),
-        ("gradients", whole, exact, stored.eps, least + 64 * unit / n),
+        ("gradients", whole, exact, stored.eps, least + 512 * unit / n),
     ):
         close = torch.isclose(found.double(), expected, relative + 256 * unit, absolute)
         if not close.all():

@@ -5,7 +5,8 @@
 
 It answers each line of JSON with another. A request is one of the LAUNCHES of
 test_triton_compile.py, ["structured", ...] with one of its STRUCTURED, ["cross_entropy", ...] with
-one of its CROSS_ENTROPY, ["others", CAPABILITY] or ["specialisations"]. It is a separate program
+one of its CROSS_ENTROPY, ["others", CAPABILITY],
+["specialisations"] or ["cross_entropy_specialisations"]. It is a separate program
 because Triton's interpreter may be on in the process of the tests.
 """
 
@@ -259,16 +260,26 @@ def others(capability):
     yield inspect(compiled(kernels.addresses_kernel, pointers, (count,), 1, target))
 
 
-def specialisations(numbers):
-    """What Triton's own argument binder specialises a launch with these numbers for."""
-    kernel = kernels.project_kernel
+def specialised(kernel, *arguments):
+    """What Triton's own argument binder specialises a launch with these arguments for."""
     backend = make_backend(GPUTarget("cuda", 90, 32))
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    constants = [None] * (len(kernel.params) - len(arguments))
+    _, found, _ = binder(*arguments, *constants, num_warps=4)
+    return [str(one) for one in found[: len(arguments)]]
+
+
+def specialisations(numbers):
+    """Of the projection with these numbers."""
     error, table = torch.zeros(16, dtype=torch.bfloat16), torch.zeros(16, dtype=torch.int64)
-    pointers = (error, (error,), table, table, table)
-    constants = [None] * (len(kernel.params) - len(pointers) - len(numbers))
-    _, found, _ = binder(*pointers, *numbers, *constants, num_warps=4)
-    return [str(one) for one in found[: len(pointers) + len(numbers)]]
+    return specialised(kernels.project_kernel, error, (error,), table, table, table, *numbers)
+
+
+def specialisations_of_cross_entropy(first, numbers):
+    """With these numbers, and targets, losses and scales from this element on."""
+    logits, target = torch.zeros(16), torch.zeros(16, dtype=torch.int64)
+    parts = target[first:], logits[first:], logits[first:]
+    return specialised(losses.cross_entropy_kernel, logits, *parts, *numbers, 0.1, 30.0)
 
 
 def answer(request):
@@ -283,6 +294,9 @@ def answer(request):
         case ["specialisations"]:
             numbers = ([1] * 8, [16] * 8, [7, 33, 17, 5, 2**31, -(2**63), 2**33 + 1, 10**12])
             return list(map(specialisations, numbers))
+        case ["cross_entropy_specialisations"]:
+            numbers = ([1] * 5, [16] * 5, [50257, 2**33 + 1, 3, 0, -100])
+            return list(map(specialisations_of_cross_entropy, (0, 1, 4), numbers))
     return projection(*request)
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from dfa_kernels.backends import triton
 from dfa_kernels.stream import arithmetic
 
-# What is worked on at a time: on the CPU it stays in a core's cache from pass to pass.
-_CACHED_BYTES = 2**22
+# Of rows that are worked on at a time, for each thread of the CPU, whose cache keeps them from pass
+# to pass; and on another device.
+_CACHED_BYTES = 2**21
 _DEVICE_BYTES = 2**28
 
 
@@ -63,14 +64,18 @@ def plain(
     scales: Tensor,
     gradient: bool,
 ) -> Tensor:
-    """`cross_entropy_` in PyTorch, a few rows at a time. Scales are [rows]."""
+    """`cross_entropy_` in PyTorch, a few rows at a time. Scales are [rows].
+
+    As in torch, an ignored row with NaN or +inf has a gradient of NaN; by the kernel it has 0.
+    """
     rows, n = logits.shape
     wide = arithmetic(logits.dtype)
     losses = logits.new_empty(rows, dtype=wide)
     ignored = (target == ignore_index)[:, None]
     index = target[:, None].masked_fill(ignored, 0)
     scales = scales[:, None].masked_fill(ignored, 0.0)
-    most = _CACHED_BYTES if logits.device.type == "cpu" else _DEVICE_BYTES
+    on_cpu = logits.device.type == "cpu"
+    most = _CACHED_BYTES * torch.get_num_threads() if on_cpu else _DEVICE_BYTES
     step = max(most // max(n * wide.itemsize, 1), 1)
     for first in range(0, rows, step):
         some = slice(first, first + step)

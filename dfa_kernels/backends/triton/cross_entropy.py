@@ -38,7 +38,7 @@ _NUMBERS = (
 
 @triton.jit
 def _tanh(x):
-    """Within two roundings: near 0, where 1 - exp(-2x) cancels, by a quotient of Cephes."""
+    """To a few roundings: near 0, where 1 - exp(-2x) cancels, by a quotient of Cephes."""
     e = tl.exp(-2.0 * tl.abs(x))
     far = (1.0 - e) / (1.0 + e)
     s = tl.minimum(x * x, 1.0)  # of use only below 1

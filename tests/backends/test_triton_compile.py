@@ -255,7 +255,12 @@ QUICK_CROSS_ENTROPY = [
     (80, "float32", True, False, False),
     ("gfx942", "bfloat16", True, True, True),
 ]
-assert {*QUICK_CROSS_ENTROPY} < {*CROSS_ENTROPY}
+SLOW_CROSS_ENTROPY = [
+    (gpu, dtype, True, True, aligned)
+    for gpu, dtype in ((90, "bfloat16"), (90, "float64"), (80, "float64"), ("gfx942", "float32"))
+    for aligned in (True, False)
+]
+assert {*QUICK_CROSS_ENTROPY, *SLOW_CROSS_ENTROPY} < {*CROSS_ENTROPY}
 
 
 @pytest.mark.parametrize(
@@ -264,7 +269,9 @@ assert {*QUICK_CROSS_ENTROPY} < {*CROSS_ENTROPY}
         pytest.param(
             one,
             id="-".join(map(str, one)),
-            marks=[pytest.mark.slow] * (one not in QUICK_CROSS_ENTROPY),
+            marks=[]
+            if one in QUICK_CROSS_ENTROPY
+            else [pytest.mark.slow if one in SLOW_CROSS_ENTROPY else pytest.mark.battery],
         )
         for one in CROSS_ENTROPY
     ],

@@ -1,6 +1,5 @@
 """What cross entropy with its gradient in place is tested on, and against."""
 
-import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -11,9 +10,6 @@ from tests.samples import random_error
 INF, NAN = torch.inf, torch.nan
 # Logits that are not finite, or far apart.
 STRANGE = [[INF, 0, 1], [NAN, 0, 1], [-INF] * 3, [-INF, 1, 2], [1e30, -1e30, 0], [2, -INF, -INF]]
-options_of = pytest.mark.parametrize(
-    ("smoothing", "softcap"), [(0.0, None), (0.1, None), (0.0, 3.0), (0.3, 5.0), (1.0, None)]
-)
 
 
 def exact(logits, target, scale, *, label_smoothing=0.0, softcap=None, ignore_index=-100):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dfa_kernels import cross_entropy as module
-from tests.backends.losses import STRANGE, assert_right, exact, options_of, samples
+from tests.backends.losses import STRANGE, assert_right, exact, samples
 from tests.samples import DTYPES, random_error
 
 pytest.importorskip("triton")
@@ -42,7 +42,7 @@ def served(logits, target=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@options_of
+@pytest.mark.parametrize(("smoothing", "softcap"), [(0.0, None), (0.1, None), (0.3, 5.0)])
 def test_is_torchs(dtype, smoothing, softcap):
     """Of several blocks and the rest of one, and of less than one."""
     options = {"label_smoothing": smoothing, "softcap": softcap}
@@ -83,9 +83,9 @@ def test_numbers_that_are_not_finite_are_torchs(smoothing, softcap):
 
 
 def test_a_softcap_is_accurate_near_0():
-    x = torch.logspace(-6, 0.5, 50, dtype=torch.float64, device=DEVICE)
+    x = torch.logspace(-6, 0.5, 12, dtype=torch.float64, device=DEVICE)
     logits = torch.stack([x, torch.zeros_like(x)], 1) * 1e4
-    target = torch.ones(50, dtype=torch.int64, device=DEVICE)
+    target = torch.ones(12, dtype=torch.int64, device=DEVICE)
     before = logits.clone()
     found = unchecked(logits, target, 1.0, softcap=1e4)
     losses, _ = exact(before, target, 1.0, softcap=1e4)

@@ -220,6 +220,8 @@ class Projection(NamedTuple):
             return [back * scale for scale in self.by_weight]
         if self.transform is not None:
             error = self.transform(error)
+        elif not self.is_linear:
+            error = error.clone()  # a user's source may keep it; the next chunk takes its memory
         return delivery.project(self.source, error.to(self.device), self.layers, self.dtype)
 
 

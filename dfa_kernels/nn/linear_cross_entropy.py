@@ -72,7 +72,9 @@ class Work(NamedTuple):
         wanted = self.wanted if learn else Wanted(False, False, False)
         call = _run_compiled if torch.compiler.is_compiling() else run
         kind = hidden.device.type
-        with torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False):
+        with torch.autocast(
+            kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False
+        ):
             return call(
                 rows,
                 target.permute(dims).reshape(-1),

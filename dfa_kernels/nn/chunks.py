@@ -265,8 +265,9 @@ def run(
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     _check_words(target, n, loss.ignore_index)
     weight, bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
-    most, all_rows = _chunk_rows(hidden.device, n, dtype), projection and not projection.is_linear
-    chunks = list(_chunks(target, None if all_rows else loss.ignore_index, most))
+    is_linear = projection is None or projection.is_linear
+    most = _chunk_rows(hidden.device, n, dtype)
+    chunks = list(_chunks(target, loss.ignore_index if is_linear else None, most))
     whole = sum(map(_length, chunks)) == tokens
     new = hidden.new_empty if whole else hidden.new_zeros
 
@@ -347,7 +348,7 @@ def _length(chunk: slice | Tensor) -> int:
 
 
 def _readable(tensor: Tensor) -> bool:
-    """Whether a tensor's numbers are here and need no waiting. Those of a FakeTensor are nowhere."""
+    """Whether a tensor's numbers are here, with no wait. Those of a FakeTensor are nowhere."""
     return tensor.device.type == "cpu" and type(tensor) is Tensor
 
 
@@ -401,7 +402,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> 
         else:
             total.addmm_(left, right)
         return
-    step = max(budget(total.device) // (right.shape[1] * left.element_size()), 1)
+    step = max(budget(total.device) // max(right.shape[1] * left.element_size(), 1), 1)
     shrink = _FP16_SHRINK if left.dtype is torch.float16 else 1.0
     if shrink != 1:
         right = right * shrink

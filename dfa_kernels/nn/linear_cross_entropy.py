@@ -18,7 +18,8 @@ from dfa_kernels.nn.rows import from_rows, order, to_rows
 from dfa_kernels.nn.sources import Received, Seeded, Source, Stored
 from dfa_kernels.nn.ties import Tie
 
-# Errors are made before the gradient of the loss is known. This keeps them in the range of fp16.
+# Errors and signals are made before the gradient of the loss is known. This keeps them in the range
+# of fp16.
 _FP16_SCALE = 16.0
 
 
@@ -57,7 +58,8 @@ class Work(NamedTuple):
     @property
     def scale(self) -> float:
         """What errors are multiplied by until the gradient of the loss is known."""
-        return _FP16_SCALE if self.logits is torch.float16 else 1.0
+        signals = None if self.projection is None else self.projection.dtype
+        return _FP16_SCALE if torch.float16 in (self.logits, signals) else 1.0
 
     def apply(self, head: Head, target: Tensor) -> Tensor:
         """The loss, tied to the activations."""

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dfa_kernels import DFA
+from dfa_kernels import DFA, DFALayer
 from tests import processes
 from tests.nn.networks import Multiplied
 from tests.nn.test_linear_cross_entropy import (
@@ -56,6 +56,22 @@ def test_sums_over_many_tokens_stay_in_the_range_of_fp16(reduction, monkeypatch)
         (loss.mean() if reduction == "mean" else 16 * loss.sum()).backward()
         gradients.append(weight.grad)
     assert_close(gradients[1:], gradients[:1], torch.float16)
+
+
+def test_small_signals_in_fp16_beside_an_output_layer_in_fp32_are_not_lost():
+    torch.manual_seed(0)
+    hidden, weight, target = torch.randn(32, 8), torch.zeros(2000, 8), torch.full((32,), 7)
+    bias = torch.where(torch.arange(2000) == 7, 16.0, 0.0)
+    found = []
+    for dtype in (torch.float16, torch.float64):
+        activation = torch.zeros(32, 64, dtype=dtype, requires_grad=True)
+        point = DFALayer()
+        dfa = DFA([point])
+        point(activation)
+        loss = dfa.linear_cross_entropy(hidden, weight, target, bias=bias)
+        (65536 * loss).backward()
+        found.append(activation.grad.double())
+    assert (found[0] - found[1]).norm() < 1e-2 * found[1].norm()
 
 
 class Shifted(Multiplied):

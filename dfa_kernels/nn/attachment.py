@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dfa_kernels.nn.dfa import DFA
-from dfa_kernels.nn.hooks import CutHook, InputHook, OutputHook, keep_state
+from dfa_kernels.nn.hooks import (
+    CutHook,
+    HeadInputHook,
+    HeadOutputHook,
+    InputHook,
+    OutputHook,
+    keep_state,
+)
 from dfa_kernels.nn.layer import DFALayer, FeedbackPointsHandling, Through
 from dfa_kernels.nn.points import Names, Points
 from dfa_kernels.nn.recompile import forget_compiled
@@ -34,6 +41,7 @@ class Attachment:
         cut: Sequence[str],
         state: str | None,
         dfa: DFA,
+        lazy: bool,
     ):
         self.dfa = dfa
         self._model, self._state = model, state
@@ -47,13 +55,16 @@ class Attachment:
             (name, InputHook(name, layer)) for name, layer in inputs.items()
         ]
         before += [(name, CutHook(dfa)) for name in cut]
+        if lazy and output is not None:
+            before.append((output, HeadInputHook(output, dfa)))
         self._handles += [
             modules[name].register_forward_pre_hook(hook, with_kwargs=True) for name, hook in before
         ]
         ends = model if output is None else modules[output]
         if output is None:
             dfa._group.ends_model = True
-        hook = OutputHook(output or type(model).__name__, dfa)
+        kind = HeadOutputHook if lazy else OutputHook
+        hook = kind(output or type(model).__name__, dfa)
         self._handles += [ends.register_forward_hook(hook), *dfa.watch(model)]
         if state is not None:
             self._handles += keep_state(model, state, dfa)
@@ -86,6 +97,7 @@ def attach(
     points: Points = (),
     output: str | nn.Module | None = None,
     *,
+    head: str | nn.Module | None = None,
     inputs: Points = (),
     cut: Sequence[str | nn.Module] = (),
     state: str | None = "dfa",
@@ -179,8 +191,16 @@ def attach(
             "attach: points must be one or more distinct submodules, got [] and no inputs"
         )
     end = None if output is None else names.of("output", output)
+    if head is not None:
+        last = names.of("head", head)
+        if end not in (None, last):
+            raise ValueError(
+                f"attach: head takes the place of output, got head {last!r} and output {end!r}"
+            )
+        end = last
     if end in layers:
-        raise ValueError(f"attach: output must not be one of the points, got {end!r}")
+        which = "output" if head is None else "head"
+        raise ValueError(f"attach: {which} must not be one of the points, got {end!r}")
     cuts = list(dict.fromkeys(names.listed("cut", cut)))
     matched = None if match_output is None else names.module("match_output", match_output)
     check_state(model, state)
@@ -204,7 +224,7 @@ def attach(
         through=through,
         backend=backend,
     )
-    attachment = Attachment(model, layers, input_layers, end, cuts, state, dfa)
+    attachment = Attachment(model, layers, input_layers, end, cuts, state, dfa, head is not None)
     if matched is not None:
         try:
             dfa.match_output_(matched)  # type: ignore[arg-type]  # which it checks

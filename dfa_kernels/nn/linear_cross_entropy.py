@@ -49,11 +49,12 @@ class Work(NamedTuple):
         projection: Projection | None,
         tie: Tie | None,
         again: bool,
+        dtypes: tuple[torch.dtype, torch.dtype] | None = None,
     ) -> Work:
-        """With dtypes and wishes as the head has them."""
+        """With wishes as the head has them, and dtypes too if they are not given."""
         result = head.hidden.dtype if head.autocast is None else torch.float32
-        wanted = Wanted.of(head)
-        return cls(loss, head.dtype, result, batch_dims, wanted, projection, tie, again)
+        logits, result = dtypes or (head.dtype, result)
+        return cls(loss, logits, result, batch_dims, Wanted.of(head), projection, tie, again)
 
     @property
     def scale(self) -> float:
@@ -134,7 +135,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             inputs.append(bias)
         made = [count] if work.again else [count, *results.tensors[1:]]
         ctx.work, ctx.shape, ctx.n = work, hidden.shape, weight.shape[0]
-        ctx.dtype = weight.dtype
+        if work.tie is not None:  # a loss that outlives its step would keep them
+            ctx.work = work._replace(tie=work.tie._replace(activations=(), anchors=()))
+        ctx.dtype, ctx.anchors = weight.dtype, 0 if work.tie is None else len(work.tie.anchors)
         if torch.compiler.is_compiling():
             kept = tied[: len(work.tie.activations)] if work.tie is not None else ()
             ctx.inputs, ctx.made = len(inputs), len(made)
@@ -186,7 +189,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         error = error.expand(*shape[:-1], ctx.n)
         source = Received(rows=signals[0][:, :0], signals=[*signals])
         sent = work.tie.signals(error, kept, source)
-        return (*gradients, *sent, *for_anchors(len(work.tie.anchors), error))
+        return (*gradients, *sent, *for_anchors(ctx.anchors, error))
 
 
 # --- in graphs ---

@@ -17,6 +17,7 @@ from dfa_kernels.nn.hooks import (
     HeadOutputHook,
     InputHook,
     OutputHook,
+    OutsideLossHook,
     keep_state,
 )
 from dfa_kernels.nn.layer import DFALayer, FeedbackPointsHandling, Through
@@ -41,7 +42,7 @@ class Attachment:
         cut: Sequence[str],
         state: str | None,
         dfa: DFA,
-        lazy: bool,
+        head: bool,
     ):
         self.dfa = dfa
         self._model, self._state = model, state
@@ -55,7 +56,7 @@ class Attachment:
             (name, InputHook(name, layer)) for name, layer in inputs.items()
         ]
         before += [(name, CutHook(dfa)) for name in cut]
-        if lazy and output is not None:
+        if head and output is not None:
             before.append((output, HeadInputHook(output, dfa)))
         self._handles += [
             modules[name].register_forward_pre_hook(hook, with_kwargs=True) for name, hook in before
@@ -63,9 +64,11 @@ class Attachment:
         ends = model if output is None else modules[output]
         if output is None:
             dfa._group.ends_model = True
-        kind = HeadOutputHook if lazy else OutputHook
+        kind = HeadOutputHook if head else OutputHook
         hook = kind(output or type(model).__name__, dfa)
         self._handles += [ends.register_forward_hook(hook), *dfa.watch(model)]
+        if head and output is not None:
+            self._handles.append(model.register_forward_hook(OutsideLossHook(output, dfa)))
         if state is not None:
             self._handles += keep_state(model, state, dfa)
         forget_compiled()
@@ -140,6 +143,10 @@ def attach(
             linear layer of a model that returns its loss. It runs after all points. None: the model
             itself, which returns a tensor, a tuple or list that begins with it, or a mapping or
             dataclass with "logits".
+        head: an nn.Linear that makes the logits of a vocabulary, in place of `output`. A model that
+            computes its loss by `F.cross_entropy` of its outputs, in itself as Hugging Face's
+            causal models called with `labels`, or outside, then gets that of
+            `DFA.linear_cross_entropy`: equal to rounding, and without whole logits. See below.
         inputs: the submodules whose first tensor argument is trained by a signal, as `points` are
             by their output. So `F.relu(self.fc1(x))`, which goes to `fc2`, is a point by
             `inputs=["fc2"]`. Their layers come after those of `points`, with names such as
@@ -162,6 +169,16 @@ def attach(
             has a DFA, and where it returns its loss and `output` is not given.
 
     Warns where a forward pass ends with points that no `output` came after.
+
+    Logits by `head` are a tensor that knows how to make itself. On their way to the loss they may
+    be converted to fp32, get another shape, lose tokens by an index, and be softcapped as
+    c * tanh(logits / c). All else makes them whole: with gradients, and a warning, where these are
+    enabled, and for a moment under `torch.no_grad()`, as for measures. They remember input and
+    weights, so look at them before the optimizer's step; later is an error. So is a custom
+    `torch.autograd.Function` of logits, which torch does not announce. Logits are whole, with a
+    warning, in code that torch.compile compiles, of sharded or quantized weights, where
+    `fully_shard` was called on the head itself and where it does more than F.linear. `batch_dims`
+    must make each token a row.
 
     A copy of the model alone has its hooks but no handle to detach them: copy or pickle (model,
     handle) together.

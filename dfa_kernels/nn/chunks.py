@@ -286,7 +286,7 @@ def run(
             of_bias += error.sum(0, dtype=wide)
         if projection is not None:
             for signal, part in zip(signals, projection.signals(error, back), strict=True):
-                signal[chunk] = part
+                signal[chunk] = part.to(signal.dtype)
     return Results(losses, of_hidden, of_weight, of_bias, signals)
 
 

@@ -172,6 +172,17 @@ def warn_of_a_whole_head(said: set[str], name: str) -> None:
     )
 
 
+def warn_of_a_search_for_unused(said: set[str], name: str) -> None:
+    """DistributedDataParallel needs the graph of logits whose loss is outside the model."""
+    warn_once(
+        said,
+        "search for unused",
+        f"attach: head {name!r}: DistributedDataParallel(find_unused_parameters=True) needs whole "
+        "logits where the loss is outside the model; compute it inside, or use "
+        "find_unused_parameters=False",
+    )
+
+
 def warn_of_looked_at_logits(said: set[str], name: str, function: str) -> None:
     """A function needs the numbers of logits, and may send them a gradient."""
     warn_once(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from dfa_kernels.nn import guards, ranks
 from dfa_kernels.nn.chunks import Head, needs_whole_logits
@@ -99,11 +100,38 @@ class HeadOutputHook(OutputHook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """`Logits`, or the output with its tensor passed through the `DFA`."""
         if not torch.compiler.is_compiling() and isinstance(output, Logits):
-            return output.tied_to(self.target, self.name)
+            tied = output.tied_to(self.target, self.name)
+            if tied is not None:
+                return tied
+            output = output.made()
         group = self.target._group
         if torch.is_grad_enabled() and group.record is None and not torch.jit.is_tracing():
             guards.warn_of_a_whole_head(group.said, self.name)
         return super().__call__(module, args, output)
+
+
+class OutsideLossHook:
+    """A forward hook of a model with a head, whose loss may be outside of it.
+
+    A DistributedDataParallel that looks for unused parameters follows the graph of the outputs, and
+    `Logits` have none.
+    """
+
+    def __init__(self, name: str, dfa: DFA):
+        self.name = name
+        self.dfa = dfa
+
+    def __call__(self, model: nn.Module, args: Any, output: Any) -> Any:
+        """The output with whole logits, if the loss is still to be made of them."""
+        if torch.compiler.is_compiling() or not ranks.inside_search_for_unused():
+            return None
+        return tree_map_only(Logits, self._whole, output)
+
+    def _whole(self, logits: Logits) -> Tensor:
+        if logits.origin.has_loss or not logits.requires_grad:
+            return logits
+        guards.warn_of_a_search_for_unused(self.dfa._group.said, self.name)
+        return logits.made()
 
 
 class CutHook:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class Hidden(Tensor):
     @classmethod
     def of(cls, plain: Tensor) -> Hidden:
         """`plain`, which is no subclass itself."""
-        hidden: Hidden = plain.as_subclass(cls)  # type: ignore[assignment]
+        hidden: Hidden = plain.as_subclass(cls)
         hidden.plain = plain
         return hidden
 
@@ -82,6 +82,7 @@ class Origin:
         head, dtype: what they are made of, and their dtype.
         tie: the activations that their gradient sends signals to.
         live: all logits that come from here.
+        has_loss: whether a loss was computed without them, which gives them no gradient.
     """
 
     def __init__(self, head: Head):
@@ -90,6 +91,7 @@ class Origin:
         self.tie: Any = None
         self.name = ""
         self.live: list[weakref.ref[Logits]] = []
+        self.has_loss = False
         self._spent = False  # whether a backward pass has dropped what it needs
         self._versions = self._state()
 
@@ -104,28 +106,28 @@ class Origin:
         """The layer's output, whole; if gradients are enabled, tied to the activations."""
         self._check()
         with torch.autocast(self.head.hidden.device.type, enabled=False):
-            logits = Head(*(None if one is None else one.to(self.dtype) for one in self.head))
-            logits = logits.logits()
+            hidden, weight, bias = self.head
+            bias = None if bias is None else bias.to(self.dtype)
+            logits = F.linear(hidden.to(self.dtype), weight.to(self.dtype), bias)
         if torch.is_grad_enabled() and self.tie is not None:
             logits = self.tie.apply(logits)
         return self._watched(logits)
 
-    def loss(self, target: Tensor, loss: Loss, dtype: torch.dtype) -> Tensor:
+    def loss(self, dfa: DFA, target: Tensor, loss: Loss, dtype: torch.dtype) -> Tensor:
         """The loss of all tokens, in a dtype, of logits that are never whole."""
-        assert self.dfa is not None
         self._check()
+        tie = None
+        if torch.is_grad_enabled():
+            tie, self.has_loss = self.tie, True
         target = target.view(self.head.hidden.shape[:-1])
-        dtypes = self.dtype, dtype
-        return self._watched(self.dfa._loss_of(self.tie, self.head, target, loss, dtypes))
+        return self._watched(dfa._loss_of(tie, self.head, target, loss, (self.dtype, dtype)))
 
     def _state(self) -> list[int | None]:
         """What changes where a tensor does."""
         return [None if one.is_inference() else one._version for one in self.head.tensors]
 
     def _check(self) -> None:
-        gone = any(
-            one.numel() and not one.untyped_storage().nbytes() for one in self.head.tensors
-        )
+        gone = any(one.numel() and not one.untyped_storage().nbytes() for one in self.head.tensors)
         if gone or self._state() != self._versions:
             raise RuntimeError(
                 f"attach: head {self.name!r}: the logits are made when they are looked at, and "
@@ -195,13 +197,7 @@ class Logits(Tensor):
         """See the class."""
         shape = [*places.shape]
         shape.insert(axis, origin.head.weight.shape[0])
-        self = Tensor._make_wrapper_subclass(
-            cls,
-            shape,
-            dtype=dtype,
-            device=places.device,
-            requires_grad=grad and torch.is_grad_enabled(),
-        )
+        self = _wrapper(cls, shape, dtype, places.device, grad and torch.is_grad_enabled())
         self.origin, self.before, self.step = origin, before, step
         self.places, self.axis, self.repeats, self.cap = places, axis, repeats, cap
         self.whole, self.hooks = None, OrderedDict()
@@ -211,11 +207,14 @@ class Logits(Tensor):
         origin.live.append(weakref.ref(self))
         return self
 
-    def tied_to(self, dfa: DFA, name: str) -> Tensor:
-        """The same as the output of `dfa`. The pass under way ends here."""
+    def tied_to(self, dfa: DFA, name: str) -> Tensor | None:
+        """The same as the output of `dfa`, or None where the layer has done more than `F.linear`.
+
+        The pass under way ends here.
+        """
         head, group = self.origin.head, dfa._group
         if self.before is not None or self.whole is not None:
-            return dfa(self.made())
+            return None
         if dfa.mode == "dfa" and group.waiting:
             head.check_rows(dfa.batch_dims)
         origin = self.origin
@@ -230,8 +229,11 @@ class Logits(Tensor):
         """The whole of it, from now on; with gradients if it requires one."""
         if self.whole is None:
             with torch.set_grad_enabled(self.requires_grad):
-                before = self.origin.make() if self.before is None else self.before.made()
-                self.whole = before if self.before is None else self.step(before)
+                if self.before is None:
+                    self.whole = self.origin.make()
+                else:  # without a gradient it may be of one that has one
+                    before = self.before.made if self.requires_grad else self.before.numbers
+                    self.whole = self.step(before())
             for hook in self.hooks.values():
                 self.whole.register_hook(hook)
         return self.whole
@@ -271,21 +273,34 @@ class Logits(Tensor):
         return _with_whole(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """For what torch does without asking above, such as collectives: below autograd."""
         args, kwargs = tree_map_only(Logits, Logits.numbers, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Its numbers only if they are there."""
         if self.whole is not None:
             return repr(self.whole)
         return f"Logits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 
-def _refuse_unseen(gradient: Tensor) -> None:
+@torch.compiler.disable(reason="dfa_kernels: logits of an output layer that ran uncompiled")
+def _wrapper(
+    kind: type[Logits], shape: Sequence[int], dtype: torch.dtype, device: torch.device, grad: bool
+) -> Logits:
+    """A tensor of no memory."""
+    made: Logits = Tensor._make_wrapper_subclass(
+        kind, shape, dtype=dtype, device=device, requires_grad=grad
+    )
+    return made
+
+
+def _refuse_unseen(gradient: Tensor | None) -> None:
+    if gradient is None:
+        return
     raise RuntimeError(
         "attach: head: a gradient came to logits from a function that does not say so before, as "
         "a torch.autograd.Function of its own: give output= instead of head="
@@ -346,33 +361,22 @@ def _permuted(func: Any, logits: Logits, *args: Any, **kwargs: Any) -> Logits:
 def _indexed(func: Any, logits: Logits, index: Any) -> Logits | None:
     """Tokens of all words: an index that leaves the last dimension alone."""
     items = [*index] if isinstance(index, tuple) else [index]
-    if logits.axis != logits.dim() - 1 or isinstance(index, list):
+    kinds = (int, slice, Tensor, type(None), type(...))
+    if logits.axis != logits.dim() - 1 or not all(type(item) in kinds for item in items):
         return None
-    used = [
-        0 if item is None or item is ...
-        else item.dim() if isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8)
-        else 1
-        for item in items
-    ]  # fmt: skip
-    if any(isinstance(item, (bool, list)) for item in items):
+    tensors = [item for item in items if isinstance(item, Tensor)]
+    masks = [item for item in tensors if item.dtype in (torch.bool, torch.uint8)]
+    used = len(items) - sum(item is None or item is ... for item in items)
+    missing = logits.dim() - used - sum(mask.dim() - 1 for mask in masks)
+    dots = [place for place, item in enumerate(items) if item is ...] or [len(items)]
+    if missing < 0 or len(dots) > 1:
         return None
-    dots = [place for place, item in enumerate(items) if item is ...]
-    missing = logits.dim() - sum(used)
-    if len(dots) > 1 or missing < 0:
+    items[dots[0] : dots[0] + 1] = [slice(None)] * missing
+    words = items.pop()
+    if not isinstance(words, slice) or words != slice(None):
         return None
-    place = dots[0] if dots else len(items)
-    items[place : place + len(dots)] = [slice(None)] * missing
-    last = items.pop()
-    if not isinstance(last, slice) or last != slice(None):
-        return None
-    if not all(
-        item is None or isinstance(item, (int, slice)) or type(item) is Tensor for item in items
-    ):
-        return None
-    places = logits.places[tuple(items)] if items else logits.places
-    repeats = logits.repeats or any(
-        isinstance(item, Tensor) and item.dtype not in (torch.bool, torch.uint8) for item in items
-    )
+    places = logits.places[tuple(items)]
+    repeats = logits.repeats or len(tensors) > len(masks)
     return logits.then(
         lambda whole: whole[index], places=places, axis=places.dim(), repeats=repeats
     )
@@ -394,9 +398,9 @@ def _converted(func: Any, logits: Logits, *args: Any, **kwargs: Any) -> Any:
     return logits.then(lambda whole: whole.float(), dtype=like.dtype)
 
 
-def _contiguous(func: Any, logits: Logits) -> Logits:
-    """The same."""
-    return logits.then(Tensor.contiguous)
+def _copied(func: Any, logits: Logits, **kwargs: Any) -> Logits | None:
+    """The same in other memory."""
+    return None if kwargs else logits.then(func)
 
 
 def _capped(func: Any, logits: Logits, *args: Any, **kwargs: Any) -> Logits | None:
@@ -448,17 +452,31 @@ def _cross_entropy(
     softcap = float(cap[0][1]) if cap else None
     loss = Loss.checked(ignore_index, reduction, label_smoothing, softcap)
     wide = torch.is_autocast_enabled(logits.device.type) and logits.dtype.itemsize == 2
-    losses = origin.loss(all_targets, loss, torch.float32 if wide else logits.dtype)
+    dtype = torch.float32 if wide else logits.dtype
+    with torch.set_grad_enabled(logits.requires_grad and torch.is_grad_enabled()):
+        losses = origin.loss(origin.dfa, all_targets, loss, dtype)
     return losses.reshape(-1)[places].view(target.shape) if reduction == "none" else losses
 
 
 def _hooked(func: Any, logits: Logits, hook: Any) -> RemovableHandle | None:
-    """A hook of the gradient, if whole logits will have one: fully_shard puts one on all outputs."""
+    """A hook of the gradient, should whole logits have one: fully_shard hooks all outputs."""
     if not logits.requires_grad:
         return None
+    if not getattr(hook, "__module__", "").startswith("torch.distributed."):
+        _retained(func, logits)
     handle = RemovableHandle(logits.hooks)
     logits.hooks[handle.id] = hook
     return handle
+
+
+def _retained(func: Any, logits: Logits) -> None:
+    """Raise where a gradient is asked for that the loss does not make."""
+    if logits.origin.has_loss:
+        raise RuntimeError(
+            f"attach: head {logits.origin.name!r}: {func.__name__} of logits must come before "
+            "their loss, which was computed without them, so that they get no gradient; give "
+            "output= instead of head="
+        )
 
 
 def _functions(*names: str) -> list[Any]:
@@ -468,30 +486,34 @@ def _functions(*names: str) -> list[Any]:
     return [one.__get__ if hasattr(type(one), "__set__") else one for one in found]
 
 
+def _is_property(name: str) -> bool:
+    return hasattr(type(getattr(Tensor, name)), "__set__")
+
+
 _DIVISIONS = _functions("div", "divide", "true_divide", "__truediv__")
 _IN_PLACE = {"__setitem__", "__set__", "__delitem__"}
 _IN_PLACE |= {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod")}
 _IN_PLACE |= {f"__i{name}__" for name in ("and", "or", "xor", "lshift", "rshift", "div")}
+_OF_NUMBERS = {"T", "H", "mT", "mH", "real", "imag", "data"}  # properties
 # What the shape, dtype and device tell.
 _FACTS = {
-    *_functions("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "grad_fn"),
-    *_functions("is_cuda", "is_cpu", "is_meta", "is_xpu", "is_mps", "is_sparse", "is_quantized"),
-    *_functions("is_nested", "is_mkldnn", "is_sparse_csr", "itemsize", "nbytes", "names", "grad"),
-    *_functions("_version", "dim", "ndimension", "size", "numel", "nelement", "element_size"),
+    *_functions(*{name for name in dir(Tensor) if _is_property(name)} - _OF_NUMBERS),
+    *_functions("dim", "ndimension", "size", "numel", "nelement", "element_size", "stride"),
     *_functions("is_floating_point", "is_complex", "is_signed", "is_inference", "is_contiguous"),
-    *_functions("stride", "storage_offset", "get_device", "__len__", "__hash__", "__format__"),
+    *_functions("storage_offset", "get_device", "__len__", "__hash__", "__format__", "__dir__"),
+    *_functions("_is_view", "has_names"),
 }
 # What has no gradient, and so is no reason to keep whole logits.
 _WITHOUT_GRADIENT = {
-    *_functions("detach", "data", "argmax", "argmin", "argsort", "tolist", "item", "__array__"),
-    *_functions("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "equal"),
-    *_functions("allclose", "isclose", "all", "any", "__bool__", "__contains__", "count_nonzero"),
+    *_functions("detach", "data", "argmax", "argmin", "argsort", "equal", "allclose", "isclose"),
+    *_functions("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "tolist"),
 }
 _FOLLOWED: dict[Any, Callable[..., Any]] = {
     F.cross_entropy: _cross_entropy,
     Tensor.__getitem__: _indexed,
-    Tensor.contiguous: _contiguous,
+    **dict.fromkeys(_functions("contiguous", "clone"), _copied),
     Tensor.register_hook: _hooked,
+    Tensor.retain_grad: _retained,
     **dict.fromkeys(
         _functions("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as"),
         _reshaped,

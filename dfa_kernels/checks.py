@@ -38,7 +38,7 @@ def number(
         raise TypeError(
             f"{function}: {argument} must be a number, got {type(value).__name__} {value!r}"
         )
-    if not (math.isfinite(value) and low <= value <= high):
+    if not (low <= value <= high and value < math.inf):
         raise ValueError(
             f"{function}: {argument} must be finite and in [{low}, {high}], got {value}"
         )

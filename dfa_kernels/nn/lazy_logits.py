@@ -311,18 +311,16 @@ def _with_whole(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """A function of whole logits."""
     name = getattr(func, "__name__", "")
     given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Logits)]
-    if name in _IN_PLACE or (name.endswith("_") and name[-2] != "_") or "out" in kwargs:
-        for one in given:  # others may be views of it, and see the change, or copies
-            for other in list(one.origin.live):
-                if (logits := other()) is not None:
-                    logits.made()
     learns = torch.is_grad_enabled() and func not in _WITHOUT_GRADIENT
     for one in given if learns else ():
-        if one.whole is None and one.requires_grad:
-            dfa = one.origin.dfa
-            if dfa is not None:
-                what = torch.overrides.resolve_name(func) or name
-                guards.warn_of_looked_at_logits(dfa._group.said, one.origin.name, what)
+        dfa = one.origin.dfa
+        if one.whole is None and one.requires_grad and dfa is not None:
+            what = torch.overrides.resolve_name(func) or name
+            guards.warn_of_looked_at_logits(dfa._group.said, one.origin.name, what)
+    if name in _IN_PLACE or (name.endswith("_") and name[-2] != "_") or "out" in kwargs:
+        for other in [other() for one in given for other in one.origin.live]:
+            if other is not None:  # a view, which is to see the change, or a copy
+                other.made()
     get = Logits.made if learns else _current
     args, kwargs = tree_map_only(Logits, get, (args, kwargs))
     return func(*args, **kwargs)
@@ -462,7 +460,7 @@ def _hooked(func: Any, logits: Logits, hook: Any) -> RemovableHandle | None:
     """A hook of the gradient, should whole logits have one: fully_shard hooks all outputs."""
     if not logits.requires_grad:
         return None
-    if not getattr(hook, "__module__", "").startswith("torch.distributed."):
+    if not str(getattr(hook, "__module__", "")).startswith("torch.distributed."):
         _retained(func, logits)
     handle = RemovableHandle(logits.hooks)
     logits.hooks[handle.id] = hook

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dfa_kernels.layers import Layers
 from dfa_kernels.nn.chunks import WHERE, Head, Loss, Projection, Results, Wanted, run
@@ -148,9 +147,18 @@ class LinearCrossEntropy(torch.autograd.Function):
         return work.reduced(results.losses, count, hidden.shape)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients for the output layer and its input, and the signals."""
+        if not torch.is_grad_enabled():
+            return LinearCrossEntropy.first_backward(ctx, gradient)
+        with torch.no_grad():
+            given = LinearCrossEntropy.first_backward(ctx, gradient)
+        present = iter(_Last.apply(*(one.requires_grad_() for one in given if one is not None)))
+        return tuple(None if one is None else next(present) for one in given)
+
+    @staticmethod
+    def first_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """See `backward`."""
         work, shape, inputs, made, kept = ctx.work, ctx.shape, ctx.saved_tensors, ctx.made, ()
         compiling = torch.compiler.is_compiling()
         if compiling:  # the graph of a backward cannot use sizes that the forward computed
@@ -190,6 +198,22 @@ class LinearCrossEntropy(torch.autograd.Function):
         source = Received(rows=signals[0][:, :0], signals=[*signals])
         sent = work.tie.signals(error, kept, source)
         return (*gradients, *sent, *for_anchors(ctx.anchors, error))
+
+
+class _Last(torch.autograd.Function):
+    """Identity, which no derivative goes through."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The tensors, as others."""
+        return tuple(tensor.detach() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        """Raises."""
+        raise NotImplementedError(
+            f"{WHERE}: it has no second derivatives; F.cross_entropy(dfa(logits), target) has them"
+        )
 
 
 # --- in graphs ---

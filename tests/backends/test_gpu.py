@@ -14,7 +14,7 @@ from torch.profiler import DeviceType, ProfilerActivity, profile
 
 from benchmarks.harness import race
 from benchmarks.harness.shapes import STORED
-from dfa_kernels import feedback_matrix, hadamard, project, stream
+from dfa_kernels import cross_entropy, feedback_matrix, hadamard, project, stream
 from dfa_kernels.backends import tensor_cores
 from dfa_kernels.backends.registry import BACKENDS
 from dfa_kernels.layers import Layers
@@ -460,6 +460,66 @@ def test_a_matrix_of_more_than_two_to_the_31_entries(gpu_backend, columns):
     for row_offset in (0, 2**31 // columns - 2, rows - 8):
         expected = feedback_matrix(8, columns, row_offset=row_offset, dtype=dtype, backend="torch")
         assert torch.equal(matrix[row_offset : row_offset + 8].cpu(), expected)
+
+
+@pytest.fixture
+def by_kernel(gpu_backend, monkeypatch):
+    """Cross entropy by the Triton kernel, not by what takes its place."""
+    if gpu_backend != "triton":
+        pytest.skip("it has no kernel for it")
+    monkeypatch.setattr(cross_entropy, "_checked", {})
+
+    def call(logits, target, scale=1.0, label_smoothing=0.0, softcap=None):
+        options = (label_smoothing, softcap, cross_entropy.scales_of(scale, logits), True)
+        return cross_entropy.by_kernel(logits, target, -100, *options)
+
+    return call
+
+
+@pytest.mark.usefixtures("unpoisoned")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_cross_entropy_is_one_launch_and_waits_for_nothing(by_kernel, dtype):
+    logits, target = random_error(64, 50_264, dtype=dtype), torch.arange(64, device="cuda")
+    scale = torch.tensor(0.5, device="cuda")
+    assert kernels_of(lambda: by_kernel(logits, target, scale)) == ["cross_entropy_kernel"]
+    other = random_error(7, 130_000, dtype=dtype)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert by_kernel(other, target[3:10], scale) is not None
+        cross_entropy.cross_entropy_(other, target[:7], scale=0.1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_cross_entropy_in_a_graph(by_kernel):
+    """A check would wait, so before it a graph holds what takes the kernel's place."""
+    given, target = random_error(5, 1000), torch.tensor([1, 2, -100, 3, 999], device="cuda")
+    captured = given.clone()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        assert by_kernel(captured, target) is None
+    expected = given.clone()
+    losses = by_kernel(expected, target)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = by_kernel(captured, target)
+    graph.replay()
+    assert torch.equal(found, losses)
+    assert torch.equal(captured, expected)
+
+
+@pytest.mark.usefixtures("unpoisoned", "much_memory")
+@pytest.mark.parametrize("n", [50_257, 50_264])  # rows begin on 2 or on 16 bytes
+def test_cross_entropy_of_more_than_two_to_the_31_logits(by_kernel, n):
+    count = 2**31 // n + 8
+    logits = torch.empty(count, n, dtype=torch.bfloat16, device="cuda").normal_()
+    target = torch.randint(n, (count,), device="cuda")
+    ends = slice(0, count, count - 1)  # the first row and the last
+    expected, ones = logits[ends].clone(), torch.ones(2, device="cuda")
+    losses = cross_entropy.plain(expected, target[ends], -100, 0.1, 20.0, ones, True)
+    found = by_kernel(logits, target, 1.0, 0.1, 20.0)
+    torch.testing.assert_close(found[ends], losses)
+    torch.testing.assert_close(logits[ends], expected)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 + 12345])

@@ -239,3 +239,60 @@ def test_structured(program, resources, launch):
         assert found["per_number"] <= 22 + 3 * (dtype != "float32")
         assert found["turning"] <= 16
         assert found["barriers"] <= 1
+
+
+# GPU, dtype, with smoothing, with a softcap, and whether rows begin on 16 bytes
+CROSS_ENTROPY = [
+    (gpu, dtype, *flags, aligned)
+    for gpu in (80, 90, "gfx942")
+    for dtype in ("bfloat16", "float16", "float32", "float64")
+    for flags in ((False, False), (True, True), (True, False))
+    for aligned in (True, False)
+]
+QUICK_CROSS_ENTROPY = [
+    (90, "bfloat16", True, True, True),
+    (90, "float32", True, True, False),
+    ("gfx942", "bfloat16", True, True, True),
+]
+SLOW_CROSS_ENTROPY = [
+    (gpu, dtype, True, True, aligned)
+    for gpu, dtype in ((90, "float16"), (90, "float64"), (80, "float64"), ("gfx942", "float32"))
+    for aligned in (True, False)
+]
+assert {*QUICK_CROSS_ENTROPY, *SLOW_CROSS_ENTROPY} < {*CROSS_ENTROPY}
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        pytest.param(
+            one,
+            id="-".join(map(str, one)),
+            marks=[]
+            if one in QUICK_CROSS_ENTROPY
+            else [pytest.mark.slow if one in SLOW_CROSS_ENTROPY else pytest.mark.battery],
+        )
+        for one in CROSS_ENTROPY
+    ],
+)
+def test_cross_entropy(program, resources, launch):
+    """No spills, 16 bytes at a time where that can be, and two programs to a multiprocessor."""
+    gpu, dtype, smoothed, capped, aligned = launch
+    found = program(("cross_entropy", *launch))
+    check_spills(found)
+    if gpu == "gfx942":
+        return
+    assert found["registers"] <= 64
+    loads, stores = found["vectors"]
+    assert (loads > 0) == (stores > 0) == aligned
+    resources(
+        f"sm_{gpu} cross entropy {dtype}, smoothed {smoothed}, capped {capped}, "
+        f"aligned {aligned}: {found['registers']} registers, {found['shared']} bytes shared"
+    )
+
+
+def test_numbers_compile_no_cross_entropy(program):
+    """One kernel serves all rows, columns and strides, and parts of tensors."""
+    first, *others = program(("cross_entropy_specialisations",))
+    assert len(first) > 10
+    assert all(other == first for other in others)

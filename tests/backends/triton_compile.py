@@ -4,8 +4,9 @@
         TRITON_INTERPRET=0 python tests/backends/triton_compile.py
 
 It answers each line of JSON with another. A request is one of the LAUNCHES of
-test_triton_compile.py, ["structured", ...] with one of its STRUCTURED, ["others", CAPABILITY] or
-["specialisations"]. It is a separate program
+test_triton_compile.py, ["structured", ...] with one of its STRUCTURED, ["cross_entropy", ...] with
+one of its CROSS_ENTROPY, ["others", CAPABILITY],
+["specialisations"] or ["cross_entropy_specialisations"]. It is a separate program
 because Triton's interpreter may be on in the process of the tests.
 """
 
@@ -26,6 +27,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from dfa_kernels import stream
+from dfa_kernels.backends.triton import cross_entropy as losses
 from dfa_kernels.backends.triton import kernels, launch, structured_kernels
 from dfa_kernels.backends.triton import structured as host
 
@@ -201,6 +203,40 @@ def structured(gpu, name, wide, dtype, outputs):
     }
 
 
+def cross_entropy(gpu, dtype, smoothed, capped, aligned):
+    """One of CROSS_ENTROPY, compiled and inspected."""
+    target = GPUTarget("hip", gpu, 64) if str(gpu).startswith("gfx") else GPUTarget("cuda", gpu, 32)
+    dtype = getattr(torch, dtype)
+    wide = stream.arithmetic(dtype)
+    pointers = {"logits": f"*{NAMES[dtype]}", "target": "*i64"}
+    pointers |= dict.fromkeys(("losses", "scales"), f"*{NAMES[wide]}")
+    vector = 16 // dtype.itemsize if aligned else 1
+    constants = (DTYPES[wide], True, smoothed, capped, vector, target.backend)
+    constants += (losses.block_of(dtype, vector),)
+    unaligned = {"target", "losses", "scales"} | ({"logits"} if not aligned else set())
+    kernel = losses.cross_entropy_kernel
+    binary = compiled(
+        kernel,
+        pointers,
+        constants,
+        losses.WARPS,
+        target,
+        unaligned,
+        **losses.options(target.backend),
+    )
+    if target.backend == "hip":
+        spills = re.findall(r"(?:sgpr|vgpr)_spill_count: *(\d+)", binary.asm["amdgcn"])
+        return {"spills": list(map(int, spills))}
+    code, used = disassembled(binary)
+    lines = [line for _, line in code]
+    return {
+        **used,
+        "local_instructions": count("LDL|STL", lines),
+        "shared": binary.metadata.shared,
+        "vectors": [count(rf"{name}\S*\.128\S*", lines) for name in ("LDG", "STG")],
+    }
+
+
 def others(capability):
     """The other kernels, inspected."""
     target = GPUTarget("cuda", capability, 32)
@@ -224,16 +260,26 @@ def others(capability):
     yield inspect(compiled(kernels.addresses_kernel, pointers, (count,), 1, target))
 
 
-def specialisations(numbers):
-    """What Triton's own argument binder specialises a launch with these numbers for."""
-    kernel = kernels.project_kernel
+def specialised(kernel, *arguments):
+    """What Triton's own argument binder specialises a launch with these arguments for."""
     backend = make_backend(GPUTarget("cuda", 90, 32))
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    constants = [None] * (len(kernel.params) - len(arguments))
+    _, found, _ = binder(*arguments, *constants, num_warps=4)
+    return [str(one) for one in found[: len(arguments)]]
+
+
+def specialisations(numbers):
+    """Of the projection with these numbers."""
     error, table = torch.zeros(16, dtype=torch.bfloat16), torch.zeros(16, dtype=torch.int64)
-    pointers = (error, (error,), table, table, table)
-    constants = [None] * (len(kernel.params) - len(pointers) - len(numbers))
-    _, found, _ = binder(*pointers, *numbers, *constants, num_warps=4)
-    return [str(one) for one in found[: len(pointers) + len(numbers)]]
+    return specialised(kernels.project_kernel, error, (error,), table, table, table, *numbers)
+
+
+def specialisations_of_cross_entropy(first, numbers):
+    """With these numbers, and targets, losses and scales from this element on."""
+    logits, target = torch.zeros(16), torch.zeros(16, dtype=torch.int64)
+    parts = target[first:], logits[first:], logits[first:]
+    return specialised(losses.cross_entropy_kernel, logits, *parts, *numbers, 0.1, 30.0)
 
 
 def answer(request):
@@ -241,11 +287,16 @@ def answer(request):
     match request:
         case ["structured", *which]:
             return structured(*which)
+        case ["cross_entropy", *which]:
+            return cross_entropy(*which)
         case ["others", capability]:
             return list(others(capability))
         case ["specialisations"]:
             numbers = ([1] * 8, [16] * 8, [7, 33, 17, 5, 2**31, -(2**63), 2**33 + 1, 10**12])
             return list(map(specialisations, numbers))
+        case ["cross_entropy_specialisations"]:
+            numbers = ([1] * 5, [16] * 5, [50257, 2**33 + 1, 3, 0, -100])
+            return list(map(specialisations_of_cross_entropy, (0, 1, 4), numbers))
     return projection(*request)
 
 

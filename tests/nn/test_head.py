@@ -177,7 +177,7 @@ WAYS = {
     "permuted": lambda logits, y: F.cross_entropy(logits.permute(1, 2, 0), y.T),
     "mT": lambda logits, y: nn.CrossEntropyLoss()(logits[:2].mT, y[:2]),
     "converted": lambda logits, y: F.cross_entropy(
-        logits.to(torch.float32).contiguous().to(y.device).type_as(logits).flatten(0, 1),
+        logits.to(torch.float32).contiguous().to(y.device).type_as(y.float()).flatten(0, 1),
         y.flatten(),
     ),
     "one token": lambda logits, y: F.cross_entropy(logits[2, -1], y[2, -1]),
@@ -274,7 +274,7 @@ def test_other_functions_get_whole_logits_and_say_so(way):
         assert_equal_steps(ours, theirs, lambda model: WHOLE[way](model(batch()[0]), batch()[1]))
         WHOLE[way](ours(batch()[0]), batch()[1])
     messages = [str(one.message) for one in said]
-    assert len(messages) == len({*messages}) == (2 if way == "joined" else 1)
+    assert len(messages) == len({*messages}) == 1
     assert messages[0].startswith("attach: head 'head': torch.")
 
 
@@ -293,18 +293,18 @@ def test_a_mean_of_no_token_is_torchs():
 
 
 def test_nothing_of_the_size_of_logits_is_made(small_chunks):
-    """Of 1,024 tokens and 4,096 words."""
+    """Of 256 tokens and 4,096 words."""
     model = nn.Sequential()
     model.first, model.head = Block(), nn.Linear(WIDTH, 4096)
-    handle = attach(model, ["first"], head="head", seed=1)
-    whole, x = 1024 * 4096 * 4, torch.randn(1024, WIDTH)
-    target = torch.randint(4096, (1024,))
+    handle = attach(model, ["first"], head="head", distribution="hadamard")
+    whole, x = 256 * 4096 * 4, torch.randn(256, WIDTH)
+    target = torch.randint(4096, (256,))
     for name in ("dfa", "backprop"):
         handle.mode = name
         with Allocations() as made:
             logits = model(x)
-            assert (logits.shape, logits.dtype) == ((1024, 4096), torch.float32)
-            assert len(logits) == 1024
+            assert (logits.shape, logits.dtype) == ((256, 4096), torch.float32)
+            assert len(logits) == 256
             assert logits.requires_grad
             assert "4096" in f"{logits!r} {logits}"
             F.cross_entropy(logits, target).backward()
@@ -312,7 +312,7 @@ def test_nothing_of_the_size_of_logits_is_made(small_chunks):
     with Allocations() as made, torch.no_grad():
         F.cross_entropy(model(x), target)
     assert made.peak < whole / 10
-    with Allocations() as made:  # else the above shows nothing
+    with Allocations() as made, torch.no_grad():  # else the above shows nothing
         model(x).exp()
     assert made.peak > whole
 
@@ -454,7 +454,9 @@ def test_a_second_backward_pass():
     loss.backward()
     again = shifted(logits, batch()[1])
     assert_close(again, loss)
-    for late in (again, logits.sum()):
+    with pytest.warns(UserWarning, match="sum needs whole logits"):
+        total = logits.sum()
+    for late in (again, total):
         with pytest.raises(RuntimeError, match="'head': backward ran a second time"):
             late.backward()
 

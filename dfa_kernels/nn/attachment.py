@@ -170,15 +170,15 @@ def attach(
 
     Warns where a forward pass ends with points that no `output` came after.
 
-    Logits by `head` are a tensor that knows how to make itself. On their way to the loss they may
-    be converted to fp32, get another shape, lose tokens by an index, and be softcapped as
-    c * tanh(logits / c). All else makes them whole: with gradients, and a warning, where these are
-    enabled, and for a moment under `torch.no_grad()`, as for measures. They remember input and
-    weights, so look at them before the optimizer's step; later is an error. So is a custom
-    `torch.autograd.Function` of logits, which torch does not announce. Logits are whole, with a
-    warning, in code that torch.compile compiles, of sharded or quantized weights, where
-    `fully_shard` was called on the head itself and where it does more than F.linear. `batch_dims`
-    must make each token a row.
+    Logits by `head` are a tensor that makes itself when a function needs its numbers. On their way
+    to the loss they may be converted to fp32, get another shape, lose tokens by an index, and be
+    softcapped as c * tanh(logits / c). All else makes them whole: for good and with a warning where
+    gradients are enabled, for a moment under `torch.no_grad()`, as for measures. They are made of
+    the weights, so look at them before the optimizer's step; later is an error. So is the gradient
+    of a `torch.autograd.Function` of your own. With a warning, logits are whole from the start in
+    code that torch.compile compiles (compile the blocks instead of the model), of DTensors or
+    quantized weights, where `fully_shard` was called on the head itself, and where the head does
+    more than F.linear. `batch_dims` must make each token a row.
 
     A copy of the model alone has its hooks but no handle to detach them: copy or pickle (model,
     handle) together.

@@ -167,8 +167,9 @@ def warn_of_a_whole_head(said: set[str], name: str) -> None:
         said,
         "whole head",
         f"attach: head {name!r} makes whole logits here, as with output=: only F.linear(input, "
-        "weight, bias) of plain tensors can wait for the loss, and neither under torch.compile nor "
-        "where fully_shard was called on the head itself",
+        "weight, bias) of plain tensors can wait for the loss, and not in code that torch.compile "
+        "compiles (compile the blocks, as by block.compile(), instead of the model), nor where "
+        "fully_shard was called on the head itself",
     )
 
 

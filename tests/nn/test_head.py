@@ -532,6 +532,18 @@ def test_compiled():
     assert_whole(ours, theirs, lambda model: inside(compiled if model is ours else model))
 
 
+def test_compiled_blocks():
+    _, _, ours, theirs = attached()
+    ours.blocks.compile(backend="aot_eager")
+
+    def step(model):
+        loss, logits = model(*batch())
+        assert model is theirs or is_lazy(logits)
+        return loss
+
+    assert_equal_steps(ours, theirs, step)
+
+
 def test_a_compiled_loss_of_an_uncompiled_head():
     loss = torch.compile(shifted, backend="aot_eager")
     _, _, ours, theirs = attached()

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dfa_kernels.nn.dfa import DFA
-from dfa_kernels.nn.hooks import CutHook, InputHook, OutputHook, keep_state
+from dfa_kernels.nn.hooks import (
+    CutHook,
+    HeadInputHook,
+    HeadOutputHook,
+    InputHook,
+    OutputHook,
+    OutsideLossHook,
+    keep_state,
+)
 from dfa_kernels.nn.layer import DFALayer, FeedbackPointsHandling, Through
 from dfa_kernels.nn.points import Names, Points
 from dfa_kernels.nn.recompile import forget_compiled
@@ -34,6 +42,7 @@ class Attachment:
         cut: Sequence[str],
         state: str | None,
         dfa: DFA,
+        head: bool,
     ):
         self.dfa = dfa
         self._model, self._state = model, state
@@ -47,14 +56,19 @@ class Attachment:
             (name, InputHook(name, layer)) for name, layer in inputs.items()
         ]
         before += [(name, CutHook(dfa)) for name in cut]
+        if head and output is not None:
+            before.append((output, HeadInputHook(output, dfa)))
         self._handles += [
             modules[name].register_forward_pre_hook(hook, with_kwargs=True) for name, hook in before
         ]
         ends = model if output is None else modules[output]
         if output is None:
             dfa._group.ends_model = True
-        hook = OutputHook(output or type(model).__name__, dfa)
+        kind = HeadOutputHook if head else OutputHook
+        hook = kind(output or type(model).__name__, dfa)
         self._handles += [ends.register_forward_hook(hook), *dfa.watch(model)]
+        if head and output is not None:
+            self._handles.append(model.register_forward_hook(OutsideLossHook(output, dfa)))
         if state is not None:
             self._handles += keep_state(model, state, dfa)
         forget_compiled()
@@ -86,6 +100,7 @@ def attach(
     points: Points = (),
     output: str | nn.Module | None = None,
     *,
+    head: str | nn.Module | None = None,
     inputs: Points = (),
     cut: Sequence[str | nn.Module] = (),
     state: str | None = "dfa",
@@ -128,6 +143,10 @@ def attach(
             linear layer of a model that returns its loss. It runs after all points. None: the model
             itself, which returns a tensor, a tuple or list that begins with it, or a mapping or
             dataclass with "logits".
+        head: an nn.Linear that makes the logits of a vocabulary, in place of `output`. A model that
+            computes its loss by `F.cross_entropy` of its outputs, in itself as Hugging Face's
+            causal models called with `labels`, or outside, then gets that of
+            `DFA.linear_cross_entropy`: equal to rounding, and without whole logits. See below.
         inputs: the submodules whose first tensor argument is trained by a signal, as `points` are
             by their output. So `F.relu(self.fc1(x))`, which goes to `fc2`, is a point by
             `inputs=["fc2"]`. Their layers come after those of `points`, with names such as
@@ -150,6 +169,16 @@ def attach(
             has a DFA, and where it returns its loss and `output` is not given.
 
     Warns where a forward pass ends with points that no `output` came after.
+
+    Logits by `head` are a tensor that makes itself when a function needs its numbers. On their way
+    to the loss they may be converted to fp32, get another shape, lose tokens by an index, and be
+    softcapped as c * tanh(logits / c). All else makes them whole: for good and with a warning where
+    gradients are enabled, for a moment under `torch.no_grad()`, as for measures. They are made of
+    the weights, so look at them before the optimizer's step; later is an error. So is the gradient
+    of a `torch.autograd.Function` of your own. With a warning, logits are whole from the start in
+    code that torch.compile compiles (compile the blocks instead of the model), of DTensors or
+    quantized weights, where `fully_shard` was called on the head itself, and where the head does
+    more than F.linear. `batch_dims` must make each token a row.
 
     A copy of the model alone has its hooks but no handle to detach them: copy or pickle (model,
     handle) together.
@@ -179,8 +208,16 @@ def attach(
             "attach: points must be one or more distinct submodules, got [] and no inputs"
         )
     end = None if output is None else names.of("output", output)
+    if head is not None:
+        last = names.of("head", head)
+        if end not in (None, last):
+            raise ValueError(
+                f"attach: head takes the place of output, got head {last!r} and output {end!r}"
+            )
+        end = last
     if end in layers:
-        raise ValueError(f"attach: output must not be one of the points, got {end!r}")
+        which = "output" if head is None else "head"
+        raise ValueError(f"attach: {which} must not be one of the points, got {end!r}")
     cuts = list(dict.fromkeys(names.listed("cut", cut)))
     matched = None if match_output is None else names.module("match_output", match_output)
     check_state(model, state)
@@ -204,7 +241,7 @@ def attach(
         through=through,
         backend=backend,
     )
-    attachment = Attachment(model, layers, input_layers, end, cuts, state, dfa)
+    attachment = Attachment(model, layers, input_layers, end, cuts, state, dfa, head is not None)
     if matched is not None:
         try:
             dfa.match_output_(matched)  # type: ignore[arg-type]  # which it checks

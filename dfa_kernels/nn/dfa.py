@@ -408,8 +408,18 @@ class DFA(Settings):
             head.check_rows(self.batch_dims)
         return self._loss_of(self._begin(head.stand_in(), head.tensors), head, target, loss)
 
-    def _loss_of(self, tie: Tie | None, head: Head, target: Tensor, loss: Loss) -> Tensor:
-        """The same, of what was taken when the pass reached the output layer."""
+    def _loss_of(
+        self,
+        tie: Tie | None,
+        head: Head,
+        target: Tensor,
+        loss: Loss,
+        dtypes: tuple[torch.dtype, torch.dtype] | None = None,
+    ) -> Tensor:
+        """The same, of what was taken when the pass reached the output layer.
+
+        `dtypes` are the logits' and the loss's, or those that autocast gives now.
+        """
         if tie is not None and tie.plan.mesh is not None:
             return loss.of(tie.apply(head.logits()), target)
         projection = None if tie is None else self._projection(tie, head)
@@ -422,7 +432,8 @@ class DFA(Settings):
         own |= not isinstance(self.source, (Seeded, Stored, OutputWeights))
         again = loss.reduction == "none" or (own and self.mode == "dfa")
         dims = range(head.hidden.dim() - 1) if tie is None else tie.plan.batch_dims
-        return Work.of(head, loss, tuple(dims), projection, tie, again).apply(head, target)
+        work = Work.of(head, loss, tuple(dims), projection, tie, again, dtypes)
+        return work.apply(head, target)
 
     def _projection(self, tie: Tie, head: Head) -> Projection:
         """What makes the signals of a chunk of tokens."""

@@ -161,6 +161,41 @@ def warn_of_whole_logits(said: set[str]) -> None:
     )
 
 
+def warn_of_a_whole_head(said: set[str], name: str) -> None:
+    """The output layer made logits as ever, in a way that cannot wait for the loss."""
+    warn_once(
+        said,
+        "whole head",
+        f"attach: head {name!r} makes whole logits here, as with output=: only F.linear(input, "
+        "weight, bias) of plain tensors can wait for the loss, and not in code that torch.compile "
+        "compiles (compile the blocks, as by block.compile(), instead of the model), nor where "
+        "fully_shard was called on the head itself",
+    )
+
+
+def warn_of_a_search_for_unused(said: set[str], name: str) -> None:
+    """DistributedDataParallel needs the graph of logits whose loss is outside the model."""
+    warn_once(
+        said,
+        "search for unused",
+        f"attach: head {name!r}: DistributedDataParallel(find_unused_parameters=True) needs whole "
+        "logits where the loss is outside the model; compute it inside, or use "
+        "find_unused_parameters=False",
+    )
+
+
+def warn_of_looked_at_logits(said: set[str], name: str, function: str) -> None:
+    """A function needs the numbers of logits, and may send them a gradient."""
+    warn_once(
+        said,
+        f"whole logits of {function}",
+        f"attach: head {name!r}: {function} needs whole logits, which are made now; without them "
+        "are F.cross_entropy with words as targets and no weights, and before it conversions to "
+        "fp32, changes of shape, a choice of tokens and c * tanh(x / c); for measures call it "
+        "under torch.no_grad()",
+    )
+
+
 def warn_of_tokens(said: set[str]) -> None:
     """An output of three dimensions met the default `batch_dims`."""
     warn_once(

@@ -11,10 +11,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from dfa_kernels.nn import guards, ranks
+from dfa_kernels.nn.chunks import Head, needs_whole_logits
 from dfa_kernels.nn.dfa import DFA
 from dfa_kernels.nn.layer import DFALayer
+from dfa_kernels.nn.lazy_logits import Hidden, Logits, is_plain
 
 
 class _PointHook:
@@ -45,14 +50,88 @@ class InputHook(_PointHook):
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         """The arguments with that tensor replaced."""
-        for index, value in enumerate(args):
-            if isinstance(value, Tensor):
-                return (*args[:index], self.target(value), *args[index + 1 :]), kwargs
-        for key, value in kwargs.items():
-            if isinstance(value, Tensor):
-                return args, {**kwargs, key: self.target(value)}
-        got = ", ".join(type(value).__name__ for value in (*args, *kwargs.values()))
-        raise TypeError(f"attach: {self.name!r} must be called with a tensor, got ({got})")
+        return with_first_tensor(self.target, args, kwargs, self.name)
+
+
+def with_first_tensor(
+    function: Callable[[Tensor], Tensor], args: tuple, kwargs: dict[str, Any], name: str
+) -> tuple[tuple, dict[str, Any]]:
+    """A module's arguments with the first tensor among them passed through `function`."""
+    for index, value in enumerate(args):
+        if isinstance(value, Tensor):
+            return (*args[:index], function(value), *args[index + 1 :]), kwargs
+    for key, value in kwargs.items():
+        if isinstance(value, Tensor):
+            return args, {**kwargs, key: function(value)}
+    got = ", ".join(type(value).__name__ for value in (*args, *kwargs.values()))
+    raise TypeError(f"attach: {name!r} must be called with a tensor, got ({got})")
+
+
+class HeadInputHook:
+    """A forward pre-hook of the output layer, by which it returns `Logits` where it can."""
+
+    def __init__(self, name: str, dfa: DFA):
+        self.name = name
+        self.dfa = dfa
+
+    def __call__(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        """The arguments with the first tensor as `Hidden`."""
+        if torch.compiler.is_compiling() or self.dfa._group.record is not None:
+            return None
+        if ranks.fully_sharded() and module in ranks.fully_sharded_modules(module):
+            return None  # its weights are gone once it has run
+
+        def hidden(value: Tensor) -> Tensor:
+            weights = getattr(module, "weight", value), getattr(module, "bias", None)
+            if not is_plain(value) or needs_whole_logits(Head(value, *weights)):
+                return value
+            return Hidden.of(value)
+
+        return with_first_tensor(hidden, args, kwargs, self.name)
+
+
+class HeadOutputHook(OutputHook):
+    """A forward hook of the output layer, where the pass reaches the `DFA`."""
+
+    target: DFA
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """`Logits`, or the output with its tensor passed through the `DFA`."""
+        if not torch.compiler.is_compiling() and isinstance(output, Logits):
+            tied = output.tied_to(self.target, self.name)
+            if tied is not None:
+                return tied
+            output = output.made()
+        group = self.target._group
+        if torch.is_grad_enabled() and group.record is None and not torch.jit.is_tracing():
+            guards.warn_of_a_whole_head(group.said, self.name)
+        return super().__call__(module, args, output)
+
+
+class OutsideLossHook:
+    """A forward hook of a model with a head, whose loss may be outside of it.
+
+    A DistributedDataParallel that looks for unused parameters follows the graph of the outputs, and
+    `Logits` have none.
+    """
+
+    def __init__(self, name: str, dfa: DFA):
+        self.name = name
+        self.dfa = dfa
+
+    def __call__(self, model: nn.Module, args: Any, output: Any) -> Any:
+        """The output with whole logits, if the loss is still to be made of them."""
+        if torch.compiler.is_compiling() or not ranks.inside_search_for_unused():
+            return None
+        return tree_map_only(Logits, self._whole, output)
+
+    def _whole(self, logits: Logits) -> Tensor:
+        if logits.origin.has_loss or not logits.requires_grad:
+            return logits
+        guards.warn_of_a_search_for_unused(self.dfa._group.said, self.name)
+        return logits.made()
 
 
 class CutHook:

@@ -49,11 +49,12 @@ class Work(NamedTuple):
         projection: Projection | None,
         tie: Tie | None,
         again: bool,
+        dtypes: tuple[torch.dtype, torch.dtype] | None = None,
     ) -> Work:
-        """With dtypes and wishes as the head has them."""
+        """With wishes as the head has them, and dtypes too if they are not given."""
         result = head.hidden.dtype if head.autocast is None else torch.float32
-        wanted = Wanted.of(head)
-        return cls(loss, head.dtype, result, batch_dims, wanted, projection, tie, again)
+        logits, result = dtypes or (head.dtype, result)
+        return cls(loss, logits, result, batch_dims, Wanted.of(head), projection, tie, again)
 
     @property
     def scale(self) -> float:

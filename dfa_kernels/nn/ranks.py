@@ -21,6 +21,12 @@ def inside_data_parallel() -> bool:
     return DistributedDataParallel._get_active_ddp_module() is not None
 
 
+def inside_search_for_unused() -> bool:
+    """Whether one is that follows the graph from its outputs to find what parameters they use."""
+    parallel: Any = DistributedDataParallel._get_active_ddp_module()
+    return parallel is not None and parallel.find_unused_parameters
+
+
 @torch.compiler.assume_constant_result
 def fully_sharded() -> bool:
     """Whether anything in this process was given to `fully_shard`, in a group that still is."""

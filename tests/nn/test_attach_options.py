@@ -37,7 +37,7 @@ def test_attach_names_every_option_of_a_dfa():
     ours = inspect.signature(attach).parameters
     theirs = dict(inspect.signature(DFA).parameters)
     del theirs["dfa_layers"]
-    own = {"model", "points", "output", "inputs", "cut", "state", "match_output"}
+    own = {"model", "points", "output", "head", "inputs", "cut", "state", "match_output"}
     assert theirs.keys() == ours.keys() - own
     differ = {name for name in theirs if ours[name].default != theirs[name].default}
     assert differ == {"requires_grad"}

@@ -95,7 +95,16 @@ def test_the_trainers_modules_are_in_this_order():
     order = ["rows", "functions", "sources", "state", "guards", "shards", "signals", "plan"]
     order += ["chunks", "ties", "linear_cross_entropy"]
     order += ["sharded", "ranks", "scripting", "layer", "fully_sharded", "matching", "settings"]
-    order += ["loading", "dfa", "hooks", "points", "recompile", "attachment", "angles"]
+    order += [
+        "loading",
+        "dfa",
+        "lazy_logits",
+        "hooks",
+        "points",
+        "recompile",
+        "attachment",
+        "angles",
+    ]
     order += ["links", "agreement", "pipeline"]
     modules = [f"dfa_kernels.nn.{name}" for name in order]
     assert {*modules, "dfa_kernels.nn"} == {name for name in FILES if floor(name) == 1}

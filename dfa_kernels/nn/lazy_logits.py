@@ -120,7 +120,7 @@ class Origin:
         if torch.is_grad_enabled():
             tie, self.has_loss = self.tie, True
         target = target.view(self.head.hidden.shape[:-1])
-        return self._watched(dfa._loss_of(tie, self.head, target, loss, (self.dtype, dtype)))
+        return self._watched(dfa.loss_of(tie, self.head, target, loss, (self.dtype, dtype)))
 
     def _state(self) -> list[int | None]:
         """What changes where a tensor does."""
@@ -219,7 +219,7 @@ class Logits(Tensor):
             head.check_rows(dfa.batch_dims)
         origin = self.origin
         origin.dfa, origin.name = dfa, name
-        origin.tie = dfa._begin(head.stand_in(), head.tensors)
+        origin.tie = dfa.begin(head.stand_in(), head.tensors)
         if origin.tie is not None and origin.tie.plan.mesh is not None:
             guards.warn_of_a_whole_head(group.said, name)
             return origin.make()

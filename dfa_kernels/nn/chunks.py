@@ -10,6 +10,7 @@ the loss. Where more than a factor depends on that gradient, it makes the logits
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,12 +25,14 @@ from dfa_kernels.layers import Layers
 from dfa_kernels.nn import signals as delivery
 from dfa_kernels.nn.rows import order
 from dfa_kernels.nn.shards import layout_of
-from dfa_kernels.nn.sources import Source
+from dfa_kernels.nn.sources import OutputWeights, Seeded, Source, Stored
 
 WHERE = "DFA.linear_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
 # Bytes that the logits of a chunk may take, on a CPU and elsewhere.
 BUDGET_CPU, BUDGET = 64 * 2**20, 256 * 2**20
+# Sums over the tokens of a chunk stay in the range of fp16: of so many, and made so much smaller.
+_FP16_ROWS, _FP16_SHRINK = 2**13, 2.0**-6
 
 
 class Loss(NamedTuple):
@@ -85,6 +88,12 @@ class Head(NamedTuple):
             if not isinstance(given, Tensor) and not (argument == "bias" and given is None):
                 got = type(given).__name__
                 raise TypeError(f"{WHERE}: {argument} must be a tensor, got {got}")
+        if len({sharding.is_dtensor(given) for given in self.tensors}) > 1:
+            raise ValueError(
+                f"{WHERE}: hidden, weight and bias must be DTensors all or none, got "
+                f"{', '.join(type(given).__name__ for given in self.tensors)}; with fully_shard "
+                "leave the output layer to the root module, or call the DFA on its output"
+            )
         if weight.dim() != 2 or weight.shape[0] == 0:
             raise ValueError(f"{WHERE}: weight must be [n, d], got {tuple(weight.shape)}")
         n, d = weight.shape
@@ -129,7 +138,9 @@ class Head(NamedTuple):
     def autocast(self) -> torch.dtype | None:
         """The dtype in which autocast multiplies, or None where it is off."""
         kind = self.hidden.device.type
-        if self.hidden.dtype is torch.float64 or not torch.is_autocast_enabled(kind):
+        if self.hidden.dtype is torch.float64 or not torch.amp.is_autocast_available(kind):
+            return None
+        if not torch.is_autocast_enabled(kind):
             return None
         return torch.get_autocast_dtype(kind)
 
@@ -190,6 +201,11 @@ class Projection(NamedTuple):
     transform: Callable[[Tensor], Tensor] | None
     by_weight: Sequence[float] | None
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether an error of zeros, as of ignored tokens, is known to make signals of zeros."""
+        return self.transform is None and isinstance(self.source, (Seeded, Stored, OutputWeights))
+
     def new(self, tokens: int, *, zeros: bool) -> list[Tensor]:
         """Memory for the signals."""
         make = torch.zeros if zeros else torch.empty
@@ -204,6 +220,8 @@ class Projection(NamedTuple):
             return [back * scale for scale in self.by_weight]
         if self.transform is not None:
             error = self.transform(error)
+        elif not self.is_linear:
+            error = error.clone()  # a user's source may keep it; the next chunk takes its memory
         return delivery.project(self.source, error.to(self.device), self.layers, self.dtype)
 
 
@@ -247,7 +265,9 @@ def run(
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     _check_words(target, n, loss.ignore_index)
     weight, bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
-    chunks = list(_chunks(target, loss.ignore_index, _chunk_rows(hidden.device, n, dtype)))
+    is_linear = projection is None or projection.is_linear
+    most = _chunk_rows(hidden.device, n, dtype)
+    chunks = list(_chunks(target, loss.ignore_index if is_linear else None, most))
     whole = sum(map(_length, chunks)) == tokens
     new = hidden.new_empty if whole else hidden.new_zeros
 
@@ -307,12 +327,13 @@ def budget(device: torch.device) -> int:
 
 def _chunk_rows(device: torch.device, n: int, dtype: torch.dtype) -> int:
     """How many tokens' logits fit in the budget; at least one."""
-    return max(budget(device) // (n * dtype.itemsize), 1)
+    most = _FP16_ROWS if dtype is torch.float16 else sys.maxsize
+    return min(max(budget(device) // (n * dtype.itemsize), 1), most)
 
 
-def _chunks(target: Tensor, ignore_index: int, rows: int) -> Iterator[slice | Tensor]:
+def _chunks(target: Tensor, ignore_index: int | None, rows: int) -> Iterator[slice | Tensor]:
     """The tokens of each chunk. On a CPU without the ignored: elsewhere to know them is to wait."""
-    if target.device.type == "cpu":
+    if _readable(target) and ignore_index is not None:
         kept = (target != ignore_index).nonzero().squeeze(1)
         if len(kept) < len(target):
             yield from kept.tensor_split(-(-len(kept) // rows) or 1) if len(kept) else ()
@@ -326,10 +347,15 @@ def _length(chunk: slice | Tensor) -> int:
     return chunk.stop - chunk.start if isinstance(chunk, slice) else len(chunk)
 
 
+def _readable(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers are here, with no wait. Those of a FakeTensor are nowhere."""
+    return tensor.device.type == "cpu" and type(tensor) is Tensor
+
+
 def _check_words(target: Tensor, n: int, ignore_index: int) -> None:
     """Raise, on a GPU later, where a token is no word of the vocabulary."""
     fits = ((target >= 0) & (target < n)) | (target == ignore_index)
-    if target.device.type == "cpu":
+    if _readable(target):
         if not fits.all():
             got = target[~fits][0].item()
             raise IndexError(
@@ -339,11 +365,13 @@ def _check_words(target: Tensor, n: int, ignore_index: int) -> None:
         torch._assert_async(fits.all(), f"{WHERE}: target must be in [0, {n}) or ignore_index")
 
 
-def check_row_by_row(transform: Callable[[Tensor], Tensor], error: Tensor) -> None:
+def check_row_by_row(transform: Callable[[Tensor], Tensor], error: Tensor) -> bool:
     """Raise where what an error_transform makes of a row depends on the others.
 
-    A transform that draws random numbers is not checked.
+    Returns whether this error could show it. A transform that draws random numbers is not checked.
     """
+    if error.is_meta or type(error) is not Tensor:  # a FakeTensor has no numbers
+        return False
     sample = error[:: max(len(error) // 8, 1)][:8]
     on_gpu = [sample.device] if sample.device.type == "cuda" else []
     with torch.random.fork_rng(on_gpu):
@@ -351,16 +379,19 @@ def check_row_by_row(transform: Callable[[Tensor], Tensor], error: Tensor) -> No
         alone = transform(sample)
         later = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, on_gpu)]
         if not all(map(torch.equal, states, later)):
-            return
-        beside = transform(torch.cat([sample, 2 * sample.flip(0)]))[: len(sample)]
+            return True
+        beside = transform(torch.cat([2 * sample.flip(0), sample]))[-len(sample) :]
+    if not (sample.isfinite().all() and sample.any()):  # too large a scale of fp16, or no loss
+        return False
     tolerance = 30 * torch.finfo(sample.dtype).eps
-    most = tolerance * float(alone.abs().max()) if alone.numel() else 0.0
+    most = tolerance * float(alone.abs().nan_to_num().max())
     if not torch.allclose(alone, beside, rtol=tolerance, atol=most, equal_nan=True):
         raise ValueError(
             f"{WHERE}: error_transform must treat each row by itself, since it gets a chunk of "
             "tokens at a time, got one that makes a row another beside others, as e * len(e) "
             "does; call the DFA on whole logits for that"
         )
+    return True
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
@@ -371,10 +402,11 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> 
         else:
             total.addmm_(left, right)
         return
-    step = max(budget(total.device) // (right.shape[1] * left.element_size()), 1)
+    step = max(budget(total.device) // max(right.shape[1] * left.element_size(), 1), 1)
+    shrink = _FP16_SHRINK if left.dtype is torch.float16 else 1.0
+    if shrink != 1:
+        right = right * shrink
+    if first:
+        total.zero_()
     for start, stop in cut(len(left), step):
-        product = left[start:stop] @ right
-        if first:
-            total[start:stop] = product
-        else:
-            total[start:stop] += product
+        total[start:stop].add_(left[start:stop] @ right, alpha=1 / shrink)

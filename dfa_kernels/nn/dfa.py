@@ -379,7 +379,8 @@ class DFA(Settings):
                 batch dimensions of this `DFA`, so that every token is a row.
             weight: [n, d], the output layer's, as tied embeddings have it, too.
             target: [...], int64, a word of the vocabulary for each token or ignore_index. On a CPU
-                ignored tokens cost nothing.
+                ignored tokens cost nothing, except with an `error_transform` or a `Source` of your
+                own: these get errors of zeros for them.
             bias: [n].
             ignore_index, reduction, label_smoothing: as for `torch.nn.functional.cross_entropy`.
             softcap: c of logits c tanh(x / c). The error is the gradient by x.
@@ -393,7 +394,8 @@ class DFA(Settings):
         """
         loss = Loss.checked(ignore_index, reduction, label_smoothing, softcap)
         head = Head(hidden, weight, bias)
-        head.check(target)
+        if not torch.jit.is_tracing():  # which warns of every condition
+            head.check(target)
         return self._loss(head, target, loss)
 
     def _loss(self, head: Head, target: Tensor, loss: Loss) -> Tensor:
@@ -728,8 +730,8 @@ class DFA(Settings):
 
     def _transformed_chunk(self, rows: Tensor) -> Tensor:
         """The error of a chunk of tokens through `error_transform`, which is checked once."""
-        if self.__dict__.get("_row_by_row") is not self.error_transform:
-            check_row_by_row(self._transformed_error, rows)
+        known = self.__dict__.get("_row_by_row") is self.error_transform
+        if not known and check_row_by_row(self._transformed_error, rows):
             self.__dict__["_row_by_row"] = self.error_transform  # no submodule
         return self._transformed_error(rows)
 

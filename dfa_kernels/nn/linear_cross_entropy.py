@@ -18,7 +18,8 @@ from dfa_kernels.nn.rows import from_rows, order, to_rows
 from dfa_kernels.nn.sources import Received, Seeded, Source, Stored
 from dfa_kernels.nn.ties import Tie
 
-# Errors are made before the gradient of the loss is known. This keeps them in the range of fp16.
+# Errors and signals are made before the gradient of the loss is known. This keeps them in the range
+# of fp16.
 _FP16_SCALE = 16.0
 
 
@@ -58,7 +59,8 @@ class Work(NamedTuple):
     @property
     def scale(self) -> float:
         """What errors are multiplied by until the gradient of the loss is known."""
-        return _FP16_SCALE if self.logits is torch.float16 else 1.0
+        signals = None if self.projection is None else self.projection.dtype
+        return _FP16_SCALE if torch.float16 in (self.logits, signals) else 1.0
 
     def apply(self, head: Head, target: Tensor) -> Tensor:
         """The loss, tied to the activations."""
@@ -72,7 +74,10 @@ class Work(NamedTuple):
         rows = Head(to_rows(hidden, dims, WHERE), weight, bias)
         wanted = self.wanted if learn else Wanted(False, False, False)
         call = _run_compiled if torch.compiler.is_compiling() else run
-        with torch.autocast(hidden.device.type, enabled=False):
+        kind = hidden.device.type
+        with torch.autocast(
+            kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False
+        ):
             return call(
                 rows,
                 target.permute(dims).reshape(-1),
@@ -88,6 +93,7 @@ class Work(NamedTuple):
         if self.loss.reduction == "none":
             shape = torch.Size((*shape[:-1], 1))
             losses = from_rows(losses[:, None], shape, self.batch_dims, WHERE).squeeze(-1)
+            losses = losses.clone()  # no view: those of a Function cannot be changed in place
         else:
             losses = losses.sum()
             if self.loss.reduction == "mean":
@@ -133,12 +139,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         if work.again and bias is not None:
             inputs.append(bias)
         made = [count] if work.again else [count, *results.tensors[1:]]
-        ctx.work, ctx.shape, ctx.n = work, hidden.shape, weight.shape[0]
-        if work.tie is not None:  # a loss that outlives its step would keep them
-            ctx.work = work._replace(tie=work.tie._replace(activations=(), anchors=()))
-        ctx.dtype, ctx.anchors = weight.dtype, 0 if work.tie is None else len(work.tie.anchors)
+        # Without the tie, which has the activations: they would live as long as the loss.
+        ctx.work, ctx.shape, ctx.n = work._replace(tie=None), hidden.shape, weight.shape[0]
+        ctx.dtype, ctx.signals = weight.dtype, None
+        kept: tuple[Tensor, ...] = ()
+        if work.tie is not None:
+            ctx.signals, ctx.anchors = work.tie.signals, len(work.tie.anchors)
+            kept = tied[: len(work.tie.activations)]
         if torch.compiler.is_compiling():
-            kept = tied[: len(work.tie.activations)] if work.tie is not None else ()
             ctx.inputs, ctx.made = len(inputs), len(made)
             ctx.save_for_backward(hidden, *inputs, *made, *kept)
         else:
@@ -191,12 +199,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         if of_bias is not None:
             of_bias = of_bias.to(ctx.dtype)
         gradients = (None, of_hidden, of_weight, of_bias, None)
-        if work.tie is None:
+        if ctx.signals is None:
             return gradients
         error = torch.zeros((), dtype=work.logits, device=gradient.device)  # of no memory
         error = error.expand(*shape[:-1], ctx.n)
         source = Received(rows=signals[0][:, :0], signals=[*signals])
-        sent = work.tie.signals(error, kept, source)
+        sent = ctx.signals(error, kept, source)
         return (*gradients, *sent, *for_anchors(ctx.anchors, error))
 
 
@@ -356,5 +364,5 @@ torch.library.register_fake("dfa_kernels::linear_cross_entropy", _operator_fake,
 
 def _times(tensor: Tensor, factor: Tensor, alone: bool) -> Tensor:
     """A product, in place if nobody else will need the tensor."""
-    factor = factor.to(tensor.device)
-    return tensor.mul_(factor) if alone else tensor * factor
+    factor = factor.to(tensor.device).view(1)  # a scalar would be rounded to the tensor's dtype
+    return tensor.mul_(factor) if alone else (tensor * factor).to(tensor.dtype)

@@ -191,8 +191,9 @@ def warn_of_looked_at_logits(said: set[str], name: str, function: str) -> None:
         f"whole logits of {function}",
         f"attach: head {name!r}: {function} needs whole logits, which are made now; without them "
         "are F.cross_entropy with words as targets and no weights, and before it conversions to "
-        "fp32, changes of shape, a choice of tokens and c * tanh(x / c); for measures call it "
-        "under torch.no_grad()",
+        "fp32, changes of shape, a choice of tokens and c * tanh(x / c), but no hooks, as "
+        "fully_shard has them on a model's outputs (compute the loss inside it); for measures call "
+        "it under torch.no_grad()",
     )
 
 

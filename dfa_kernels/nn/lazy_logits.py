@@ -79,21 +79,21 @@ class Origin:
     """The call of the output layer that logits come from.
 
     Attributes:
-        head, dtype: what they are made of, and their dtype.
+        head, dtype: what they are made of, and their dtype; `words` is the number of words.
         tie: the activations that their gradient sends signals to.
         live: all logits that come from here.
         has_loss: whether a loss was computed without them, which gives them no gradient.
     """
 
     def __init__(self, head: Head):
-        self.head, self.dtype = head, head.dtype
+        self.head, self.dtype, self.words = head, head.dtype, len(head.weight)
         self.dfa: DFA | None = None
         self.tie: Any = None
         self.name = ""
         self.live: list[weakref.ref[Logits]] = []
         self.has_loss = False
         self._spent = False  # whether a backward pass has dropped what it needs
-        self._versions = self._state()
+        self._state = self._state_now()
 
     def new(self) -> Logits:
         """The layer's output."""
@@ -120,15 +120,17 @@ class Origin:
         if torch.is_grad_enabled():
             tie, self.has_loss = self.tie, True
         target = target.view(self.head.hidden.shape[:-1])
-        return self._watched(dfa._loss_of(tie, self.head, target, loss, (self.dtype, dtype)))
+        return self._watched(dfa.loss_of(tie, self.head, target, loss, (self.dtype, dtype)))
 
-    def _state(self) -> list[int | None]:
+    def _state_now(self) -> list[tuple[torch.Size, int | None]]:
         """What changes where a tensor does."""
-        return [None if one.is_inference() else one._version for one in self.head.tensors]
+        return [
+            (one.shape, None if one.is_inference() else one._version) for one in self.head.tensors
+        ]
 
     def _check(self) -> None:
         gone = any(one.numel() and not one.untyped_storage().nbytes() for one in self.head.tensors)
-        if gone or self._state() != self._versions:
+        if gone or self._state_now() != self._state:
             raise RuntimeError(
                 f"attach: head {self.name!r}: the logits are made when they are looked at, and "
                 f"{'its weights are gone' if gone else 'its weights or its input have changed'} "
@@ -196,7 +198,7 @@ class Logits(Tensor):
     ) -> Logits:
         """See the class."""
         shape = [*places.shape]
-        shape.insert(axis, origin.head.weight.shape[0])
+        shape.insert(axis, origin.words)
         self = _wrapper(cls, shape, dtype, places.device, grad and torch.is_grad_enabled())
         self.origin, self.before, self.step = origin, before, step
         self.places, self.axis, self.repeats, self.cap = places, axis, repeats, cap
@@ -219,7 +221,7 @@ class Logits(Tensor):
             head.check_rows(dfa.batch_dims)
         origin = self.origin
         origin.dfa, origin.name = dfa, name
-        origin.tie = dfa._begin(head.stand_in(), head.tensors)
+        origin.tie = dfa.begin(head.stand_in(), head.tensors)
         if origin.tie is not None and origin.tie.plan.mesh is not None:
             guards.warn_of_a_whole_head(group.said, name)
             return origin.make()

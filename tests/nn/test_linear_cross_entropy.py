@@ -23,6 +23,22 @@ LOSSES = {
 }
 MATRIX = torch.randn(WIDTH, WORDS, generator=torch.Generator().manual_seed(0))
 
+OPTIONS = {
+    "lean": {"distribution": "hadamard", "lean": True},
+    "shared=False": {"distribution": "rademacher", "shared": False},
+    "mask": {"mask": [torch.ones(WIDTH), None, torch.arange(WIDTH)], "normalization": False},
+    "output weights": {"by_weights": True},
+    "output weights, lean": {"by_weights": True, "lean": True},
+    "stored": {"matrix": MATRIX},
+    "a source of one's own": {"matrix": Multiplied(MATRIX)},
+    "error_transform": {"error_transform": torch.sign},
+    "error_transform in place": {"error_transform": lambda error: error.mul_(2)},
+    "signal_transform": {"signal_transform": lambda signal, layer: signal.clamp_(-0.1, 0.1)},
+    "through": {"through": lambda x: F.layer_norm(x, x.shape[-1:])},
+    "requires_grad": {"requires_grad": True, "bias": False},
+    "rp_device": {"rp_device": "cpu"},
+}
+
 
 class Language(nn.Module):
     """Three points, a norm and an output layer, with its loss in one of two ways."""
@@ -108,28 +124,10 @@ def test_losses_and_gradients_are_those_of_whole_logits(mode, loss, dtype):
     assert_close(step(model, *data, **options), whole, dtype)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"distribution": "hadamard", "lean": True},
-        {"distribution": "rademacher", "shared": False},
-        {"mask": [torch.ones(WIDTH), None, torch.arange(WIDTH)], "normalization": False},
-        {"by_weights": True},
-        {"by_weights": True, "lean": True},
-        {"matrix": MATRIX},
-        {"matrix": Multiplied(MATRIX)},
-        {"error_transform": torch.sign},
-        {"error_transform": lambda error: error.mul_(2)},
-        {"signal_transform": lambda signal, layer: signal.clamp_(-0.1, 0.1)},
-        {"through": lambda x: F.layer_norm(x, x.shape[-1:])},
-        {"requires_grad": True, "bias": False},
-        {"rp_device": "cpu"},
-    ],
-    ids=lambda options: ", ".join(f"{key} {value}"[:40] for key, value in options.items()),
-)
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("loss", ["mean", "one by one, capped"])
 def test_so_they_are_with_every_option(options, loss):
-    model = Language(**options)
+    model = Language(**OPTIONS[options])
     whole = step(model, *batch(), whole=True, **LOSSES[loss])
     assert_close(step(model, *batch(), **LOSSES[loss]), whole)
 

@@ -93,18 +93,9 @@ def test_floors_are_of_modules_there_are():
 def test_the_trainers_modules_are_in_this_order():
     """Each imports only those before it."""
     order = ["rows", "functions", "sources", "state", "guards", "shards", "signals", "plan"]
-    order += ["chunks", "ties", "linear_cross_entropy"]
-    order += ["sharded", "ranks", "scripting", "layer", "fully_sharded", "matching", "settings"]
-    order += [
-        "loading",
-        "dfa",
-        "lazy_logits",
-        "hooks",
-        "points",
-        "recompile",
-        "attachment",
-        "angles",
-    ]
+    order += ["chunks", "ties", "linear_cross_entropy", "sharded", "ranks", "scripting", "layer"]
+    order += ["fully_sharded", "matching", "settings", "passes", "loading", "dfa", "lazy_logits"]
+    order += ["hooks", "points", "recompile", "attachment", "angles"]
     order += ["links", "agreement", "pipeline"]
     modules = [f"dfa_kernels.nn.{name}" for name in order]
     assert {*modules, "dfa_kernels.nn"} == {name for name in FILES if floor(name) == 1}

@@ -278,6 +278,39 @@ def test_other_functions_get_whole_logits_and_say_so(way):
     assert messages[0].startswith("attach: head 'head': torch.")
 
 
+def both(logits, y):
+    flat = logits.flatten(0, 1)
+    return F.cross_entropy(flat, y.flatten()) + F.cross_entropy(flat, y.flatten().flip(0))
+
+
+APART = {"two losses": both, "a loss and a look": WHOLE["two losses"]}
+
+
+@pytest.mark.parametrize("way", APART)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"error_transform": torch.sign},
+        {"signal_transform": lambda signal, layer: signal.sign()},
+        {"signal_transform": lambda signal, layer: signal.sign(), "lean": True},
+    ],
+)
+def test_transforms_of_the_errors_of_two_losses_say_that_they_are_not_summed(way, options):
+    _, _, ours, theirs = attached(**options)
+    for model in (ours, theirs):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                APART[way](model(batch()[0]), batch()[1]).backward()
+        apart = [one for one in said if "each by itself" in str(one.message)]
+        assert len(apart) == (model is ours and "lean" not in options)
+    equal = all(
+        torch.allclose(one.grad, other.grad, atol=1e-5)
+        for one, other in zip(ours.blocks.parameters(), theirs.blocks.parameters(), strict=True)
+    )
+    assert equal == ("lean" in options)
+
+
 def test_a_mean_of_no_token_is_torchs():
     handle, _, ours, theirs = attached()
     tokens, target = batch()

@@ -165,13 +165,13 @@ class Head(NamedTuple):
         return [given for given in self if given is not None]
 
 
-def needs_whole_logits(head: Head) -> bool:
+def needs_whole_logits(hidden: Tensor, *weights: Tensor | None) -> bool:
     """Whether torch has to see the logits: to transform functions, to trace, or as DTensors."""
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return True
-    if torch.jit.is_tracing() or any(map(sharding.is_dtensor, head)):
+    if torch.jit.is_tracing() or any(map(sharding.is_dtensor, (hidden, *weights))):
         return True
-    return sharding.in_use() and layout_of(WHERE, "hidden", head.hidden, warn=False) is not None
+    return sharding.in_use() and layout_of(WHERE, "hidden", hidden, warn=False) is not None
 
 
 class Wanted(NamedTuple):

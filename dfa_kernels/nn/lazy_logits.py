@@ -330,7 +330,8 @@ def _with_whole(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if one.whole is None and one.requires_grad and dfa is not None:
             what = torch.overrides.resolve_name(func) or name
             guards.warn_of_looked_at_logits(dfa._group.said, one.origin.name, what)
-    if name in _IN_PLACE or (name.endswith("_") and name[-2] != "_") or "out" in kwargs:
+    in_place = name in _IN_PLACE or (name.endswith("_") and name[-2] != "_")
+    if in_place or "out" in kwargs or kwargs.get("inplace"):
         for other in [other() for one in given for other in one.origin.live]:
             if other is not None:  # a view, which is to see the change, or a copy
                 other.made()

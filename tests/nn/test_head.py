@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from dfa_kernels import attach
@@ -426,14 +427,17 @@ def test_logits_without_gradients_give_a_loss_without():
     assert is_lazy(logits)
 
 
-def test_changes_in_place():
+@pytest.mark.parametrize(
+    "change", [lambda x: x.__imul__(0.5), nn.Hardtanh(-0.5, 0.5, inplace=True)]
+)
+def test_changes_in_place(change):
     _, _, ours, theirs = attached()
 
     def step(model):
         logits = model(batch()[0])
         view, copied = logits[:, 1:], logits.clone()
-        logits[..., 3] = -1.0
-        logits *= 0.5
+        change(logits)
+        logits[..., 3] = -0.5
         assert (view[..., 3] == -0.5).all()
         assert (copied[..., 3] != -0.5).any()
         return shifted(view, batch()[1][:, 1:]) + shifted(copied, batch()[1])
@@ -535,6 +539,23 @@ def test_a_head_that_does_something_else(kind):
     model = Language()
     model.head = kind(WIDTH, WORDS)
     assert_whole(*attached(model)[2:])
+
+
+def test_weights_that_are_computed_are_computed_once():
+    class Doubled(nn.Module):
+        calls = 0
+
+        def forward(self, weight):
+            self.calls += 1
+            return 2 * weight
+
+    _, _, ours, theirs = attached()
+    for model in (ours, theirs):
+        parametrize.register_parametrization(model.head, "weight", Doubled())
+        model.head.parametrizations.weight[0].calls = 0
+    assert_equal_steps(ours, theirs, inside)
+    assert is_lazy(ours(*batch())[1])
+    assert ours.head.parametrizations.weight[0].calls == 2
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace")

@@ -124,6 +124,9 @@ class OutsideLossHook:
         """The output with whole logits, if the loss is still to be made of them."""
         if torch.compiler.is_compiling() or not ranks.inside_search_for_unused():
             return None
+        logits = _entry(output, "logits")
+        if isinstance(logits, Logits):  # for a dataclass of one's own is no tree
+            return _with_logits(output, self._whole(logits))
         return tree_map_only(Logits, self._whole, output)
 
     def _whole(self, logits: Logits) -> Tensor:

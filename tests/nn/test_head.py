@@ -1,6 +1,7 @@
 """`attach(head=...)`: a model's own loss is the fused one, and its logits are never whole."""
 
 import copy
+import dataclasses
 import pickle
 import warnings
 import weakref
@@ -650,6 +651,27 @@ def test_data_parallel(process_group, option, outside):
         assert_whole(ours, theirs, step, r"find_unused_parameters=True\) needs whole logits")
     for _ in range(2):
         assert_equal_steps(ours, theirs, step)
+
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+
+
+class Wrapped(Language):
+    def forward(self, tokens):
+        return Output(super().forward(tokens))
+
+
+def test_a_search_for_unused_in_a_dataclass(process_group):
+    _, _, ours, theirs = attached(Wrapped())
+    wrapped = DistributedDataParallel(ours, find_unused_parameters=True)
+
+    def step(model):
+        model = wrapped if model is ours else model
+        return shifted(model(batch()[0]).logits, batch()[1])
+
+    assert_whole(ours, theirs, step, r"find_unused_parameters=True\) needs whole logits")
 
 
 @pytest.mark.parametrize("outside", [False, True])

@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from dfa_kernels.nn import guards
 from dfa_kernels.nn.chunks import REDUCTIONS, Head, Loss
 from dfa_kernels.nn.dfa import DFA
+from dfa_kernels.nn.functions import drops_graph
 from dfa_kernels.nn.layer import recomputing
 from dfa_kernels.nn.ties import Tie
 
@@ -172,7 +173,7 @@ class Origin:
 
 
 def _drop(origin: Origin | None) -> None:
-    if origin is not None and not torch._C._autograd._get_current_graph_task_keep_graph():
+    if origin is not None and drops_graph():
         origin.drop()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from dfa_kernels import checks
 from dfa_kernels.layers import Layers
 from dfa_kernels.nn.chunks import WHERE, Head, Loss, Projection, Results, Wanted, run
-from dfa_kernels.nn.functions import for_anchors
+from dfa_kernels.nn.functions import drops_graph, for_anchors
 from dfa_kernels.nn.rows import from_rows, order, to_rows
 from dfa_kernels.nn.sources import Received, Seeded, Source, Stored
 from dfa_kernels.nn.ties import Tie
@@ -186,7 +186,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             head = Head(hidden, weight, bias[0] if bias else None)
             results = work.run(head, target, learn=True, scale=factor.expand(target.numel()))
         else:
-            alone = not compiling and not torch._C._autograd._get_current_graph_task_keep_graph()
+            alone = not compiling and drops_graph()
             if alone:
                 ctx.made = None
             factor = factor / work.scale

@@ -32,7 +32,7 @@ REDUCTIONS = ("mean", "sum", "none")
 # Bytes that the logits of a chunk may take, on a CPU and elsewhere.
 BUDGET_CPU, BUDGET = 128 * 2**20, 256 * 2**20
 # Sums over the tokens of a chunk stay in the range of fp16: of so many, and made so much smaller.
-_FP16_ROWS, _FP16_SHRINK = 2**13, 2.0**-6
+_FP16_ROWS, _FP16_SHRINK = 2**10, 2.0**-6
 
 
 class Loss(NamedTuple):
@@ -165,13 +165,13 @@ class Head(NamedTuple):
         return [given for given in self if given is not None]
 
 
-def needs_whole_logits(head: Head) -> bool:
+def needs_whole_logits(hidden: Tensor, *weights: Tensor | None) -> bool:
     """Whether torch has to see the logits: to transform functions, to trace, or as DTensors."""
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return True
-    if torch.jit.is_tracing() or any(map(sharding.is_dtensor, head)):
+    if torch.jit.is_tracing() or any(map(sharding.is_dtensor, (hidden, *weights))):
         return True
-    return sharding.in_use() and layout_of(WHERE, "hidden", head.hidden, warn=False) is not None
+    return sharding.in_use() and layout_of(WHERE, "hidden", hidden, warn=False) is not None
 
 
 class Wanted(NamedTuple):

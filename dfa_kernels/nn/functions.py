@@ -57,6 +57,11 @@ def for_anchors(count: int, error: Tensor) -> list[Tensor]:
     return [torch.zeros((), device=error.device)] * count if count else []
 
 
+def drops_graph() -> bool:
+    """Whether the backward pass under way drops what it needs, as the last one does."""
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 class Factor:
     """What `Scaled` does to a gradient; set after its forward, before its backward.
 

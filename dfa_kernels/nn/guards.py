@@ -197,6 +197,17 @@ def warn_of_looked_at_logits(said: set[str], name: str, function: str) -> None:
     )
 
 
+def warn_of_errors_apart(said: set[str], name: str) -> None:
+    """A transform meets the errors of one pass one by one, as whole logits have them summed."""
+    warn_once(
+        said,
+        "errors apart",
+        f"attach: head {name!r}: the logits of a pass have a second loss, or are looked at after "
+        "their loss, so error_transform and signal_transform get the error of each by itself, not "
+        "the sum; give output= instead of head=",
+    )
+
+
 def warn_of_tokens(said: set[str]) -> None:
     """An output of three dimensions met the default `batch_dims`."""
     warn_once(

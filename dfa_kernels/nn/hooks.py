@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from dfa_kernels.nn import guards, ranks
-from dfa_kernels.nn.chunks import Head, needs_whole_logits
+from dfa_kernels.nn.chunks import needs_whole_logits
 from dfa_kernels.nn.dfa import DFA
 from dfa_kernels.nn.layer import DFALayer
 from dfa_kernels.nn.lazy_logits import Hidden, Logits, is_plain
@@ -84,8 +84,7 @@ class HeadInputHook:
             return None  # its weights are gone once it has run
 
         def hidden(value: Tensor) -> Tensor:
-            weights = getattr(module, "weight", value), getattr(module, "bias", None)
-            if not is_plain(value) or needs_whole_logits(Head(value, *weights)):
+            if not is_plain(value) or needs_whole_logits(value, *module.parameters()):
                 return value
             return Hidden.of(value)
 
@@ -125,6 +124,9 @@ class OutsideLossHook:
         """The output with whole logits, if the loss is still to be made of them."""
         if torch.compiler.is_compiling() or not ranks.inside_search_for_unused():
             return None
+        logits = _entry(output, "logits")
+        if isinstance(logits, Logits):  # for a dataclass of one's own is no tree
+            return _with_logits(output, self._whole(logits))
         return tree_map_only(Logits, self._whole, output)
 
     def _whole(self, logits: Logits) -> Tensor:

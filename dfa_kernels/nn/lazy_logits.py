@@ -23,6 +23,9 @@ from torch.utils.hooks import RemovableHandle
 from dfa_kernels.nn import guards
 from dfa_kernels.nn.chunks import REDUCTIONS, Head, Loss
 from dfa_kernels.nn.dfa import DFA
+from dfa_kernels.nn.functions import drops_graph
+from dfa_kernels.nn.layer import recomputing
+from dfa_kernels.nn.ties import Tie
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -88,7 +91,7 @@ class Origin:
     def __init__(self, head: Head):
         self.head, self.dtype, self.words = head, head.dtype, len(head.weight)
         self.dfa: DFA | None = None
-        self.tie: Any = None
+        self.tie: Tie | None = None
         self.name = ""
         self.live: list[weakref.ref[Logits]] = []
         self.has_loss = False
@@ -109,18 +112,27 @@ class Origin:
             hidden, weight, bias = self.head
             bias = None if bias is None else bias.to(self.dtype)
             logits = F.linear(hidden.to(self.dtype), weight.to(self.dtype), bias)
-        if torch.is_grad_enabled() and self.tie is not None:
-            logits = self.tie.apply(logits)
-        return self._watched(logits)
+        tie = self._tied()
+        return self._watched(logits if tie is None else tie.apply(logits))
 
     def loss(self, dfa: DFA, target: Tensor, loss: Loss, dtype: torch.dtype) -> Tensor:
         """The loss of all tokens, in a dtype, of logits that are never whole."""
         self._check()
-        tie = None
-        if torch.is_grad_enabled():
-            tie, self.has_loss = self.tie, True
+        tie = self._tied()
+        self.has_loss |= torch.is_grad_enabled()
         target = target.view(self.head.hidden.shape[:-1])
         return self._watched(dfa.loss_of(tie, self.head, target, loss, (self.dtype, dtype)))
+
+    def _tied(self) -> Tie | None:
+        """The activations that a result made now sends signals to."""
+        tie, dfa = self.tie, self.dfa
+        if tie is None or dfa is None or not torch.is_grad_enabled():
+            return None
+        apart = dfa.error_transform is not None
+        apart |= dfa.signal_transform is not None and not dfa.lean
+        if self.has_loss and apart and not recomputing("attach"):
+            guards.warn_of_errors_apart(dfa._group.said, self.name)
+        return tie
 
     def _state_now(self) -> list[tuple[torch.Size, int | None]]:
         """What changes where a tensor does."""
@@ -161,7 +173,7 @@ class Origin:
 
 
 def _drop(origin: Origin | None) -> None:
-    if origin is not None and not torch._C._autograd._get_current_graph_task_keep_graph():
+    if origin is not None and drops_graph():
         origin.drop()
 
 
@@ -319,7 +331,8 @@ def _with_whole(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if one.whole is None and one.requires_grad and dfa is not None:
             what = torch.overrides.resolve_name(func) or name
             guards.warn_of_looked_at_logits(dfa._group.said, one.origin.name, what)
-    if name in _IN_PLACE or (name.endswith("_") and name[-2] != "_") or "out" in kwargs:
+    in_place = name in _IN_PLACE or (name.endswith("_") and name[-2] != "_")
+    if in_place or "out" in kwargs or kwargs.get("inplace"):
         for other in [other() for one in given for other in one.origin.live]:
             if other is not None:  # a view, which is to see the change, or a copy
                 other.made()

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dfa_kernels import checks
 from dfa_kernels.layers import Layers
 from dfa_kernels.nn.chunks import WHERE, Head, Loss, Projection, Results, Wanted, run
-from dfa_kernels.nn.functions import for_anchors
+from dfa_kernels.nn.functions import drops_graph, for_anchors
 from dfa_kernels.nn.rows import from_rows, order, to_rows
 from dfa_kernels.nn.sources import Received, Seeded, Source, Stored
 from dfa_kernels.nn.ties import Tie
@@ -185,7 +186,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             head = Head(hidden, weight, bias[0] if bias else None)
             results = work.run(head, target, learn=True, scale=factor.expand(target.numel()))
         else:
-            alone = not compiling and not torch._C._autograd._get_current_graph_task_keep_graph()
+            alone = not compiling and drops_graph()
             if alone:
                 ctx.made = None
             factor = factor / work.scale
@@ -258,7 +259,8 @@ def _run_compiled(
         elif isinstance(source, Stored):
             matrices = [matrix.detach() for matrix in source.matrices]
         elif isinstance(source, Seeded):
-            seeded = source.seed, source.distribution, source.backend or ""
+            seed = checks.seed(WHERE, source.seed)  # fits int64
+            seeded = seed, source.distribution, source.backend or ""
         layers = row_offsets, sizes, layer_scales
         where = projection.dtype, projection.device, matrices
         how = *layers, *where, by_weight is not None, *seeded
@@ -302,7 +304,7 @@ def _operator(
     projection = None
     if sizes:
         layer_scales = [*map(float, layer_scales)]
-        source: Source = Seeded(seed, distribution, backend or None)
+        source: Source = Seeded(seed % 2**64, distribution, backend or None)
         if matrices is not None:
             source = Stored(tuple(matrices))
         projection = Projection(

@@ -108,7 +108,7 @@ class Passes(Settings):
 
     def _loss(self, head: Head, target: Tensor, loss: Loss) -> Tensor:
         """See `linear_cross_entropy`."""
-        if self._group.record is not None or needs_whole_logits(head):
+        if self._group.record is not None or needs_whole_logits(*head):
             return loss.of(self.tie(head.logits()), target)
         if self.mode == "dfa" and self._group.waiting:
             head.check_rows(self.batch_dims)

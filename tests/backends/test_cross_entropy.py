@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dfa_kernels import cross_entropy as module
 from dfa_kernels.cross_entropy import cross_entropy_
@@ -58,6 +59,14 @@ def test_numbers_that_are_not_finite_are_torchs(smoothing, softcap):
 def test_a_target_that_is_no_column_is_an_error():
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
         cross_entropy_(random_error(2, 3), torch.tensor([0, 3]))
+
+
+def test_no_kernel_is_asked_for_tensors_without_memory(monkeypatch):
+    monkeypatch.delattr(module, "by_kernel")
+    monkeypatch.setattr(module, "plain", lambda logits, *_: logits.new_empty(3))
+    with FakeTensorMode():  # which a torch without CUDA has on GPUs too
+        logits, target = torch.empty(3, 5, device="cuda"), torch.empty(3, device="cuda")
+        assert cross_entropy_(logits, target.long()).is_cuda
 
 
 def test_logits_must_be_floating_point():

@@ -10,11 +10,13 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
 from benchmarks.harness import race
 from benchmarks.harness.shapes import STORED
-from dfa_kernels import cross_entropy, feedback_matrix, hadamard, project, stream
+from dfa_kernels import attach, cross_entropy, feedback_matrix, hadamard, project, stream
 from dfa_kernels.backends import tensor_cores
 from dfa_kernels.backends.registry import BACKENDS
 from dfa_kernels.layers import Layers
@@ -520,6 +522,38 @@ def test_cross_entropy_of_more_than_two_to_the_31_logits(by_kernel, n):
     found = by_kernel(logits, target, 1.0, 0.1, 20.0)
     torch.testing.assert_close(found[ends], losses)
     torch.testing.assert_close(logits[ends], expected)
+
+
+@pytest.mark.usefixtures("unpoisoned", "much_memory")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_a_step_without_whole_logits_waits_for_nothing(gpu_backend, monkeypatch):
+    monkeypatch.setenv("DFA_KERNELS_LOGITS_BYTES", str(2**23))
+    tokens, words = 4096, 8000
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, words)).cuda()
+    x, target = torch.randn(tokens, 64, device="cuda"), torch.arange(tokens, device="cuda")
+
+    def step():
+        model.zero_grad()
+        F.cross_entropy(model(x), target).backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    options = {"seed": 1, "backend": gpu_backend}
+    handle = attach(model, ["1"], head="2", **options)
+    step()  # the first one checks the kernel of cross entropy
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.max_memory_allocated() - before < tokens * words * 4 / 2
+    handle.detach()
+    attach(model, ["1"], "2", **options)
+    for one, other in zip(found, step(), strict=True):
+        assert (one - other).norm() <= 1e-4 * other.norm()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 + 12345])

@@ -1,6 +1,7 @@
 """`attach(head=...)`: a model's own loss is the fused one, and its logits are never whole."""
 
 import copy
+import dataclasses
 import pickle
 import warnings
 import weakref
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from dfa_kernels import attach
@@ -278,6 +280,39 @@ def test_other_functions_get_whole_logits_and_say_so(way):
     assert messages[0].startswith("attach: head 'head': torch.")
 
 
+def both(logits, y):
+    flat = logits.flatten(0, 1)
+    return F.cross_entropy(flat, y.flatten()) + F.cross_entropy(flat, y.flatten().flip(0))
+
+
+APART = {"two losses": both, "a loss and a look": WHOLE["two losses"]}
+
+
+@pytest.mark.parametrize("way", APART)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"error_transform": torch.sign},
+        {"signal_transform": lambda signal, layer: signal.sign()},
+        {"signal_transform": lambda signal, layer: signal.sign(), "lean": True},
+    ],
+)
+def test_transforms_of_the_errors_of_two_losses_say_that_they_are_not_summed(way, options):
+    _, _, ours, theirs = attached(**options)
+    for model in (ours, theirs):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                APART[way](model(batch()[0]), batch()[1]).backward()
+        apart = [one for one in said if "each by itself" in str(one.message)]
+        assert len(apart) == (model is ours and "lean" not in options)
+    equal = all(
+        torch.allclose(one.grad, other.grad, atol=1e-5)
+        for one, other in zip(ours.blocks.parameters(), theirs.blocks.parameters(), strict=True)
+    )
+    assert equal == ("lean" in options)
+
+
 def test_a_mean_of_no_token_is_torchs():
     handle, _, ours, theirs = attached()
     tokens, target = batch()
@@ -393,14 +428,17 @@ def test_logits_without_gradients_give_a_loss_without():
     assert is_lazy(logits)
 
 
-def test_changes_in_place():
+@pytest.mark.parametrize(
+    "change", [lambda x: x.__imul__(0.5), nn.Hardtanh(-0.5, 0.5, inplace=True)]
+)
+def test_changes_in_place(change):
     _, _, ours, theirs = attached()
 
     def step(model):
         logits = model(batch()[0])
         view, copied = logits[:, 1:], logits.clone()
-        logits[..., 3] = -1.0
-        logits *= 0.5
+        change(logits)
+        logits[..., 3] = -0.5
         assert (view[..., 3] == -0.5).all()
         assert (copied[..., 3] != -0.5).any()
         return shifted(view, batch()[1][:, 1:]) + shifted(copied, batch()[1])
@@ -504,6 +542,23 @@ def test_a_head_that_does_something_else(kind):
     assert_whole(*attached(model)[2:])
 
 
+def test_weights_that_are_computed_are_computed_once():
+    class Doubled(nn.Module):
+        calls = 0
+
+        def forward(self, weight):
+            self.calls += 1
+            return 2 * weight
+
+    _, _, ours, theirs = attached()
+    for model in (ours, theirs):
+        parametrize.register_parametrization(model.head, "weight", Doubled())
+        model.head.parametrizations.weight[0].calls = 0
+    assert_equal_steps(ours, theirs, inside)
+    assert is_lazy(ours(*batch())[1])
+    assert ours.head.parametrizations.weight[0].calls == 2
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
 def test_traced():
     _, _, ours, theirs = attached()
@@ -596,6 +651,27 @@ def test_data_parallel(process_group, option, outside):
         assert_whole(ours, theirs, step, r"find_unused_parameters=True\) needs whole logits")
     for _ in range(2):
         assert_equal_steps(ours, theirs, step)
+
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+
+
+class Wrapped(Language):
+    def forward(self, tokens):
+        return Output(super().forward(tokens))
+
+
+def test_a_search_for_unused_in_a_dataclass(process_group):
+    _, _, ours, theirs = attached(Wrapped())
+    wrapped = DistributedDataParallel(ours, find_unused_parameters=True)
+
+    def step(model):
+        model = wrapped if model is ours else model
+        return shifted(model(batch()[0]).logits, batch()[1])
+
+    assert_whole(ours, theirs, step, r"find_unused_parameters=True\) needs whole logits")
 
 
 @pytest.mark.parametrize("outside", [False, True])

@@ -9,6 +9,7 @@ the loss. Where more than a factor depends on that gradient, it makes the logits
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfa_kernels import checks, sharding
 from dfa_kernels.backends.slabs import cut
@@ -38,13 +39,15 @@ _FP16_ROWS, _FP16_SHRINK = 2**10, 2.0**-6
 class Loss(NamedTuple):
     """The arguments of a cross-entropy, as `torch.nn.functional.cross_entropy` has them.
 
-    `softcap` keeps logits within plus or minus it, by its tanh. `dtype` is the loss's.
+    It is of logits times `factor`, which `softcap`, if given, then keeps within plus or minus it by
+    its tanh.
     """
 
     ignore_index: int
     reduction: str
     label_smoothing: float
     softcap: float | None
+    factor: float = 1.0
 
     @classmethod
     def checked(cls, ignore_index: Any, reduction: Any, label_smoothing: Any, softcap: Any) -> Loss:
@@ -54,13 +57,17 @@ class Loss(NamedTuple):
             raise ValueError(f"{WHERE}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
         smoothing = checks.number(WHERE, "label_smoothing", label_smoothing, low=0.0, high=1.0)
         if softcap is not None:
-            softcap = checks.number(WHERE, "softcap", softcap, low=0.0)
-            if softcap == 0:
-                raise ValueError(f"{WHERE}: softcap must be above 0, got {softcap}")
+            softcap = checks.number(WHERE, "softcap", softcap, low=-math.inf)
+            if softcap <= 0:
+                raise ValueError(
+                    f"{WHERE}: softcap must be above 0, or None for none, got {softcap}"
+                )
         return cls(index, reduction, smoothing, softcap)
 
     def of(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss of whole logits [tokens, n] or [..., n]."""
+        if self.factor != 1:
+            logits = self.factor * logits
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         loss = F.cross_entropy(
@@ -87,6 +94,8 @@ class Head(NamedTuple):
         for argument, given in named.items():
             if not isinstance(given, Tensor) and not (argument == "bias" and given is None):
                 got = type(given).__name__
+                if isinstance(given, nn.Module):
+                    got += "; give its weight, and its bias as bias="
                 raise TypeError(f"{WHERE}: {argument} must be a tensor, got {got}")
         if len({sharding.is_dtensor(given) for given in self.tensors}) > 1:
             raise ValueError(
@@ -107,7 +116,8 @@ class Head(NamedTuple):
         if target.shape != hidden.shape[:-1] or target.dtype is not torch.int64:
             raise ValueError(
                 f"{WHERE}: target must be the int64 index of a word for each token, "
-                f"{tuple(hidden.shape[:-1])}, got {target.dtype} of {tuple(target.shape)}"
+                f"{tuple(hidden.shape[:-1])}, got {target.dtype} of {tuple(target.shape)}; tokens "
+                "without a word to predict get ignore_index"
             )
         if self.autocast is None:
             for argument in ("hidden", "weight", "bias"):
@@ -279,6 +289,7 @@ def run(
     signals = [] if projection is None else projection.new(tokens, zeros=not whole)
     through = wanted.hidden or (projection is not None and projection.by_weight is not None)
 
+    scale = scale * loss.factor  # the error is by logits before the factor
     gradient = any(wanted) or projection is not None
     # On a GPU rows begin on 16 bytes, for fast loads.
     columns = n if hidden.device.type == "cpu" else -(-n // 16) * 16
@@ -287,10 +298,8 @@ def run(
     for index, chunk in enumerate(chunks):
         rows = hidden[chunk].detach().to(dtype)
         error = logits[: len(rows)]
-        if bias is None:
-            torch.mm(rows, weight.T, out=error)
-        else:
-            torch.addmm(bias, rows, weight.T, out=error)
+        plus, beta = (error, 0.0) if bias is None else (bias, loss.factor)
+        torch.addmm(plus, rows, weight.T, beta=beta, alpha=loss.factor, out=error)
         losses[chunk] = cross_entropy_(
             error,
             target[chunk],
@@ -320,7 +329,8 @@ def budget(device: torch.device) -> int:
         return BUDGET_CPU if device.type == "cpu" else BUDGET
     if not given.isdecimal() or int(given) == 0:
         raise ValueError(
-            f"{WHERE}: DFA_KERNELS_LOGITS_BYTES must be a number of bytes above 0, got {given!r}"
+            f"{WHERE}: DFA_KERNELS_LOGITS_BYTES must be a number of bytes above 0, as "
+            f"67108864, got {given!r}"
         )
     return int(given)
 

@@ -9,6 +9,7 @@ gets whole logits, made as ever.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -103,7 +104,7 @@ class Origin:
         shape = self.head.hidden.shape[:-1]
         places = torch.arange(shape.numel(), device=self.head.hidden.device).view(shape)
         grad = self.tie is not None or any(one.requires_grad for one in self.head.tensors)
-        return Logits(self, None, None, places, len(shape), False, self.dtype, (), grad)
+        return Logits(self, None, None, places, len(shape), False, self.dtype, (1.0, None), grad)
 
     def make(self) -> Tensor:
         """The layer's output, whole; if gradients are enabled, tied to the activations."""
@@ -181,8 +182,9 @@ class Logits(Tensor):
     """A tensor of no memory that is made when a function needs its numbers.
 
     It is what `step` makes of `before`, or else of its origin: row `places[...]` of all tokens,
-    along the dimension `axis`; with `repeats` a token may have several. `cap` has the steps of
-    softcapping so far. Once it is whole, all functions get `whole`.
+    along the dimension `axis`; with `repeats` a token may have several. `cap` has the factor of
+    logits so far, and that of its tanh if there was one. Once it is whole, all functions get
+    `whole`.
     """
 
     origin: Origin
@@ -191,7 +193,7 @@ class Logits(Tensor):
     places: Tensor
     axis: int
     repeats: bool
-    cap: tuple[tuple, ...]
+    cap: tuple[float, float | None]
     whole: Tensor | None
     hooks: OrderedDict[int, Any]  # of its gradient
 
@@ -205,7 +207,7 @@ class Logits(Tensor):
         axis: int,
         repeats: bool,
         dtype: torch.dtype,
-        cap: tuple[tuple, ...],
+        cap: tuple[float, float | None],
         grad: bool,
     ) -> Logits:
         """See the class."""
@@ -417,17 +419,23 @@ def _copied(func: Any, logits: Logits, **kwargs: Any) -> Logits | None:
 
 
 def _capped(func: Any, logits: Logits, *args: Any, **kwargs: Any) -> Logits | None:
-    """The next step of c tanh(x / c)."""
-    name = {torch.tanh: "tanh", Tensor.tanh: "tanh"}.get(func, "times")
-    name = "over" if func in _DIVISIONS else name
-    if kwargs or len(args) != (name != "tanh") or any(type(c) not in (int, float) for c in args):
+    """A factor, or the tanh of softcapping."""
+    factor, softcap = logits.cap
+    if func in (torch.tanh, Tensor.tanh):
+        if args or kwargs or softcap is not None:
+            return None
+        softcap = 1.0
+    else:
+        if kwargs or len(args) != 1 or type(args[0]) not in (int, float) or not args[0]:
+            return None
+        times = 1 / args[0] if func in _DIVISIONS else float(args[0])
+        if softcap is None:
+            factor *= times
+        else:
+            softcap *= times
+    if not all(math.isfinite(one) and one for one in (factor, softcap or 1.0)):
         return None
-    done = (*logits.cap, (name, *args))
-    c = done[0][1:]
-    wanted = (("over", *c), ("tanh",), ("times", *c))[: len(done)]
-    if done != wanted or not 0 < c[0] < float("inf"):
-        return None
-    return logits.then(lambda whole: func(whole, *args), cap=done)
+    return logits.then(lambda whole: func(whole, *args), cap=(factor, softcap))
 
 
 def _cross_entropy(
@@ -442,10 +450,10 @@ def _cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor | None:
     """The loss of logits that are never whole."""
-    origin, places, cap = logits.origin, logits.places, logits.cap
+    origin, places, (factor, softcap) = logits.origin, logits.places, logits.cap
     if origin.dfa is None or not (size_average is reduce is weight is None):
         return None
-    if reduction not in REDUCTIONS or len(cap) not in (0, 3) or type(target) is not Tensor:
+    if reduction not in REDUCTIONS or type(target) is not Tensor:
         return None
     if target.dtype is not torch.int64 or target.shape != places.shape:
         return None
@@ -462,8 +470,12 @@ def _cross_entropy(
         return None
     all_targets = target.new_full((tokens,), ignore_index)
     all_targets[places] = target.reshape(-1)
-    softcap = float(cap[0][1]) if cap else None
-    loss = Loss.checked(ignore_index, reduction, label_smoothing, softcap)
+    if softcap is not None:
+        if softcap < 0:  # -c tanh(x) is c tanh(-x)
+            factor, softcap = -factor, -softcap
+        factor *= softcap  # c tanh(x) is c tanh(c x / c)
+        factor = 1.0 if math.isclose(factor, 1, rel_tol=1e-12) else factor
+    loss = Loss.checked(ignore_index, reduction, label_smoothing, softcap)._replace(factor=factor)
     wide = torch.is_autocast_enabled(logits.device.type) and logits.dtype.itemsize == 2
     dtype = torch.float32 if wide else logits.dtype
     with torch.set_grad_enabled(logits.requires_grad and torch.is_grad_enabled()):

@@ -231,6 +231,7 @@ _library = torch.library.Library("dfa_kernels", "FRAGMENT")
 _library.define(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, "
     "Tensor? scales, float scale, int ignore_index, float label_smoothing, float? softcap, "
+    "float factor, "
     "ScalarType logits, bool[] wanted, SymInt[] row_offsets, SymInt[] sizes, "
     "Scalar[] layer_scales, ScalarType signals, Device? device, Tensor[]? matrices, "
     "bool by_weight, SymInt seed, str distribution, str backend) -> Tensor[]"
@@ -265,7 +266,7 @@ def _run_compiled(
         where = projection.dtype, projection.device, matrices
         how = *layers, *where, by_weight is not None, *seeded
     operator = torch.ops.dfa_kernels.linear_cross_entropy
-    loss_arguments = loss.ignore_index, loss.label_smoothing, loss.softcap
+    loss_arguments = loss.ignore_index, loss.label_smoothing, loss.softcap, loss.factor
     return Results.of(
         wanted, operator(*head, target, scales, scale, *loss_arguments, dtype, wanted, *how)
     )
@@ -288,6 +289,7 @@ def _operator(
     ignore_index,
     label_smoothing,
     softcap,
+    factor,
     logits,
     wanted,
     row_offsets,
@@ -315,7 +317,7 @@ def _operator(
             None,
             layer_scales if by_weight else None,
         )
-    loss = Loss(ignore_index, "none", label_smoothing, softcap)
+    loss = Loss(ignore_index, "none", label_smoothing, softcap, factor)
     results = run(
         Head(hidden, weight, bias),
         target,
@@ -338,6 +340,7 @@ def _operator_fake(
     ignore_index,
     label_smoothing,
     softcap,
+    factor,
     logits,
     wanted,
     row_offsets,

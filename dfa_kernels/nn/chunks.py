@@ -31,7 +31,7 @@ from dfa_kernels.stream import arithmetic
 WHERE = "DFA.linear_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
 # Bytes that the logits of a chunk may take, on a CPU and elsewhere.
-BUDGET_CPU, BUDGET = 64 * 2**20, 256 * 2**20
+BUDGET_CPU, BUDGET = 128 * 2**20, 256 * 2**20
 # Sums over the tokens of a chunk stay in the range of fp16: of so many, and made so much smaller.
 _FP16_ROWS, _FP16_SHRINK = 2**10, 2.0**-6
 

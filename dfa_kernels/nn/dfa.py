@@ -275,7 +275,7 @@ class DFA(Passes):
         It takes the place of `F.cross_entropy(self(F.linear(hidden, weight, bias)), target)`: the
         same loss, gradients and signals, to rounding. Logits and errors exist for a chunk of tokens
         at a time only, so that memory for them depends neither on the tokens nor on the vocabulary:
-        64 MiB on a CPU, 256 MiB elsewhere, or DFA_KERNELS_LOGITS_BYTES. Signals and gradients are
+        128 MiB on a CPU, 256 MiB elsewhere, or DFA_KERNELS_LOGITS_BYTES. Signals and gradients are
         ready when this returns; the backward pass multiplies them by the gradient of the loss.
 
         With the signals of a seed, of stored matrices or of `OutputWeights` no product is made

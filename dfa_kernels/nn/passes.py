@@ -7,7 +7,7 @@ the loss of an output layer by chunks, `signals` the signals of an error.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ from dfa_kernels.nn.settings import Settings
 from dfa_kernels.nn.shards import Layout, layout_of, meshes_behind
 from dfa_kernels.nn.sources import OutputWeights, Received, Seeded, Source, Stored
 from dfa_kernels.nn.ties import Tie
+
+ErrorTransform = Callable[[Tensor], Tensor]
 
 
 class Passes(Settings):
@@ -143,7 +145,7 @@ class Passes(Settings):
         """What makes the signals of a chunk of tokens."""
         source, transform, by_weight = tie.source, None, None
         if self.error_transform is not None:
-            transform = self._transformed_chunk
+            transform = functools.partial(self._transformed_chunk, self.error_transform)
         elif isinstance(source, OutputWeights):
             by_weight = source.scales_by(head.weight, tie.layers)
         device = torch.device(self.rp_device or head.hidden.device)
@@ -242,22 +244,24 @@ class Passes(Settings):
         """The error [batch, n] through `error_transform`."""
         return self._transformed_error(to_rows(error, batch_dims, "DFA"))
 
-    def _transformed_error(self, rows: Tensor) -> Tensor:
-        """The error through `error_transform`."""
-        if self.error_transform is None:
+    def _transformed_error(self, rows: Tensor, transform: ErrorTransform | None = None) -> Tensor:
+        """The error through `transform`, or the `error_transform` in force."""
+        transform = self.error_transform if transform is None else transform
+        if transform is None:
             return rows
         # A copy: one that works in place would change the last layer's gradient.
-        transformed = self.error_transform(rows.clone())
+        transformed = transform(rows.clone())
         if not isinstance(transformed, Tensor) or transformed.shape != rows.shape:
             raise _other_shape("error_transform", rows, transformed)
         return transformed
 
-    def _transformed_chunk(self, rows: Tensor) -> Tensor:
-        """The error of a chunk of tokens through `error_transform`, which is checked once."""
-        known = self.__dict__.get("_row_by_row") is self.error_transform
-        if not known and check_row_by_row(self._transformed_error, rows):
-            self.__dict__["_row_by_row"] = self.error_transform  # no submodule
-        return self._transformed_error(rows)
+    def _transformed_chunk(self, transform: ErrorTransform, rows: Tensor) -> Tensor:
+        """The error of a chunk of tokens through an `error_transform`, which is checked once."""
+        transformed = functools.partial(self._transformed_error, transform=transform)
+        known = self.__dict__.get("_row_by_row") is transform
+        if not known and check_row_by_row(transformed, rows):
+            self.__dict__["_row_by_row"] = transform  # no submodule
+        return transformed(rows)
 
     def targets(self) -> list[Target]:
         """The activations that wait for the output."""

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dfa_kernels import DFA, DFALayer
 from tests import processes
-from tests.nn.networks import Multiplied
+from tests.nn.networks import Multiplied, assert_equal, gradients
 from tests.nn.test_linear_cross_entropy import (
     MATRIX,
     WIDTH,
@@ -49,14 +49,14 @@ def test_sums_over_many_tokens_stay_in_the_range_of_fp16(reduction, monkeypatch)
     hidden, target = torch.rand(20000, 8) + 1, torch.randint(32, (20000,))
     hidden[:, 0] *= 64  # as one dimension of many language models
     target[::2] = 0  # the sum of this word's errors is the largest
-    gradients = []
+    found = []
     for dtype in (torch.float32, torch.float16):
         weight = torch.zeros(32, 8, requires_grad=True)
         with torch.autocast("cpu", torch.float16, enabled=dtype is torch.float16):
             loss = DFA([]).linear_cross_entropy(hidden, weight, target, reduction=reduction)
         (loss.mean() if reduction == "mean" else 16 * loss.sum()).backward()
-        gradients.append(weight.grad)
-    assert_close(gradients[1:], gradients[:1], torch.float16)
+        found.append(weight.grad)
+    assert_close(found[1:], found[:1], torch.float16)
 
 
 def test_small_signals_in_fp16_beside_an_output_layer_in_fp32_are_not_lost():
@@ -126,6 +126,16 @@ def test_a_transform_that_goes_by_the_place_of_a_row_is_refused():
         step(model, *batch())
 
 
+def test_a_transform_is_the_one_of_the_forward_pass():
+    model = Language(error_transform=torch.sign)
+    ours = step(model, *batch())
+    model.zero_grad()
+    loss = model(*batch())
+    model.dfa.error_transform = None
+    (3 * loss).backward()
+    assert_equal(gradients(model), ours[1:])
+
+
 def test_losses_one_by_one_may_be_changed_in_place():
     model, options = Language(), {"reduction": "none"}
     whole = step(model, *batch(), whole=True, upstream=6.0, **options)
@@ -190,7 +200,7 @@ def test_a_bias_that_is_not_finite_gives_what_torch_gives(value):
 def test_hidden_weights_and_targets_may_be_expanded():
     torch.manual_seed(0)
     weight, hidden = torch.randn(1, WIDTH), torch.randn(WIDTH, 1)
-    gradients = []
+    found = []
     for whole in (True, False):
         w = weight.expand(WORDS, WIDTH).requires_grad_()
         h = hidden.expand(WIDTH, 9).T.requires_grad_()
@@ -200,6 +210,6 @@ def test_hidden_weights_and_targets_may_be_expanded():
             if whole
             else DFA([]).linear_cross_entropy(h, w, target, bias=bias)
         )
-        gradients.append(torch.autograd.grad(loss, [h, w]))
-    for ours, theirs in zip(*reversed(gradients), strict=True):
+        found.append(torch.autograd.grad(loss, [h, w]))
+    for ours, theirs in zip(*reversed(found), strict=True):
         torch.testing.assert_close(ours, theirs)

@@ -43,8 +43,8 @@ def cross_entropy_(
     if not logits.is_floating_point():
         raise TypeError(f"cross_entropy_: logits must be floating-point, got {logits.dtype}")
     options = ignore_index, label_smoothing, softcap, scales_of(scale, logits), gradient
-    on_gpu = logits.is_cuda and type(logits) is Tensor  # a FakeTensor is nowhere
-    losses = by_kernel(logits, target, *options) if on_gpu else None
+    real = logits.is_cuda and type(logits) is Tensor  # a FakeTensor has no memory
+    losses = by_kernel(logits, target, *options) if real else None
     return plain(logits, target, *options) if losses is None else losses
 
 

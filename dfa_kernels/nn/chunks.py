@@ -27,6 +27,7 @@ from dfa_kernels.nn import signals as delivery
 from dfa_kernels.nn.rows import order
 from dfa_kernels.nn.shards import layout_of
 from dfa_kernels.nn.sources import OutputWeights, Seeded, Source, Stored
+from dfa_kernels.stream import arithmetic
 
 WHERE = "DFA.linear_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
@@ -272,7 +273,7 @@ def run(
     """
     hidden, weight, bias = head
     tokens, (n, d) = len(target), weight.shape
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    wide = arithmetic(dtype)
     _check_words(target, n, loss.ignore_index)
     weight, bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
     is_linear = projection is None or projection.is_linear

@@ -21,14 +21,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from dfa_kernels import checks
 from dfa_kernels.nn import guards
 from dfa_kernels.nn.chunks import REDUCTIONS, Head, Loss
 from dfa_kernels.nn.dfa import DFA
 from dfa_kernels.nn.functions import drops_graph
 from dfa_kernels.nn.layer import recomputing
 from dfa_kernels.nn.ties import Tie
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Hidden(Tensor):
@@ -69,7 +68,7 @@ def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Logit
     if hidden.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
         return None
     dtypes = {one.dtype for one in head.tensors}
-    if not dtypes <= {*_DTYPES} or (len(dtypes) > 1 and head.autocast is None):
+    if not dtypes <= {*checks.DTYPES} or (len(dtypes) > 1 and head.autocast is None):
         return None
     return Origin(head).new()
 

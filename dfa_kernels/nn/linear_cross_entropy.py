@@ -18,6 +18,7 @@ from dfa_kernels.nn.functions import drops_graph, for_anchors
 from dfa_kernels.nn.rows import from_rows, order, to_rows
 from dfa_kernels.nn.sources import Received, Seeded, Source, Stored
 from dfa_kernels.nn.ties import Tie
+from dfa_kernels.stream import arithmetic
 
 # Errors and signals are made before the gradient of the loss is known. This keeps them in the range
 # of fp16.
@@ -106,8 +107,7 @@ class Work(NamedTuple):
 
         A number, or one for each row.
         """
-        wide = torch.float64 if self.logits is torch.float64 else torch.float32
-        gradient = gradient.to(wide)
+        gradient = gradient.to(arithmetic(self.logits))
         if self.loss.reduction == "none":
             return to_rows(gradient[..., None], self.batch_dims, WHERE).squeeze(1)
         if self.loss.reduction == "mean":
@@ -350,7 +350,7 @@ def _operator_fake(
     device,
     *_,
 ) -> list[Tensor]:
-    wide = torch.float64 if logits is torch.float64 else torch.float32
+    wide = arithmetic(logits)
     tokens = hidden.shape[0]
     of_hidden, of_weight, of_bias = wanted
     results = [hidden.new_empty(tokens, dtype=wide)]

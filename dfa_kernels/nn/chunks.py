@@ -316,7 +316,7 @@ def run(
         if of_weight is not None:
             _add_product(of_weight, error.T, rows, first=index == 0)
         if of_bias is not None:
-            of_bias += error.sum(0, dtype=wide)
+            of_bias += error.sum(0)
         if projection is not None:
             for signal, part in zip(signals, projection.signals(error, back), strict=True):
                 signal[chunk] = part.to(signal.device, signal.dtype)

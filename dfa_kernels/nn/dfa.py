@@ -281,13 +281,15 @@ class DFA(Passes):
         With the signals of a seed, of stored matrices or of `OutputWeights` no product is made
         twice. With an `error_transform`, a `Source` of your own or reduction "none" the backward
         pass makes the logits again, one product of four. The first two get the error of a chunk of
-        tokens at a time and must treat each row by itself. What makes the signals is what is in
-        force now. While `alignment` measures, logits are whole; so they are under torch.func, and
-        where they are DTensors.
+        tokens at a time and must treat each row by itself: an `error_transform` is called twice
+        more at first, on a few rows, to see that it does, for which a GPU waits. What makes the
+        signals is what is in force now. While `alignment` measures, logits are whole; so they are
+        under torch.func, and where they are DTensors.
 
         Args:
-            hidden: [..., d], the input of the output layer. All its dimensions but the last must be
-                batch dimensions of this `DFA`, so that every token is a row.
+            hidden: [..., d], the input of the output layer, of all tokens that the layers had. All
+                its dimensions but the last must be batch dimensions of this `DFA`, so that every
+                token is a row.
             weight: [n, d], the output layer's, as tied embeddings have it, too.
             target: [...], int64, a word of the vocabulary for each token or ignore_index. On a CPU
                 ignored tokens cost nothing, except with an `error_transform` or a `Source` of your

@@ -135,8 +135,9 @@ def warn_of_layers_without_signals(
             said,
             "nothing",
             "DFA: no layer was called before it in this forward pass, so it trains nothing but the "
-            "last layer. The DFA was called twice, or the layers' hooks were not called: call "
-            "model(x), not model.forward(x), and choose points that are called as modules",
+            "last layer. The DFA was called twice (linear_cross_entropy is such a call), or the "
+            "layers' hooks were not called: call model(x), not model.forward(x), and choose points "
+            "that are called as modules",
         )
 
 
@@ -184,16 +185,26 @@ def warn_of_a_search_for_unused(said: set[str], name: str) -> None:
     )
 
 
+def warn_of_a_left_out_bias(said: set[str]) -> None:
+    """The output layer has a bias that its loss was not given."""
+    warn_once(
+        said,
+        "bias",
+        "DFA.linear_cross_entropy: the output layer of OutputWeights has a bias, and bias was not "
+        "given, so the loss is without it and does not train it; give bias=linear.bias",
+    )
+
+
 def warn_of_looked_at_logits(said: set[str], name: str, function: str) -> None:
     """A function needs the numbers of logits, and may send them a gradient."""
     warn_once(
         said,
         f"whole logits of {function}",
-        f"attach: head {name!r}: {function} needs whole logits, which are made now; without them "
-        "are F.cross_entropy with words as targets and no weights, and before it conversions to "
-        "fp32, changes of shape, a choice of tokens and c * tanh(x / c), but no hooks, as "
-        "fully_shard has them on a model's outputs (compute the loss inside it); for measures call "
-        "it under torch.no_grad()",
+        f"attach: head {name!r}: {function} needs whole logits here, so they are made and take "
+        "their memory. They need not be where they reach F.cross_entropy with int64 targets and no "
+        "class weights, after no more than .float(), other shapes, a selection of tokens, factors "
+        "and c * tanh(x / c), and without hooks, as fully_shard puts them on a model's outputs "
+        "(compute the loss inside it). For measures call it under torch.no_grad()",
     )
 
 

@@ -38,7 +38,8 @@ class OutputHook(_PointHook):
         if isinstance(self.target, DFA) and holds_loss(output):
             raise ValueError(
                 f"attach: {self.name!r} returns its loss, which no signal would reach; give "
-                "output=..., the submodule that makes the logits"
+                "output=..., the submodule that makes the logits, or head=... for a loss without "
+                "whole logits"
             )
         return through(self.target, output, self.name)
 

@@ -147,7 +147,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         if work.tie is not None:
             ctx.signals, ctx.anchors = work.tie.signals, len(work.tie.anchors)
             kept = tied[: len(work.tie.activations)]
-        if torch.compiler.is_compiling():
+        ctx.compiled = torch.compiler.is_compiling()  # compiled autograd takes eager passes, too
+        if ctx.compiled:
             ctx.inputs, ctx.made = len(inputs), len(made)
             ctx.save_for_backward(hidden, *inputs, *made, *kept)
         else:
@@ -169,8 +170,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def first_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """See `backward`."""
         work, shape, inputs, made, kept = ctx.work, ctx.shape, ctx.saved_tensors, ctx.made, ()
-        compiling = torch.compiler.is_compiling()
-        if compiling:  # the graph of a backward cannot use sizes that the forward computed
+        if ctx.compiled:  # the graph of a backward cannot use sizes that the forward computed
             hidden, *saved = ctx.saved_tensors
             shape, ends = hidden.shape, (ctx.inputs, ctx.inputs + ctx.made)
             inputs, made, kept = saved[: ends[0]], saved[ends[0] : ends[1]], saved[ends[1] :]
@@ -186,7 +186,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             head = Head(hidden, weight, bias[0] if bias else None)
             results = work.run(head, target, learn=True, scale=factor.expand(target.numel()))
         else:
-            alone = not compiling and drops_graph()
+            alone = not torch.compiler.is_compiling() and drops_graph()
             if alone:
                 ctx.made = None
             factor = factor / work.scale

@@ -148,6 +148,8 @@ class Passes(Settings):
             transform = functools.partial(self._transformed_chunk, self.error_transform)
         elif isinstance(source, OutputWeights):
             by_weight = source.scales_by(head.weight, tie.layers)
+            if by_weight is not None and head.bias is None and source.linear.bias is not None:
+                guards.warn_of_a_left_out_bias(self._group.said)
         device = torch.device(self.rp_device or head.hidden.device)
         return Projection(source, tie.layers, tie.dtype, device, transform, by_weight)
 

@@ -198,6 +198,13 @@ WAYS = {
     "softcapped, the other way": lambda logits, y: F.cross_entropy(
         3 * logits[:, 1:].flatten(0, 1).div(3).tanh(), y[:, 1:].flatten()
     ),
+    "a temperature": lambda logits, y: F.cross_entropy((logits / 2).flatten(0, 1), y.flatten()),
+    "factors": lambda logits, y: F.cross_entropy(
+        (3 * (0.5 * logits.float())).flatten(0, 1), y.flatten(), reduction="none"
+    ),
+    "another cap": lambda logits, y: F.cross_entropy(
+        (torch.tanh(logits / 2) * -3 / 0.5).flatten(0, 1), y.flatten()
+    ),
     "summed": lambda logits, y: (
         F.cross_entropy(
             logits.flatten(0, 1), y.flatten(), reduction="sum", label_smoothing=0.1, ignore_index=7
@@ -243,9 +250,8 @@ WHOLE = {
         logits.flatten(0, 1), torch.full((24, WORDS), 1 / WORDS)
     ),
     "log_softmax": lambda logits, y: F.nll_loss(logits.log_softmax(-1).flatten(0, 1), y.flatten()),
-    "a temperature": lambda logits, y: F.cross_entropy((logits / 2).flatten(0, 1), y.flatten()),
-    "another cap": lambda logits, y: F.cross_entropy(
-        (torch.tanh(logits / 2) * 3).flatten(0, 1), y.flatten()
+    "a factor for each word": lambda logits, y: F.cross_entropy(
+        (logits * torch.linspace(0.1, 1, WORDS)).flatten(0, 1), y.flatten()
     ),
     "a token twice": lambda logits, y: F.cross_entropy(
         logits[0, torch.tensor([1, 4, 1])], torch.tensor([3, 4, 5])

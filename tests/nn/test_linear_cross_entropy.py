@@ -360,6 +360,7 @@ def test_a_transform_of_several_rows_is_refused():
     ("change", "error", "message"),
     [
         ({"hidden": 1}, TypeError, "hidden must be a tensor, got int"),
+        ({"weight": nn.Linear(WIDTH, WORDS)}, TypeError, "got Linear; give its weight, and its bias"),
         ({"weight": torch.zeros(WORDS)}, ValueError, r"weight must be \[n, d\], got \(50,\)"),
         ({"weight": torch.zeros(WORDS, 3)}, ValueError, r"hidden must be \[\.\.\., 3\]"),
         ({"bias": torch.zeros(3)}, ValueError, r"bias must be \[50\], got \(3,\)"),
@@ -375,7 +376,8 @@ def test_a_transform_of_several_rows_is_refused():
         ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int"),
         ({"reduction": "max"}, ValueError, "reduction must be one of .* got 'max'"),
         ({"label_smoothing": 2}, ValueError, "label_smoothing must be .* got 2"),
-        ({"softcap": 0}, ValueError, "softcap must be above 0, got 0"),
+        ({"softcap": 0}, ValueError, "softcap must be above 0, or None for none, got 0"),
+        ({"softcap": -30}, ValueError, "softcap must be above 0, or None for none, got -30"),
         ({"softcap": "30"}, TypeError, "softcap must be a number, got str"),
     ],
 )
@@ -387,6 +389,23 @@ def test_bad_arguments_are_named(change, error, message):
     }
     with pytest.raises(error, match=rf"DFA\.linear_cross_entropy: .*{message}"):
         DFA([DFALayer()]).linear_cross_entropy(**arguments | change)
+
+
+def test_a_bias_that_was_left_out_is_named():
+    model = Language(by_weights=True)
+    with pytest.warns(UserWarning, match=r"has a bias, .* give bias=linear\.bias"):
+        model.dfa.linear_cross_entropy(model.hidden(batch()[0]), model.head.weight, batch()[1])
+
+
+def test_tokens_without_a_target_keep_their_rows():
+    model = Language()
+    tokens, _ = batch()
+    hidden, target = model.hidden(tokens), F.pad(tokens[:, 1:], (0, 1), value=-100)
+    with pytest.raises(ValueError, match="Tokens without a target keep their rows"):
+        model.loss(hidden[:, :-1], tokens[:, 1:], False)
+    ours = step(model, tokens, target)
+    theirs = F.cross_entropy(model.head(hidden)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(ours[0], theirs.detach())
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "many"])

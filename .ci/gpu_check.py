@@ -1,6 +1,6 @@
 """What to do on a GPU, most important first, in stages that each end within minutes.
 
-    python3 .ci/gpu_check.py [--stage A|B|C] [--output DIR] [--archive FILE] [--minutes 9] [--again]
+    python3 .ci/gpu_check.py [--stage A|B|C|D] [--output DIR] [--archive FILE] [--minutes 9] [--again]
     python3 .ci/gpu_check.py --plan     what would run and how long it may take; needs no GPU
     make gpu-check [GPU_PYTHON=python3] [ARGS="--stage A"]
 
@@ -16,6 +16,7 @@ On a rented machine, one command at a time; $OUT is the folder that comes back:
     python3 .ci/gpu_check.py --stage A --output /tmp/check --archive $OUT/check.tar.gz
     python3 .ci/gpu_check.py --stage B --output /tmp/check --archive $OUT/check.tar.gz
     python3 .ci/gpu_check.py --stage C --output /tmp/check --archive $OUT/check.tar.gz
+    python3 .ci/gpu_check.py --stage D --output /tmp/check --archive $OUT/check.tar.gz
 
 DIR gets gpu-check.json (what ran, how long, how it ended, on which device, of which commit),
 gpu-check.log, a log for each step, and what the steps leave: JUnit XML, JSON, figures, a profile.

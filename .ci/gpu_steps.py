@@ -249,6 +249,16 @@ STAGES: dict[str, tuple[Step, ...]] = {
             programs=("ncu",),
         ),
     ),
+    "D": (
+        Step(
+            "large-vocabulary",
+            "{python} -m benchmarks.large_vocabulary --device cuda --dtype bfloat16 "
+            "--json {output}/large_vocabulary.json",
+            90,
+            240,
+            modules=("matplotlib", "rich"),
+        ),
+    ),
 }
 
 

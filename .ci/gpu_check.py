@@ -1,6 +1,7 @@
 """What to do on a GPU, most important first, in stages that each end within minutes.
 
-    python3 .ci/gpu_check.py [--stage A|B|C|D] [--output DIR] [--archive FILE] [--minutes 9] [--again]
+    python3 .ci/gpu_check.py [--stage A|B|C|D] [--output DIR] [--archive FILE]
+                             [--minutes 9] [--again]
     python3 .ci/gpu_check.py --plan     what would run and how long it may take; needs no GPU
     make gpu-check [GPU_PYTHON=python3] [ARGS="--stage A"]
 

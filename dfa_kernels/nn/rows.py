@@ -55,8 +55,8 @@ def row_ratio(ours: list[int], theirs: list[int], function: str) -> int:
         return rows // batch
     raise ValueError(
         f"{function} must have the output's rows {wanted}, or several consecutive ones for each, "
-        f"got {got}; batch_dims gives the dimensions of rows in order. Tokens without a target keep "
-        "their rows: give them ignore_index"
+        f"got {got}; batch_dims gives the dimensions of rows in order. Tokens without a target "
+        "keep their rows: give them ignore_index"
     )
 
 

@@ -360,7 +360,11 @@ def test_a_transform_of_several_rows_is_refused():
     ("change", "error", "message"),
     [
         ({"hidden": 1}, TypeError, "hidden must be a tensor, got int"),
-        ({"weight": nn.Linear(WIDTH, WORDS)}, TypeError, "got Linear; give its weight, and its bias"),
+        (
+            {"weight": nn.Linear(WIDTH, WORDS)},
+            TypeError,
+            "got Linear; give its weight, and its bias",
+        ),
         ({"weight": torch.zeros(WORDS)}, ValueError, r"weight must be \[n, d\], got \(50,\)"),
         ({"weight": torch.zeros(WORDS, 3)}, ValueError, r"hidden must be \[\.\.\., 3\]"),
         ({"bias": torch.zeros(3)}, ValueError, r"bias must be \[50\], got \(3,\)"),
@@ -411,5 +415,5 @@ def test_tokens_without_a_target_keep_their_rows():
 @pytest.mark.parametrize("given", ["0", "-1", "many"])
 def test_a_budget_that_is_none_is_refused(given, monkeypatch):
     monkeypatch.setenv("DFA_KERNELS_LOGITS_BYTES", given)
-    with pytest.raises(ValueError, match=f"must be a number of bytes above 0, got '{given}'"):
+    with pytest.raises(ValueError, match=f"must be a number of bytes above 0, .* got '{given}'"):
         Language()(*batch())

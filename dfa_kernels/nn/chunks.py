@@ -26,7 +26,7 @@ from dfa_kernels.layers import Layers
 from dfa_kernels.nn import signals as delivery
 from dfa_kernels.nn.rows import order
 from dfa_kernels.nn.shards import layout_of
-from dfa_kernels.nn.sources import OutputWeights, Seeded, Source, Stored
+from dfa_kernels.nn.sources import LINEAR, Source
 from dfa_kernels.stream import arithmetic
 
 WHERE = "DFA.linear_cross_entropy"
@@ -160,6 +160,12 @@ class Head(NamedTuple):
         """That of the logits."""
         return self.autocast or self.hidden.dtype
 
+    def without_autocast(self) -> torch.autocast:
+        """A context that multiplies in the dtypes given. Devices without autocast need none."""
+        kind = self.hidden.device.type
+        available = torch.amp.is_autocast_available(kind)
+        return torch.autocast(kind if available else "cpu", enabled=False)
+
     def logits(self) -> Tensor:
         """The whole of them."""
         return F.linear(*self)
@@ -215,7 +221,7 @@ class Projection(NamedTuple):
     @property
     def is_linear(self) -> bool:
         """Whether an error of zeros, as of ignored tokens, is known to make signals of zeros."""
-        return self.transform is None and isinstance(self.source, (Seeded, Stored, OutputWeights))
+        return self.transform is None and isinstance(self.source, LINEAR)
 
     def new(self, tokens: int, *, zeros: bool) -> list[Tensor]:
         """Memory for the signals."""

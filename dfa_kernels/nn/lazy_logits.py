@@ -108,7 +108,7 @@ class Origin:
     def make(self) -> Tensor:
         """The layer's output, whole; if gradients are enabled, tied to the activations."""
         self._check()
-        with torch.autocast(self.head.hidden.device.type, enabled=False):
+        with self.head.without_autocast():
             hidden, weight, bias = self.head
             bias = None if bias is None else bias.to(self.dtype)
             logits = F.linear(hidden.to(self.dtype), weight.to(self.dtype), bias)
@@ -230,11 +230,9 @@ class Logits(Tensor):
         head, group = self.origin.head, dfa._group
         if self.before is not None or self.whole is not None:
             return None
-        if dfa.mode == "dfa" and group.waiting:
-            head.check_rows(dfa.batch_dims)
         origin = self.origin
+        origin.tie = dfa.begin_head(head)
         origin.dfa, origin.name = dfa, name
-        origin.tie = dfa.begin(head.stand_in(), head.tensors)
         if origin.tie is not None and origin.tie.plan.mesh is not None:
             guards.warn_of_a_whole_head(group.said, name)
             return origin.make()

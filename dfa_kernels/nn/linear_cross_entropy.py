@@ -66,7 +66,7 @@ class Work(NamedTuple):
 
     def apply(self, head: Head, target: Tensor) -> Tensor:
         """The loss, tied to the activations."""
-        tied = () if self.tie is None else (*self.tie.activations, *self.tie.anchors)
+        tied = () if self.tie is None else self.tie.tensors
         return LinearCrossEntropy.apply(self, *head, target, *tied)
 
     def run(self, head: Head, target: Tensor, learn: bool, scale: Tensor | None = None) -> Results:
@@ -76,10 +76,7 @@ class Work(NamedTuple):
         rows = Head(to_rows(hidden, dims, WHERE), weight, bias)
         wanted = self.wanted if learn else Wanted(False, False, False)
         call = _run_compiled if torch.compiler.is_compiling() else run
-        kind = hidden.device.type
-        with torch.autocast(
-            kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False
-        ):
+        with head.without_autocast():
             return call(
                 rows,
                 target.permute(dims).reshape(-1),
@@ -231,8 +228,7 @@ _library = torch.library.Library("dfa_kernels", "FRAGMENT")
 _library.define(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, "
     "Tensor? scales, float scale, int ignore_index, float label_smoothing, float? softcap, "
-    "float factor, "
-    "ScalarType logits, bool[] wanted, SymInt[] row_offsets, SymInt[] sizes, "
+    "float factor, ScalarType logits, bool[] wanted, SymInt[] row_offsets, SymInt[] sizes, "
     "Scalar[] layer_scales, ScalarType signals, Device? device, Tensor[]? matrices, "
     "bool by_weight, SymInt seed, str distribution, str backend) -> Tensor[]"
 )

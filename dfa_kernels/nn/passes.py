@@ -26,7 +26,7 @@ from dfa_kernels.nn.rows import to_rows
 from dfa_kernels.nn.scripting import tracing
 from dfa_kernels.nn.settings import Settings
 from dfa_kernels.nn.shards import Layout, layout_of, meshes_behind
-from dfa_kernels.nn.sources import OutputWeights, Received, Seeded, Source, Stored
+from dfa_kernels.nn.sources import LINEAR, OutputWeights, Received, Seeded, Source, Stored
 from dfa_kernels.nn.ties import Tie
 
 ErrorTransform = Callable[[Tensor], Tensor]
@@ -110,9 +110,13 @@ class Passes(Settings):
         """See `linear_cross_entropy`."""
         if self._group.record is not None or needs_whole_logits(*head):
             return loss.of(self.tie(head.logits()), target)
+        return self.loss_of(self.begin_head(head), head, target, loss)
+
+    def begin_head(self, head: Head) -> Tie | None:
+        """`begin`, for an output layer whose logits are not made, each token of which is a row."""
         if self.mode == "dfa" and self._group.waiting:
             head.check_rows(self.batch_dims)
-        return self.loss_of(self.begin(head.stand_in(), head.tensors), head, target, loss)
+        return self.begin(head.stand_in(), head.tensors)
 
     def loss_of(
         self,
@@ -135,7 +139,7 @@ class Passes(Settings):
             return loss.of(tie.apply(head.logits()), target)
         # What does not depend on the tie: a checkpoint that repeats this pass has none.
         own = self.error_transform is not None
-        own |= not isinstance(self.source, (Seeded, Stored, OutputWeights))
+        own |= not isinstance(self.source, LINEAR)
         again = loss.reduction == "none" or (own and self.mode == "dfa")
         dims = range(head.hidden.dim() - 1) if tie is None else tie.plan.batch_dims
         work = Work.of(head, loss, tuple(dims), projection, tie, again, dtypes)

@@ -12,7 +12,7 @@ from dfa_kernels import checks
 from dfa_kernels.layers import Layers
 from dfa_kernels.nn.rows import beside_rows, from_rows
 from dfa_kernels.nn.shards import Layout
-from dfa_kernels.nn.sources import OutputWeights, Seeded, Source, Stored
+from dfa_kernels.nn.sources import LINEAR, Source
 
 
 class Place(NamedTuple):
@@ -107,7 +107,7 @@ def project(
     source: Source, error: Tensor, layers: Layers, dtype: torch.dtype, first_column: int = 0
 ) -> list[Tensor]:
     """The source's signals. An error from another column than 0 on is a part of the whole one."""
-    if isinstance(source, (Seeded, Stored, OutputWeights)):
+    if isinstance(source, LINEAR):
         return source.project(error, layers, dtype, first_column)
     watched = not torch.compiler.is_compiling()  # tracing finds no versions
     version = error._version if watched else 0

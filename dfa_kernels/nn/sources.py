@@ -271,6 +271,10 @@ def _without_memory(weight: Tensor) -> bool:
     return weight.untyped_storage().size() == 0 != weight.numel()
 
 
+# The sources that are known to be linear in the error, and to take a part of its columns.
+LINEAR = (Seeded, Stored, OutputWeights)
+
+
 @dataclasses.dataclass
 class Received:
     """The `Source` of one pass of a `FeedbackStage`: what was made of the error elsewhere.

@@ -32,5 +32,9 @@ class Tie(NamedTuple):
 
     def apply(self, output: Tensor) -> Tensor:
         """`output`, whose gradient sends the signals."""
-        tied = *self.activations, *self.anchors
-        return Feedback.apply(self.signals, self.keep, len(self.anchors), output, *tied)
+        return Feedback.apply(self.signals, self.keep, len(self.anchors), output, *self.tensors)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What a Function ties to the output."""
+        return *self.activations, *self.anchors

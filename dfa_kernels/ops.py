@@ -7,8 +7,9 @@
     structured_adjoint.<backend>    the same of structured distributions
     feedback_matrix.<backend>   a piece of U
     cpu_isa                     the instruction set of backend "cpp"
-    pool_bytes, empty_pool      of its memory for large signals: the bytes in tensors and those
-        idle; gives the idle ones back to the system and returns how many they were
+    pool_bytes, empty_pool      of its memory for signals: the bytes in tensors and those idle;
+        gives the idle ones back to the system and returns how many they were
+    fill_signals                whether it fills their memory with NaN first, for tests
     cuda_fused, cuda_entries    the kernels of backend "cuda": the fused projection, and a piece of
         U, on request without the sqrt(3) of uniform entries
     cuda_structured, cuda_structured_adjoint    the same of structured distributions, and its
@@ -66,6 +67,7 @@ for _name in _STRUCTURED:
 _library.define("cpu_isa(str? force) -> str")
 _library.define("pool_bytes() -> int[]")
 _library.define("empty_pool() -> int")
+_library.define("fill_signals(bool on) -> ()")
 _library.define(
     f"cuda_fused{_SCHEMAS['project']}, int terms, int tile, int processors) -> Tensor[]"
 )
@@ -77,7 +79,7 @@ _library.define(
 )
 # Operators of no other backend, and whose extension has their kernels.
 _EXTENSIONS = {
-    **dict.fromkeys(("cpu_isa", "pool_bytes", "empty_pool"), "cpp"),
+    **dict.fromkeys(("cpu_isa", "pool_bytes", "empty_pool", "fill_signals"), "cpp"),
     **dict.fromkeys(("cuda_fused", "cuda_entries", "cuda_tiles"), "cuda"),
     **dict.fromkeys(("cuda_structured", "cuda_structured_adjoint"), "cuda"),
 }

@@ -28,7 +28,11 @@ struct MultiplySpec {
   int64_t error_stride;  // read by dot_*
   int64_t acc_stride;
   int batch;        // 1..max_batch, 1..kDotBatch
-  bool accumulate;  // false: acc is written, not read
+  bool accumulate;  // false: acc is not read
+  // If not null, the sums times `scale` go here instead of to acc, in their own type. Not by dot_*.
+  void* out;  // [batch][out_stride]
+  int64_t out_stride;
+  double scale;
 };
 constexpr int kDotBatch = 4;
 

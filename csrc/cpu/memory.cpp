@@ -20,6 +20,7 @@ struct Block {
   uintptr_t bytes;
   uint64_t since;  // the call since which it is idle
   bool again;      // an earlier tensor has had it
+  int64_t tensors;  // that have it now
   std::list<Block>::iterator self;
 };
 
@@ -61,7 +62,7 @@ class Pool {
     return *pool;
   }
 
-  Block* take(int64_t bytes) {
+  Block* take(int64_t bytes, int64_t tensors) {
     if (!on_) return nullptr;
     const auto wanted = round_up(static_cast<uintptr_t>(bytes), kStep);
     const std::lock_guard<std::mutex> guard(lock_);
@@ -85,9 +86,10 @@ class Pool {
         data = map(wanted);
       }
       if (data == nullptr) return nullptr;
-      made.front() = {data, wanted, 0, false, made.begin()};
+      made.front() = {data, wanted, 0, false, 0, made.begin()};
       held_.splice(held_.begin(), made);
     }
+    held_.front().tensors = tensors;
     held_bytes_ += held_.front().bytes;
     peak_ = std::max(peak_, held_bytes_);
     return &held_.front();
@@ -95,6 +97,7 @@ class Pool {
 
   void give(Block* block) {
     const std::lock_guard<std::mutex> guard(lock_);
+    if (--block->tensors > 0) return;
     block->since = calls_;
     held_bytes_ -= block->bytes;
     idle_bytes_ += block->bytes;
@@ -165,7 +168,7 @@ void advise_huge_pages(void* data, int64_t bytes) {
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
-Block* take_block(int64_t bytes) { return Pool::the().take(bytes); }
+Block* take_block(int64_t bytes, int64_t tensors) { return Pool::the().take(bytes, tensors); }
 void* data_of(const Block* block) { return block->data; }
 void give_block(void*, void* block) { Pool::the().give(static_cast<Block*>(block)); }
 bool is_used_again(const void* data) { return Pool::the().is_used_again(data); }
@@ -176,7 +179,7 @@ int64_t empty_pool() { return Pool::the().empty(); }
 #else
 
 void advise_huge_pages(void*, int64_t) {}
-Block* take_block(int64_t) { return nullptr; }
+Block* take_block(int64_t, int64_t) { return nullptr; }
 void* data_of(const Block*) { return nullptr; }
 void give_block(void*, void*) {}
 bool is_used_again(const void*) { return false; }

@@ -1,10 +1,10 @@
-// Memory of large signals, which is used again from step to step.
+// Memory of signals, which is used again from step to step.
 //
 // The system clears each page that is touched for the first time, which takes longer than
-// structured feedback takes to make what is written there. So the blocks of large outputs come from
-// a pool, and return to it when their tensors are gone. A tensor is an ordinary one: nothing is
-// handed out twice while it lives. The pool has at most as much memory as tensors held at once in
-// recent calls.
+// structured feedback takes to make what is written there. So the blocks of outputs come from a
+// pool, and return to it when their tensors are gone. A large output has a block of its own; small
+// ones of one call share a block. A tensor is an ordinary one: nothing is handed out twice while it
+// lives. The pool has at most as much memory as tensors held at once in recent calls.
 #pragma once
 
 #include <cstdint>
@@ -14,16 +14,21 @@ namespace dfa {
 // Large outputs share huge pages where the system has them.
 void advise_huge_pages(void* data, int64_t bytes);
 
-constexpr int64_t kPooledBytes = 1 << 20;  // smaller outputs are left to the allocator
+constexpr int64_t kLargeBytes = 1 << 20;   // of an output with a block of its own
+constexpr int64_t kPooledBytes = 64 << 10;  // outputs that together are smaller have no block
+
+// What an output takes of a block: no cache line belongs to two.
+constexpr int64_t part_bytes(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 struct Block;
 
-// A block of at least `bytes`, or null: if DFA_KERNELS_POOL is 0, or if there is no memory.
-Block* take_block(int64_t bytes);
+// A block of at least `bytes` for some tensors, or null: if DFA_KERNELS_POOL is 0, or if there is
+// no memory.
+Block* take_block(int64_t bytes, int64_t tensors);
 
 void* data_of(const Block* block);
 
-// A tensor's deleter: returns the block to the pool.
+// A tensor's deleter: the last one returns the block to the pool.
 void give_block(void* data, void* block);
 
 // Whether an earlier tensor has had this memory, so that the system need not clear it.

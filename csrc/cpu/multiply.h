@@ -63,13 +63,32 @@ void multiply_batch(const MultiplySpec& spec) {
       for (int v = 0; v < kVectors; ++v) acc[m][v] = Ops::fma(e, u[v], acc[m][v]);
     }
   }
+  if (spec.accumulate) {
+#pragma GCC unroll 16
+    for (int m = 0; m < Batch; ++m) {
+      const typename Ops::Acc* row = out + m * spec.acc_stride;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        acc[m][v] = S::plus(acc[m][v], S::load(row + v * Ops::kLanes));
+      }
+    }
+  }
+  int64_t stride = spec.acc_stride;
+  if (spec.out != nullptr) {
+    out = static_cast<typename Ops::Acc*>(spec.out);
+    stride = spec.out_stride;
+    const auto factor = S::set1(static_cast<typename Ops::Acc>(spec.scale));
+#pragma GCC unroll 16
+    for (int m = 0; m < Batch; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[m][v] = S::times(acc[m][v], factor);
+    }
+  }
 #pragma GCC unroll 16
   for (int m = 0; m < Batch; ++m) {
-    typename Ops::Acc* row = out + m * spec.acc_stride;
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      if (spec.accumulate) acc[m][v] = S::plus(acc[m][v], S::load(row + v * Ops::kLanes));
-      S::store(row + v * Ops::kLanes, acc[m][v]);
+      S::store(out + m * stride + v * Ops::kLanes, acc[m][v]);
     }
   }
 }

@@ -38,7 +38,9 @@ constexpr int64_t kThreadAccumulatorBytes = 512 << 10;
 // is not if its memory is newly mapped: the system's zeros have just brought it into the caches.
 constexpr int64_t kCachedBytes = 64 << 20;
 constexpr int64_t kMappedBytes = 32 << 20;
-constexpr double kSerialWork = 4e5;  // multiplications below which a second thread does not pay
+// A second thread pays from so much work on: multiplications, and packed numbers.
+constexpr double kSerialWork = 4e5;
+constexpr int64_t kSerialPacking = 64 << 10;
 
 // What follows from the types of error and output, and from whether the product goes by rows.
 struct Arithmetic {
@@ -49,6 +51,7 @@ struct Arithmetic {
   int max_batch;
   bool pairs;
   bool in_place;  // the error is read where it is, not packed
+  bool direct;    // a product can write signals itself
   MultiplyKernel multiply;
   ScaleKernel scale;
   PackKernel pack;
@@ -62,6 +65,7 @@ Arithmetic arithmetic(const Kernels& k, Type error, Type out, bool by_rows) {
   a.columns = a.pairs ? 2 : 1;
   a.bytes = a.acc_bytes = wide ? 8 : 4;
   a.in_place = by_rows && (wide || error == Type::kFloat32);
+  a.direct = !by_rows && out == (wide ? Type::kFloat64 : Type::kFloat32);
   a.scale = (wide ? k.scale_f64 : k.scale_f32)[static_cast<int>(out)];
   a.pack = wide                       ? pack<double, double>
            : a.pairs                  ? pack_pairs
@@ -221,7 +225,9 @@ class Projection {
 
   void pack_tiles(int64_t begin, int64_t end) {
     const int64_t count = (end - begin) * slices_;
-    run_parallel(count, std::min(threads_, divide_up(count, 8)), [&](int64_t i, int64_t) {
+    const int64_t numbers = (end - begin) * tile_depth() * batch_;
+    const int64_t pay = std::max<int64_t>(1, numbers / kSerialPacking);
+    run_parallel(count, std::min({threads_, divide_up(count, 8), pay}), [&](int64_t i, int64_t) {
       const int64_t tile = begin + i / slices_, slice = i % slices_;
       const Depth d = depth(tile);
       const int64_t first = slice_begin(slice);
@@ -282,19 +288,56 @@ class Projection {
       spec.acc_stride = task_rows_;
       spec.accumulate = tile > part;
       spec.error_stride = math_.in_place ? error_.columns : d.size();
+      const bool last = parts_ == 1 && tile + 1 == tiles_;
+      const Layer* const alone = last ? direct_layer(task) : nullptr;
+      if (alone != nullptr) {
+        spec.out_stride = alone->size;
+        spec.scale = alone->scale;
+      }
       for (int64_t slice = 0; slice < slices_; ++slice) {
         const int64_t first = slice_begin(slice);
         char* acc = acc_buffer + (tiles_ > 1 ? first : 0) * task_rows_ * math_.acc_bytes;
         spec.error = math_.in_place ? in_place(tile, slice) : packed(tile, tile_begin, slice);
         spec.batch = static_cast<int>(slice_begin(slice + 1) - first);
+        int64_t written = 0;
         for (int64_t r = 0; r < task.rows; r += math_.panel) {
           spec.tile = tile_buffer + (r * tile_depth() + d.begin * math_.panel) * 4;
           spec.acc = acc + r * math_.acc_bytes;
+          if (alone != nullptr && r + math_.panel <= task.rows) {
+            spec.out = output(*alone, first, task.row + static_cast<uint64_t>(r));
+            written = r + math_.panel;
+          } else {
+            spec.out = nullptr;
+          }
           math_.multiply(spec);
         }
-        if (parts_ == 1 && tile + 1 == tiles_) scale_layers(task, first, spec.batch, acc);
+        if (last && written < task.rows) {
+          const RowPlan::Task rest{task.row + static_cast<uint64_t>(written), task.rows - written};
+          scale_layers(rest, first, spec.batch, acc + written * math_.acc_bytes);
+        }
       }
     }
+  }
+
+  // The layer to which products write the signals themselves: it alone reads the task's rows.
+  const Layer* direct_layer(const RowPlan::Task& task) const {
+    if (!math_.direct || past_caches_) return nullptr;
+    const Layer* found = nullptr;
+    int64_t rows = 0;
+    plan_.for_each_layer(task, [&](const Layer& layer, uint64_t begin, uint64_t end) {
+      found = &layer;
+      rows += static_cast<int64_t>(end - begin);
+    });
+    const bool whole = found->row_offset <= task.row &&
+                       task.row + static_cast<uint64_t>(task.rows) <= found->end();
+    return whole && rows == task.rows ? found : nullptr;
+  }
+
+  // Of a layer, where the signals of this row of U begin for the error rows from `first` on.
+  char* output(const Layer& layer, int64_t first, uint64_t row) const {
+    const auto skipped = static_cast<int64_t>(row - layer.row_offset);
+    return static_cast<char*>(layer.out) +
+           ((pass_begin_ + first) * layer.size + skipped) * out_bytes_;
   }
 
   void scale_layers(const RowPlan::Task& task, int64_t first, int64_t batch,
@@ -303,9 +346,7 @@ class Projection {
       ScaleSpec spec{};
       spec.acc = acc + static_cast<int64_t>(begin - task.row) * math_.acc_bytes;
       spec.acc_stride = task_rows_;
-      const int64_t skipped = static_cast<int64_t>(begin - layer.row_offset);
-      spec.out = static_cast<char*>(layer.out) +
-                 ((pass_begin_ + first) * layer.size + skipped) * out_bytes_;
+      spec.out = output(layer, first, begin);
       spec.out_stride = layer.size;
       spec.batch = batch;
       spec.rows = static_cast<int64_t>(end - begin);

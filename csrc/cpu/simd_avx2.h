@@ -101,6 +101,7 @@ struct Avx2 {
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F a) { _mm256_storeu_ps(p, a); }
   static F times(F a, F b) { return _mm256_mul_ps(a, b); }
+  static D times(D a, D b) { return _mm256_mul_pd(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 
   static F plus(F a, F b) { return _mm256_add_ps(a, b); }

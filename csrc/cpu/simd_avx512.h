@@ -222,6 +222,7 @@ struct Avx512 {
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
   static F times(F a, F b) { return _mm512_mul_ps(a, b); }
+  static D times(D a, D b) { return _mm512_mul_pd(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 
   static F plus(F a, F b) { return _mm512_add_ps(a, b); }

@@ -92,6 +92,7 @@ struct Portable {
   static F load(const float* p) { return load_as<F>(p); }
   static void store(float* p, F a) { std::memcpy(p, &a, sizeof a); }
   static F times(F a, F b) { return a * b; }
+  static D times(D a, D b) { return a * b; }
   static F plus(F a, F b) { return a + b; }
   static F fma(F a, F b, F c) { return a * b + c; }
 

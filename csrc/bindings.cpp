@@ -122,15 +122,13 @@ std::vector<Tensor> allocate_signals(int64_t rows, const std::vector<int64_t>& a
   return made;
 }
 
-std::vector<Tensor> project(const Tensor& error, const std::vector<int64_t>& row_offsets,
-                            const std::vector<int64_t>& sizes, const std::vector<double>& scales,
-                            int64_t seed, int64_t column_offset, const std::string& distribution,
-                            std::optional<ScalarType> dtype) {
-  dfa::ProjectArguments checked = dfa::check_project(error, row_offsets, sizes, scales, seed,
-                                                     column_offset, distribution, dtype);
+std::vector<Tensor> project_checked(const Tensor& error, dfa::ProjectArguments checked) {
   const int64_t batch = error.size(0);
   const Tensor contiguous = error.is_contiguous() ? error : torch::stable::contiguous(error);
   dfa::begin_call();
+  std::vector<int64_t> sizes;
+  sizes.reserve(checked.layers.size());
+  for (const dfa::Layer& layer : checked.layers) sizes.push_back(layer.size);
   std::vector<Tensor> outputs = allocate_signals(batch, sizes, checked.out_dtype, "project");
   for (size_t i = 0; i < outputs.size(); ++i) {
     checked.layers[i].out = outputs[i].mutable_data_ptr();
@@ -140,6 +138,19 @@ std::vector<Tensor> project(const Tensor& error, const std::vector<int64_t>& row
                    {contiguous.const_data_ptr(), batch, error.size(1), checked.error_type},
                    std::move(checked.layers), checked.out_type);
   return outputs;
+}
+
+std::vector<Tensor> project(const Tensor& error, const std::vector<int64_t>& row_offsets,
+                            const std::vector<int64_t>& sizes, const std::vector<double>& scales,
+                            int64_t seed, int64_t column_offset, const std::string& distribution,
+                            std::optional<ScalarType> dtype) {
+  return project_checked(error, dfa::check_project(error, row_offsets, sizes, scales, seed,
+                                                   column_offset, distribution, dtype));
+}
+
+std::vector<Tensor> project_packed(const Tensor& error, const Tensor& packed,
+                                   std::optional<ScalarType> dtype) {
+  return project_checked(error, dfa::check_project(error, packed, dtype));
 }
 
 // The transpose of `project`, of structured distributions.
@@ -182,7 +193,8 @@ std::vector<int64_t> pool_bytes() {
 int64_t empty_pool() { return dfa::empty_pool(); }
 
 // Whether signals are filled with NaN before they are made, so that tests see what is left out.
-void fill_signals(bool on) { fill.store(on, std::memory_order_relaxed); }
+// Returns whether they were.
+bool fill_signals(bool on) { return fill.exchange(on, std::memory_order_relaxed); }
 
 // The instruction set in use. A name forces that one, "" returns to the automatic choice.
 std::string cpu_isa(std::optional<std::string> force) {
@@ -198,6 +210,7 @@ std::string cpu_isa(std::optional<std::string> force) {
 
 STABLE_TORCH_LIBRARY_IMPL(dfa_kernels, CPU, m) {
   m.impl("project.cpp", TORCH_BOX(&project));
+  m.impl("project_packed.cpp", TORCH_BOX(&project_packed));
   m.impl("structured_adjoint.cpp", TORCH_BOX(&structured_adjoint));
 }
 

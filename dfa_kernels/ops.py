@@ -3,13 +3,15 @@
     project(..., backend)       all layers' signals, differentiable; "" chooses when it runs
     project.symbolic            the same, whose scales may be symbols while a graph is traced
     project.<backend>           the same from one backend, without the autograd layer's 10 us a call
+    project_packed.cpp          the same of `pack(layers, stream)`: lists take an operator longer
     project_adjoint             the transpose of project; project_adjoint.symbolic as above
     structured_adjoint.<backend>    the same of structured distributions
     feedback_matrix.<backend>   a piece of U
     cpu_isa                     the instruction set of backend "cpp"
     pool_bytes, empty_pool      of its memory for signals: the bytes in tensors and those idle;
         gives the idle ones back to the system and returns how many they were
-    fill_signals                whether it fills their memory with NaN first, for tests
+    fill_signals                whether it fills their memory with NaN first, for tests; returns what held
+        before
     cuda_fused, cuda_entries    the kernels of backend "cuda": the fused projection, and a piece of
         U, on request without the sqrt(3) of uniform entries
     cuda_structured, cuda_structured_adjoint    the same of structured distributions, and its
@@ -24,6 +26,7 @@ two's complement.
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Callable
 
 import torch
@@ -32,8 +35,8 @@ from torch import Tensor
 from dfa_kernels import batching, checks, derivatives
 from dfa_kernels.backends import loading, slabs
 from dfa_kernels.backends.registry import BACKENDS, choose
-from dfa_kernels.layers import Layers, overload_for
-from dfa_kernels.stream import STRUCTURED, Stream
+from dfa_kernels.layers import Layers, overload_for, tracing
+from dfa_kernels.stream import DISTRIBUTIONS, STRUCTURED, Stream
 
 # `Layers` and `Stream`, field by field.
 _LAYERS = "SymInt[] row_offsets, SymInt[] sizes, float[] scales"
@@ -58,6 +61,8 @@ for _name, _result in (("project", "Tensor[]"), ("project_adjoint", "Tensor")):
 for _name, _backend in BACKENDS.items():
     _library.define(f"project.{_name}{_SCHEMAS['project']}) -> Tensor[]", tags=_backend.TAGS)
     _library.define(f"feedback_matrix.{_name}{_SCHEMAS['feedback_matrix']}) -> Tensor")
+# No overload of project: torch aborts at exit where it unregisters one behind equal signatures.
+_library.define("project_packed.cpp(Tensor error, Tensor packed, ScalarType? dtype) -> Tensor[]")
 _STRUCTURED = [name for name, one in BACKENDS.items() if {*STRUCTURED} & {*one.DISTRIBUTIONS}]
 for _name in _STRUCTURED:
     _library.define(
@@ -67,7 +72,7 @@ for _name in _STRUCTURED:
 _library.define("cpu_isa(str? force) -> str")
 _library.define("pool_bytes() -> int[]")
 _library.define("empty_pool() -> int")
-_library.define("fill_signals(bool on) -> ()")
+_library.define("fill_signals(bool on) -> bool")
 _library.define(
     f"cuda_fused{_SCHEMAS['project']}, int terms, int tile, int processors) -> Tensor[]"
 )
@@ -80,11 +85,13 @@ _library.define(
 # Operators of no other backend, and whose extension has their kernels.
 _EXTENSIONS = {
     **dict.fromkeys(("cpu_isa", "pool_bytes", "empty_pool", "fill_signals"), "cpp"),
+    "project_packed.cpp": "cpp",
     **dict.fromkeys(("cuda_fused", "cuda_entries", "cuda_tiles"), "cuda"),
     **dict.fromkeys(("cuda_structured", "cuda_structured_adjoint"), "cuda"),
 }
 # To find them anew takes each call a microsecond.
 _projections = torch.ops.dfa_kernels.project
+_project_packed = torch.ops.dfa_kernels.project_packed.cpp
 _adjoints = torch.ops.dfa_kernels.project_adjoint
 _matrices = torch.ops.dfa_kernels.feedback_matrix
 
@@ -109,7 +116,20 @@ def project(
     plain = backend and overload == "default" and not torch.jit.is_tracing()
     if not plain or differentiable or hidden:
         return getattr(_projections, overload)(error, *layers, *stream, dtype, backend)
+    if backend == "cpp" and not tracing():
+        return _project_packed(error, pack(layers, stream), dtype)
     return getattr(_projections, backend)(error, *layers, *stream, dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def pack(layers: Layers, stream: Stream) -> Tensor:
+    """Layers and stream as `project_packed` takes them (`check_project` in csrc/checks.h)."""
+    seed, column_offset, distribution = stream
+    kind = DISTRIBUTIONS.index(distribution)
+    count = len(layers.scales)
+    scales = struct.unpack(f"{count}q", struct.pack(f"{count}d", *layers.scales))
+    numbers = (seed, column_offset, kind, *layers.row_offsets, *layers.sizes, *scales)
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def _project(error: Tensor, row_offsets, sizes, scales, *arguments) -> list[Tensor]:
@@ -322,6 +342,7 @@ def _register() -> None:
         for overload in operators.overloads():
             name = function if overload == "default" else f"{function}.{overload}"
             _library.impl(name, batching.kernel(getattr(operators, overload)), "Batched")
+    _library.impl("project_packed.cpp", batching.kernel(_project_packed), "Batched")
     for key, device_type in {
         "AutocastCPU": "cpu",
         "AutocastCUDA": "cuda",
@@ -331,6 +352,8 @@ def _register() -> None:
             operator = getattr(torch.ops.dfa_kernels.project, overload)
             rule = functools.partial(_project_autocast, operator, device_type)
             _library.impl("project" if overload == "default" else f"project.{overload}", rule, key)
+        rule = functools.partial(_project_autocast, _project_packed, device_type)
+        _library.impl("project_packed.cpp", rule, key)
 
 
 _register()

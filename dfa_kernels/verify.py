@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dfa_kernels import checks, hadamard, ops, stream
-from dfa_kernels.backends import tensor_cores, trial
+from dfa_kernels.backends import cpp, tensor_cores, trial
 from dfa_kernels.backends.registry import BACKENDS, unavailable
 from dfa_kernels.cases import LAYERS, LONE_LAYER, MANY_BLOCKS, Case, Signal
 from dfa_kernels.layers import Layers
@@ -352,9 +352,13 @@ def _poisoned() -> Iterator[None]:
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    ours = cpp.unavailable("cpu") is None  # its signals are not from torch.empty
+    filled = ours and torch.ops.dfa_kernels.fill_signals(True)
     try:
         yield
     finally:
+        if ours:
+            torch.ops.dfa_kernels.fill_signals(filled)
         torch.use_deterministic_algorithms(before, warn_only=warn)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 

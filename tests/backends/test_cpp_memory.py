@@ -79,11 +79,32 @@ def test_every_signal_of_a_call_has_memory_of_its_own():
 
 def test_small_signals_are_left_to_the_allocator():
     before = pool()
-    kept = signal(MIB // 4 - 1)
+    kept = signal(MIB // 64 - 16)
     assert pool() == before
-    more = signal(MIB // 4)
-    assert pool()[0] == before[0] + MIB
+    more = signal(MIB // 64)
+    assert pool()[0] == before[0] + MIB // 16
     del kept, more
+
+
+def test_small_signals_of_a_call_share_memory_until_the_last_is_gone():
+    sizes = [6000, 6001, 6002, 2 * MIB]  # three of 24,000 bytes and more, and one of 8 MiB
+    error = torch.full((1, 3), 0.5)
+    first, second, third, large = project(error, sizes, backend="cpp")
+    assert pool() == (8 * MIB + MIB // 8, 0)
+    places = sorted(one.data_ptr() for one in (first, second, third))
+    assert places[2] - places[0] < MIB // 8
+    assert all(place % 64 == 0 for place in places)
+    kept = second.clone()
+    del first, third, large
+    assert pool() == (MIB // 8, 8 * MIB)
+    again = project(error, sizes[:3], seed=1, backend="cpp")
+    assert pool()[0] == MIB // 4
+    assert torch.equal(second, kept)
+    assert [one.untyped_storage().nbytes() for one in again] == [one.nbytes for one in again]
+    del second
+    assert pool()[0] == MIB // 8
+    del again
+    assert pool() == (0, 8 * MIB + MIB // 4)
 
 
 def test_only_a_block_that_fits_well_is_taken():

@@ -47,15 +47,18 @@ def compiled_kernels():
 
 
 LAYER = "[0], [4], [1.0], 0, 0, 'normal', None"
+PACKED = "torch.tensor([0, 0, 0, 0, 4, 4607182418800017408])"  # the last: bits of 1.0
 ADJOINT = "[0], [1.0], 0, 0, 'hadamard', 3, torch.float32"
 MATRIX = "2, 3, 0, 0, 0, 'normal', torch.float32"
 CALLS = {
     f"project.cpp(torch.ones(2, 3), {LAYER})[0].shape": "torch.Size([2, 4])",
+    f"project_packed.cpp(torch.ones(2, 3), {PACKED}, None)[0].shape": "torch.Size([2, 4])",
     f"structured_adjoint.cpp([torch.ones(2, 4)], {ADJOINT}).shape": "torch.Size([2, 3])",
     f"feedback_matrix.cpp({MATRIX}, torch.device('cpu')).shape": "torch.Size([2, 3])",
     "cpu_isa(None) != ''": "True",
     "pool_bytes()": "[0, 0]",
     "empty_pool()": "0",
+    "fill_signals(True)": "False",
 }
 
 

@@ -176,9 +176,16 @@ void scale(const ScaleSpec& spec) {
       const int64_t first = (kLine - static_cast<int64_t>(misplaced)) % kLine;
       for (; i < first && i < spec.rows; ++i) out[i] = round_to<Out>(factor * acc[i]);
       for (; i + kLine <= spec.rows; i += kLine) {
-        alignas(kLineBytes) Out line[kLine];
-        for (int64_t j = 0; j < kLine; ++j) line[j] = round_to<Out>(factor * acc[i + j]);
-        S::store_past_caches(out + i, line);
+        if constexpr (__is_same(Out, Acc)) {
+          constexpr int64_t kVector = sizeof(S::set1(factor)) / sizeof(Out);
+          for (int64_t j = i; j < i + kLine; j += kVector) {
+            S::stream(out + j, S::times(S::load(acc + j), S::set1(factor)));
+          }
+        } else {
+          alignas(kLineBytes) Out line[kLine];
+          for (int64_t j = 0; j < kLine; ++j) line[j] = round_to<Out>(factor * acc[i + j]);
+          S::store_past_caches(out + i, line);
+        }
       }
     }
     for (; i < spec.rows; ++i) out[i] = round_to<Out>(factor * acc[i]);

@@ -36,7 +36,7 @@ constexpr int64_t kAccumulatorBytes = 16 << 20;
 constexpr int64_t kThreadAccumulatorBytes = 512 << 10;
 // Signals are written past the caches if together they exceed kCachedBytes. One beyond kMappedBytes
 // is not if its memory is newly mapped: the system's zeros have just brought it into the caches.
-constexpr int64_t kCachedBytes = 64 << 20;
+constexpr int64_t kCachedBytes = 16 << 20;
 constexpr int64_t kMappedBytes = 32 << 20;
 // A second thread pays from so much work on: multiplications, and packed numbers.
 constexpr double kSerialWork = 4e5;
@@ -145,9 +145,9 @@ class Projection {
     const int64_t panel_acc = batch_ * math_.panel * math_.acc_bytes;
 
     // As many panels per task as leave the partial sums in L2 and every thread busy; more if many
-    // layers share rows, so that each layer is written in longer runs.
+    // layers share rows, so that each layer is written in longer runs: short ones take twice as long.
     const bool shared = plan_.written() > 4 * plan_.rows();
-    task_panels_ = (shared ? 2 : 1) * (by_rows_ ? kTaskRows : kTaskPanels);
+    task_panels_ = (shared ? 4 : 1) * (by_rows_ ? kTaskRows : kTaskPanels);
     if (parts_ == 1) {
       task_panels_ = std::min(task_panels_, plan_.rows() / (math_.panel * threads_ * 4));
     }

@@ -25,12 +25,14 @@ struct MultiplySpec {
   const void* tile;   // [depth][panel]
   void* acc;          // [batch][acc_stride]
   int64_t depth;
+  int64_t begin;         // read by fused_*: element of the tile where the depth begins
   int64_t error_stride;  // read by dot_*
   int64_t acc_stride;
-  int batch;        // 1..max_batch, 1..kDotBatch
+  int batch;        // 1..max_batch, 1..kDotBatch, 1..kFusedBatch
   bool accumulate;  // false: acc is written, not read
 };
 constexpr int kDotBatch = 4;
+constexpr int kFusedBatch = 2;
 
 // out[m][r] = scale * acc[m][r], rounded once, m over the batch, r over rows of U.
 struct ScaleSpec {
@@ -85,6 +87,7 @@ struct TransformKernels {
 };
 
 using MultiplyKernel = void (*)(const MultiplySpec&);
+using FusedKernel = void (*)(const TileSpec&, const MultiplySpec&);
 using ScaleKernel = void (*)(const ScaleSpec&);
 using FillKernel = void (*)(const FillSpec&);
 
@@ -98,6 +101,9 @@ struct Kernels {
   MultiplyKernel multiply_f32;
   MultiplyKernel multiply_f64;
   MultiplyKernel multiply_bf16;  // null without a bf16 dot product: bf16 errors are widened
+  // A panel of few errors, multiplied as it is made: `tile` of the second is not read.
+  FusedKernel fused_f32;
+  FusedKernel fused_bf16;  // null as multiply_bf16
   MultiplyKernel dot_f32;
   MultiplyKernel dot_f64;
   MultiplyKernel dot_bf16;   // null as multiply_bf16

@@ -14,6 +14,7 @@ struct Float32Ops {
   using Acc = float;
   using Error = float;
   using Tile = float;
+  static constexpr int kColumns = 1;  // in an element
   using V = typename S::F;
   static constexpr int kLanes = S::kLanes;
   static constexpr int kMaxBatch = S::kBatchF32;
@@ -38,6 +39,15 @@ struct Float64Ops {
   static V errors(const Error* p) { return S::load(p); }
   static V fma(V e, V u, V acc) { return S::fma(e, u, acc); }
 };
+
+// Calls use(the batch as a constant) for 1..Most.
+template <int Most, class Use>
+void for_few(int batch, const Use& use) {
+  if constexpr (Most > 1) {
+    if (batch < Most) return for_few<Most - 1>(batch, use);
+  }
+  use(std::integral_constant<int, Most>());
+}
 
 template <class S, class Ops, int Batch>
 void multiply_batch(const MultiplySpec& spec) {
@@ -74,12 +84,9 @@ void multiply_batch(const MultiplySpec& spec) {
   }
 }
 
-template <class S, class Ops, int Batch = Ops::kMaxBatch>
+template <class S, class Ops>
 void multiply(const MultiplySpec& spec) {
-  if constexpr (Batch > 1) {
-    if (spec.batch < Batch) return multiply<S, Ops, Batch - 1>(spec);
-  }
-  multiply_batch<S, Ops, Batch>(spec);
+  for_few<Ops::kMaxBatch>(spec.batch, [&](auto batch) { multiply_batch<S, Ops, batch>(spec); });
 }
 
 // One row of U: lanes are columns. Zeros fill up the last vectors.
@@ -131,17 +138,7 @@ void dot_batch(const MultiplySpec& spec) {
 
 template <class S, class Ops>
 void dot(const MultiplySpec& spec) {
-  static_assert(kDotBatch == 4);
-  switch (spec.batch) {
-    case 1:
-      return dot_batch<S, Ops, 1>(spec);
-    case 2:
-      return dot_batch<S, Ops, 2>(spec);
-    case 3:
-      return dot_batch<S, Ops, 3>(spec);
-    default:
-      return dot_batch<S, Ops, 4>(spec);
-  }
+  for_few<kDotBatch>(spec.batch, [&](auto batch) { dot_batch<S, Ops, batch>(spec); });
 }
 
 template <class S, class Acc, class Out>

@@ -50,6 +50,7 @@ struct Arithmetic {
   bool pairs;
   bool in_place;  // the error is read where it is, not packed
   MultiplyKernel multiply;
+  FusedKernel fused;  // of panels, for at most kFusedBatch errors; may be null
   ScaleKernel scale;
   PackKernel pack;
 };
@@ -74,6 +75,7 @@ Arithmetic arithmetic(const Kernels& k, Type error, Type out, bool by_rows) {
   } else {
     a.max_batch = wide ? k.max_batch_f64 : k.max_batch_f32;
     a.multiply = wide ? k.multiply_f64 : a.pairs ? k.multiply_bf16 : k.multiply_f32;
+    a.fused = wide ? nullptr : a.pairs ? k.fused_bf16 : k.fused_f32;
   }
   return a;
 }
@@ -129,6 +131,7 @@ class Projection {
 
   void run_pass() {
     slices_ = divide_up(batch_, math_.max_batch);
+    fused_ = math_.fused != nullptr && batch_ <= kFusedBatch;
     const double work = static_cast<double>(plan_.rows()) * static_cast<double>(error_.columns) *
                         static_cast<double>(batch_ + 8);
     threads_ = work < kSerialWork ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
@@ -164,7 +167,7 @@ class Projection {
                                     : std::clamp<int64_t>(kAccumulatorBytes / (parts_ * task_acc_),
                                                           1, std::max<int64_t>(1, plan_.tasks()));
     const int64_t panel_bytes = tile_depth() * math_.panel * 4;
-    thread_tile_ = task_panels_ * panel_bytes;
+    thread_tile_ = fused_ ? 0 : task_panels_ * panel_bytes;
     tile_buffer_ = allocate(workers * thread_tile_);
     acc_buffer_ = allocate((of_thread ? workers : group * parts_) * task_acc_);
     packed_buffer_ = allocate(window * packed_tile);
@@ -251,13 +254,20 @@ class Projection {
     kernels_.fill[static_cast<int>(math_.pairs ? Type::kBFloat16 : Type::kFloat32)](spec);
   }
 
-  void make_tile(const RowPlan::Task& task, int64_t tile, char* tile_buffer) const {
-    if (by_rows_) return make_rows(task, tile, tile_buffer);
+  // The first panel of a task.
+  TileSpec panel(const RowPlan::Task& task, int64_t tile) const {
     TileSpec spec{};
     spec.seed = stream_.seed;
     spec.distribution = stream_.distribution;
+    spec.row = task.row;
     spec.unit = first_unit_ + tile * tile_units_;
     spec.units = std::min(tile_units_, units_ - tile * tile_units_);
+    return spec;
+  }
+
+  void make_tile(const RowPlan::Task& task, int64_t tile, char* tile_buffer) const {
+    if (by_rows_) return make_rows(task, tile, tile_buffer);
+    TileSpec spec = panel(task, tile);
     const int64_t panel_elements = tile_depth() * kernels_.panel;
     for (int64_t row = 0; row < task.rows; row += kernels_.panel) {
       spec.row = task.row + static_cast<uint64_t>(row);
@@ -275,10 +285,12 @@ class Projection {
                 char* tile_buffer, char* acc_buffer) const {
     const int64_t earlier = divide_up(std::max<int64_t>(0, tile_begin - part), parts_);
     for (int64_t tile = part + earlier * parts_; tile < tile_end; tile += parts_) {
-      make_tile(task, tile, tile_buffer);
+      if (!fused_) make_tile(task, tile, tile_buffer);
+      TileSpec entries = panel(task, tile);
       const Depth d = depth(tile);
       MultiplySpec spec{};
       spec.depth = d.size();
+      spec.begin = d.begin;
       spec.acc_stride = task_rows_;
       spec.accumulate = tile > part;
       spec.error_stride = math_.in_place ? error_.columns : d.size();
@@ -290,7 +302,12 @@ class Projection {
         for (int64_t r = 0; r < task.rows; r += math_.panel) {
           spec.tile = tile_buffer + (r * tile_depth() + d.begin * math_.panel) * 4;
           spec.acc = acc + r * math_.acc_bytes;
-          math_.multiply(spec);
+          if (fused_) {
+            entries.row = task.row + static_cast<uint64_t>(r);
+            math_.fused(entries, spec);
+          } else {
+            math_.multiply(spec);
+          }
         }
         if (parts_ == 1 && tile + 1 == tiles_) scale_layers(task, first, spec.batch, acc);
       }
@@ -326,7 +343,7 @@ class Projection {
   int64_t head_, first_unit_, units_, tiles_, tile_units_;
   int64_t parts_ = 1;
   int64_t pass_begin_ = 0, batch_ = 0, slices_ = 0, threads_ = 1;
-  bool past_caches_ = false, used_again_ = false;
+  bool past_caches_ = false, used_again_ = false, fused_ = false;
   int64_t task_panels_ = 1, task_rows_ = 1, task_acc_ = 0, thread_tile_ = 0;
   Buffer tile_buffer_, acc_buffer_, packed_buffer_;
 };

@@ -25,7 +25,7 @@ constexpr float kShrink = 511.0f / 512;
 
 struct Avx2 {
   static constexpr int kLanes = 8;
-  static constexpr int kVectors = 1;
+  static constexpr int kVectors = 2;
   static constexpr int kBatchF32 = 6;
   static constexpr int kBatchF64 = 2;
   static constexpr int kRadix = 8;  // vectors of a transform that are in registers together
@@ -66,7 +66,8 @@ struct Avx2 {
   static I left(I a) {
     return _mm256_slli_epi32(a, N);
   }
-  static I left(I a, int n) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(n)); }
+  static I left(I a, int n) { return _mm256_slli_epi32(a, n); }
+  static I right(I a, int n) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(n)); }
   static I left_each(I a, I n) { return _mm256_sllv_epi32(a, n); }
   static I mask_or(I a, uint32_t mask, uint32_t ones) {
     return _mm256_or_si256(_mm256_and_si256(a, bits(mask)), bits(ones));

@@ -67,7 +67,8 @@ struct Avx512 {
   static I left(I a) {
     return _mm512_slli_epi32(a, N);
   }
-  static I left(I a, int n) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(n)); }
+  static I left(I a, int n) { return _mm512_slli_epi32(a, static_cast<unsigned>(n)); }
+  static I right(I a, int n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }
   static I left_each(I a, I n) { return _mm512_sllv_epi32(a, n); }
   static I mask_or(I a, uint32_t mask, uint32_t ones) {
     return _mm512_ternarylogic_epi32(a, bits(mask), bits(ones), 0xEA);  // (a & mask) | ones
@@ -129,12 +130,12 @@ struct Avx512 {
   // Changes the sign where the word has the bit that a shift to the left by n makes the highest.
   static F flip(F a, I words, int n) {
     const I moved = _mm512_slli_epi32(words, static_cast<unsigned>(n));
-    return as_float(_mm512_ternarylogic_epi32(as_bits(a), moved, bits(0x80000000u), 0x78));
+    return as_float(_mm512_ternarylogic_epi32(moved, as_bits(a), bits(0x80000000u), 0x6C));
   }
   static D flip(D a, W words, int n) {
     const W moved = _mm512_slli_epi64(words, static_cast<unsigned>(n));
     return _mm512_castsi512_pd(
-        _mm512_ternarylogic_epi64(_mm512_castpd_si512(a), moved, set(uint64_t{1} << 63), 0x78));
+        _mm512_ternarylogic_epi64(moved, _mm512_castpd_si512(a), set(uint64_t{1} << 63), 0x6C));
   }
   // 128 bits from each of p, p + stride, ..
   static F pieces(const float* p, int64_t stride) {

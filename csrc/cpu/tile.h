@@ -80,8 +80,8 @@ class RowBlocks {
   W round1_low_[kGroups], round2_low_[kGroups], round2_high_[kGroups];
 };
 
-// The entries of columns 2i and 2i + 1 for a vector of rows: as two vectors of floats, in one of bf16
-// pairs, or in the sum of a product with the error e.
+// The entries of columns 2i and 2i + 1 for a vector of rows: as two vectors of floats, as one of
+// bf16 pairs, or added to a sum times the error e.
 template <class S, class Entry>
 struct HalfwordPair {
   using F = typename S::F;

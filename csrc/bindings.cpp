@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "cpu/kept.h"
 #include "cpu/kernels.h"
 #include "cpu/memory.h"
 #include "projection.h"
@@ -129,7 +130,8 @@ std::vector<int64_t> pool_bytes() {
   return bytes;
 }
 
-int64_t empty_pool() { return dfa::empty_pool(); }
+// Frees that which is idle, and kept entries; returns the bytes.
+int64_t empty_pool() { return dfa::empty_pool() + dfa::drop_kept(); }
 
 // The instruction set in use. A name forces that one, "" returns to the automatic choice.
 std::string cpu_isa(std::optional<std::string> force) {

@@ -25,7 +25,7 @@ struct MultiplySpec {
   const void* tile;   // [depth][panel]
   void* acc;          // [batch][acc_stride]
   int64_t depth;
-  int64_t begin;         // read by fused_*: element of the tile where the depth begins
+  int64_t begin;  // element of a whole tile where the depth begins: read by fused_*, multiply_kept
   int64_t error_stride;  // read by dot_*
   int64_t acc_stride;
   int batch;        // 1..max_batch, 1..kDotBatch, 1..kFusedBatch
@@ -99,6 +99,7 @@ struct Kernels {
   void (*tile_f32)(const TileSpec&, float* tile);      // [columns][panel]
   void (*tile_bf16)(const TileSpec&, uint32_t* tile);  // [columns / 2][panel] pairs, low half first
   MultiplyKernel multiply_f32;
+  MultiplyKernel multiply_kept;  // fp32, of tiles of bf16 pairs, [columns / 2][panel]
   MultiplyKernel multiply_f64;
   MultiplyKernel multiply_bf16;  // null without a bf16 dot product: bf16 errors are widened
   // A panel of few errors, multiplied as it is made: `tile` of the second is not read.

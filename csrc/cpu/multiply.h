@@ -49,13 +49,26 @@ void for_few(int batch, const Use& use) {
   use(std::integral_constant<int, Most>());
 }
 
+// Writes sums, or adds them, from row `first` of the panel on.
+template <class S, class Ops, int Batch, int Vectors>
+void finish(typename Ops::V (&acc)[Batch][Vectors], const MultiplySpec& spec, int first = 0) {
+#pragma GCC unroll 16
+  for (int m = 0; m < Batch; ++m) {
+    auto* row = static_cast<typename Ops::Acc*>(spec.acc) + m * spec.acc_stride + first;
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      if (spec.accumulate) acc[m][v] = S::plus(acc[m][v], S::load(row + v * Ops::kLanes));
+      S::store(row + v * Ops::kLanes, acc[m][v]);
+    }
+  }
+}
+
 template <class S, class Ops, int Batch>
 void multiply_batch(const MultiplySpec& spec) {
   constexpr int kPanel = 2 * S::kLanes;
   constexpr int kVectors = kPanel / Ops::kLanes;
   const auto* error = static_cast<const typename Ops::Error*>(spec.error);
   const auto* tile = static_cast<const typename Ops::Tile*>(spec.tile);
-  auto* out = static_cast<typename Ops::Acc*>(spec.acc);
   typename Ops::V acc[Batch][kVectors];
 #pragma GCC unroll 16
   for (int m = 0; m < Batch; ++m) {
@@ -73,15 +86,51 @@ void multiply_batch(const MultiplySpec& spec) {
       for (int v = 0; v < kVectors; ++v) acc[m][v] = Ops::fma(e, u[v], acc[m][v]);
     }
   }
+  finish<S, Ops>(acc, spec);
+}
+
+// The same of a tile of bf16 pairs, whole, and an error of floats from column spec.begin on.
+template <class S, int Batch>
+void multiply_kept_batch(const MultiplySpec& spec) {
+  constexpr int kPanel = 2 * S::kLanes;
+  using F = typename S::F;
+  const auto* error = static_cast<const float*>(spec.error);
+  const auto* tile = static_cast<const uint32_t*>(spec.tile) + spec.begin / 2 * kPanel;
+  F acc[Batch][2];
 #pragma GCC unroll 16
-  for (int m = 0; m < Batch; ++m) {
-    typename Ops::Acc* row = out + m * spec.acc_stride;
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      if (spec.accumulate) acc[m][v] = S::plus(acc[m][v], S::load(row + v * Ops::kLanes));
-      S::store(row + v * Ops::kLanes, acc[m][v]);
+  for (int m = 0; m < Batch; ++m) acc[m][0] = acc[m][1] = S::zero();
+  const auto add = [&](F u0, F u1) {
+#pragma GCC unroll 16
+    for (int m = 0; m < Batch; ++m) {
+      const F e = S::set1(error[m]);
+      acc[m][0] = S::fma(e, u0, acc[m][0]);
+      acc[m][1] = S::fma(e, u1, acc[m][1]);
     }
+    error += Batch;
+  };
+  const auto low = [&](int v) {
+    return S::as_float(S::template left<16>(S::load_bits(tile + v * S::kLanes)));
+  };
+  const auto high = [&](int v) {
+    return S::as_float(S::mask(S::load_bits(tile + v * S::kLanes), 0xffff0000u));
+  };
+  int64_t left = spec.depth;
+  if (left > 0 && spec.begin % 2 == 1) {
+    add(high(0), high(1));
+    tile += kPanel;
+    --left;
   }
+  for (; left > 1; left -= 2, tile += kPanel) {
+    add(low(0), low(1));
+    add(high(0), high(1));
+  }
+  if (left > 0) add(low(0), low(1));
+  finish<S, Float32Ops<S>>(acc, spec);
+}
+
+template <class S>
+void multiply_kept(const MultiplySpec& spec) {
+  for_few<S::kBatchF32>(spec.batch, [&](auto batch) { multiply_kept_batch<S, batch>(spec); });
 }
 
 template <class S, class Ops>

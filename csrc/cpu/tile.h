@@ -232,14 +232,7 @@ void fused_batch(const TileSpec& tile, const MultiplySpec& spec) {
           }
         }
       }
-      for (int m = 0; m < Batch; ++m) {
-        typename Ops::Acc* row =
-            static_cast<typename Ops::Acc*>(spec.acc) + m * spec.acc_stride + v0 * S::kLanes;
-        for (int v = 0; v < S::kVectors; ++v) {
-          if (spec.accumulate) acc[m][v] = S::plus(acc[m][v], S::load(row + v * Ops::kLanes));
-          S::store(row + v * Ops::kLanes, acc[m][v]);
-        }
-      }
+      finish<S, Ops>(acc, spec, v0 * S::kLanes);
     });
   }
 }

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "cpu/kept.h"
 #include "cpu/kernels.h"
 #include "cpu/memory.h"
 #include "projection.h"
@@ -190,7 +191,8 @@ std::vector<int64_t> pool_bytes() {
   return bytes;
 }
 
-int64_t empty_pool() { return dfa::empty_pool(); }
+// Frees that which is idle, and kept entries; returns the bytes.
+int64_t empty_pool() { return dfa::empty_pool() + dfa::drop_kept(); }
 
 // Whether signals are filled with NaN before they are made, so that tests see what is left out.
 // Returns whether they were.

@@ -16,78 +16,110 @@ struct BlockOfRow {
   uint32_t column_block;
 };
 
-// Philox for kLanes blocks at once. store_blocks() writes the block of lane l to slot
-// (l % 4) * (kLanes / 4) + l / 4. The counters are therefore assigned to lanes by the inverse.
-// `domain` is their second word.
-template <class S>
+// Philox for kBlocks blocks at once, in as many vectors. store_blocks() writes the block of lane l to
+// slot (l % 4) * (kLanes / 4) + l / 4 of its vector's. The counters are therefore assigned to lanes
+// by the inverse. `domain` is their second word.
+template <class S, int kVectors>
 class BlockLanes {
  public:
   using W = typename S::W;
+  static constexpr int kBlocks = kVectors * S::kLanes;
 
   explicit BlockLanes(uint64_t seed, uint32_t domain = 0) : seed_(seed), domain_(domain) {
-    for (int slot = 0; slot < S::kLanes; ++slot) *lane(0, slot) = static_cast<uint64_t>(slot);
-    for (int g = 0; g < 2; ++g) run_[g] = S::load(counter_[0][g]);
+    for (int slot = 0; slot < kBlocks; ++slot) *lane(0, slot) = static_cast<uint64_t>(slot);
+    for (int g = 0; g < kGroups; ++g) run_[g] = S::load(counter_[0][g]);
   }
 
-  // Slots hold consecutive column blocks of one row.
+  // Slots hold consecutive column blocks of one row, so half of the first two rounds is the same
+  // for all.
   void set_run(uint64_t row, uint32_t column_block) {
-    for (int g = 0; g < 2; ++g) {
-      x0_[g] = S::add(run_[g], S::set(column_block));
-      x2_[g] = S::set(static_cast<uint32_t>(row));
-      x3_[g] = S::set(row >> 32);
+    const uint64_t product = static_cast<uint64_t>(Philox::kMultiplier1) * static_cast<uint32_t>(row);
+    const uint32_t c0 = static_cast<uint32_t>(product >> 32) ^ domain_ ^ key0(0);
+    const uint64_t next = static_cast<uint64_t>(Philox::kMultiplier0) * c0;
+    const W mix0 = S::set(static_cast<uint32_t>(product) ^ key0(1));
+    const W mix1 = S::set(static_cast<uint32_t>(row >> 32) ^ key1(0));
+    const W mix2 = S::set(static_cast<uint32_t>(next >> 32) ^ key1(1));
+    for (int g = 0; g < kGroups; ++g) {
+      const W low = S::mul(S::add(run_[g], S::set(column_block)), S::set(Philox::kMultiplier0));
+      x1_[g] = S::mul(S::xor2(S::high(low), mix1), S::set(Philox::kMultiplier1));
+      x0_[g] = S::xor2(S::high(x1_[g]), mix0);
+      x2_[g] = S::xor2(low, mix2);
+      x3_[g] = S::set(static_cast<uint32_t>(next));
     }
   }
 
   // Each slot in turn holds the row and the column block that `next()` returns.
   template <class Next>
   void set_each(const Next& next) {
-    for (int slot = 0; slot < S::kLanes; ++slot) {
+    for (int slot = 0; slot < kBlocks; ++slot) {
       const auto [row, column_block] = next();
       *lane(0, slot) = column_block;
       *lane(1, slot) = static_cast<uint32_t>(row);
       *lane(2, slot) = row >> 32;
     }
-    for (int g = 0; g < 2; ++g) {
+    for (int g = 0; g < kGroups; ++g) {
       x0_[g] = S::load(counter_[0][g]);
+      x1_[g] = S::set(domain_);
       x2_[g] = S::load(counter_[1][g]);
       x3_[g] = S::load(counter_[2][g]);
     }
+    rounds<0, kFirstRounds>(x0_, x1_, x2_, x3_);
   }
 
   // words[4 * slot + i]: word i of the slot's block.
   void words(uint32_t* words) const {
-    W x0[2] = {x0_[0], x0_[1]}, x1[2] = {S::set(domain_), S::set(domain_)};
-    W x2[2] = {x2_[0], x2_[1]}, x3[2] = {x3_[0], x3_[1]};
-    uint32_t key0 = static_cast<uint32_t>(seed_), key1 = static_cast<uint32_t>(seed_ >> 32);
+    W x0[kGroups], x1[kGroups], x2[kGroups], x3[kGroups];
+    for (int g = 0; g < kGroups; ++g) {
+      x0[g] = x0_[g];
+      x1[g] = x1_[g];
+      x2[g] = x2_[g];
+      x3[g] = x3_[g];
+    }
+    rounds<kFirstRounds, Philox::kRounds>(x0, x1, x2, x3);
+    for (int g = 0; g < kGroups; g += 2, words += 4 * S::kLanes) {
+      S::store_blocks(words, S::merge(x0[g], x0[g + 1]), S::merge(x1[g], x1[g + 1]),
+                      S::merge(x2[g], x2[g + 1]), S::merge(x3[g], x3[g + 1]));
+    }
+  }
+
+ private:
+  static constexpr int kGroups = 2 * kVectors;
+  static constexpr int kFirstRounds = 2;
+
+  uint32_t key0(int round) const {
+    return static_cast<uint32_t>(seed_) + static_cast<uint32_t>(round) * Philox::kWeyl0;
+  }
+  uint32_t key1(int round) const {
+    return static_cast<uint32_t>(seed_ >> 32) + static_cast<uint32_t>(round) * Philox::kWeyl1;
+  }
+
+  template <int kBegin, int kEnd>
+  void rounds(W (&x0)[kGroups], W (&x1)[kGroups], W (&x2)[kGroups], W (&x3)[kGroups]) const {
     const W m0 = S::set(Philox::kMultiplier0), m1 = S::set(Philox::kMultiplier1);
 #pragma GCC unroll 10
-    for (int round = 0; round < Philox::kRounds; ++round) {
-      const W k0 = S::set(key0), k1 = S::set(key1);
-      for (int g = 0; g < 2; ++g) {
+    for (int round = kBegin; round < kEnd; ++round) {
+      const W k0 = S::set(key0(round)), k1 = S::set(key1(round));
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g) {
         const W product0 = S::mul(x0[g], m0), product1 = S::mul(x2[g], m1);
         x0[g] = S::xor3(S::high(product1), x1[g], k0);
         x1[g] = product1;
         x2[g] = S::xor3(S::high(product0), x3[g], k1);
         x3[g] = product0;
       }
-      key0 += Philox::kWeyl0;
-      key1 += Philox::kWeyl1;
     }
-    S::store_blocks(words, S::merge(x0[0], x0[1]), S::merge(x1[0], x1[1]), S::merge(x2[0], x2[1]),
-                    S::merge(x3[0], x3[1]));
   }
 
- private:
   uint64_t* lane(int word, int slot) {
     constexpr int kQuads = S::kLanes / 4;
-    const int lane = slot % kQuads * 4 + slot / kQuads;
-    return &counter_[word][lane % 2][lane / 2];
+    const int place = slot % S::kLanes, lane = place % kQuads * 4 + place / kQuads;
+    return &counter_[word][slot / S::kLanes * 2 + lane % 2][lane / 2];
   }
 
   uint64_t seed_;
   uint32_t domain_;
-  uint64_t counter_[3][2][S::kLanes / 2];
-  W run_[2], x0_[2], x2_[2], x3_[2];
+  uint64_t counter_[3][kGroups][S::kLanes / 2];
+  W run_[kGroups], x0_[kGroups], x1_[kGroups], x2_[kGroups], x3_[kGroups];  // after kFirstRounds
 };
 
 template <class S, class Out>
@@ -180,11 +212,16 @@ void fill_rows(const FillSpec& spec, const Entries& entries) {
   const int64_t begin = spec.column, end = spec.column + spec.columns;
   const int64_t first_block = begin / kColumns, end_block = (end + kColumns - 1) / kColumns;
   int64_t row = 0, block = first_block;
-  BlockLanes<S> lanes(spec.seed);
-  uint32_t words[4 * S::kLanes] = {};
-  Out clipped[S::kLanes * kColumns];
+  // Narrow blocks are made in more vectors, so that rounds wait less for each other.
+  using Lanes = BlockLanes<S, kColumns == kUnitColumns ? S::kVectors : 1>;
+  constexpr int kBlocks = Lanes::kBlocks;
+  Lanes lanes(spec.seed);
+  uint32_t words[4 * kBlocks] = {};
+  Out clipped[kBlocks * kColumns];
   while (row < spec.rows) {
     const int64_t chunk_row = row, chunk_block = block;
+    const int64_t left = (spec.rows - row) * (end_block - first_block) - (block - first_block);
+    const int used = left < kBlocks ? static_cast<int>(left) : kBlocks;
     const auto next = [&] {
       const BlockOfRow current{spec.row + static_cast<uint64_t>(row), static_cast<uint32_t>(block)};
       if (++block == end_block) {
@@ -193,9 +230,9 @@ void fill_rows(const FillSpec& spec, const Entries& entries) {
       }
       return current;
     };
-    if (block + S::kLanes <= end_block) {
+    if (block + kBlocks <= end_block) {
       lanes.set_run(spec.row + static_cast<uint64_t>(row), static_cast<uint32_t>(block));
-      block += S::kLanes;
+      block += kBlocks;
       if (block == end_block) {
         block = first_block;
         ++row;
@@ -206,13 +243,13 @@ void fill_rows(const FillSpec& spec, const Entries& entries) {
     lanes.words(words);
     Out* out = static_cast<Out*>(spec.out) + chunk_row * spec.out_stride;
     const int64_t column = chunk_block * kColumns;
-    if (column >= begin && column + S::kLanes * kColumns <= end) {
-      entries.store(words, S::kLanes, out + (column - begin));
+    if (column >= begin && column + kBlocks * kColumns <= end) {
+      entries.store(words, kBlocks, out + (column - begin));
       continue;
     }
-    entries.store(words, S::kLanes, clipped);
+    entries.store(words, used, clipped);
     int64_t r = chunk_row, b = chunk_block;
-    for (int slot = 0; slot < S::kLanes && r < spec.rows; ++slot) {
+    for (int slot = 0; slot < used; ++slot) {
       const int64_t from = b * kColumns < begin ? begin - b * kColumns : 0;
       const int64_t to = (b + 1) * kColumns > end ? end - b * kColumns : kColumns;
       __builtin_memcpy(out + (b * kColumns + from - begin), clipped + slot * kColumns + from,

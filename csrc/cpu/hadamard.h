@@ -234,7 +234,7 @@ void accumulate(const void* in, const uint32_t* signs, int64_t blocks, void* sum
 template <class S>
 void make_signs(const SignSpec& spec, uint32_t* words) {
   constexpr int64_t kGroups = kHadamardBlock / 128;  // Philox blocks of a diagonal
-  BlockLanes<S> lanes(spec.seed, spec.domain);
+  BlockLanes<S, 1> lanes(spec.seed, spec.domain);
   const int64_t end = kGroups * spec.blocks;
   for (int64_t group = 0; group < end; group += S::kLanes, words += 4 * S::kLanes) {
     lanes.set_run(spec.output, static_cast<uint32_t>(kGroups * spec.block + group));

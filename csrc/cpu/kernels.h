@@ -25,9 +25,10 @@ struct MultiplySpec {
   const void* tile;   // [depth][panel]
   void* acc;          // [batch][acc_stride]
   int64_t depth;
+  int64_t begin;  // element of a whole tile where the depth begins: read by fused_*, multiply_kept
   int64_t error_stride;  // read by dot_*
   int64_t acc_stride;
-  int batch;        // 1..max_batch, 1..kDotBatch
+  int batch;        // 1..max_batch, 1..kDotBatch, 1..kFusedBatch
   bool accumulate;  // false: acc is not read
   // If not null, the sums times `scale` go here instead of to acc, in their own type. Not by dot_*.
   void* out;  // [batch][out_stride]
@@ -35,6 +36,7 @@ struct MultiplySpec {
   double scale;
 };
 constexpr int kDotBatch = 4;
+constexpr int kFusedBatch = 2;
 
 // out[m][r] = scale * acc[m][r], rounded once, m over the batch, r over rows of U.
 struct ScaleSpec {
@@ -89,6 +91,7 @@ struct TransformKernels {
 };
 
 using MultiplyKernel = void (*)(const MultiplySpec&);
+using FusedKernel = void (*)(const TileSpec&, const MultiplySpec&);
 using ScaleKernel = void (*)(const ScaleSpec&);
 using FillKernel = void (*)(const FillSpec&);
 
@@ -100,8 +103,12 @@ struct Kernels {
   void (*tile_f32)(const TileSpec&, float* tile);      // [columns][panel]
   void (*tile_bf16)(const TileSpec&, uint32_t* tile);  // [columns / 2][panel] pairs, low half first
   MultiplyKernel multiply_f32;
+  MultiplyKernel multiply_kept;  // fp32, of tiles of bf16 pairs, [columns / 2][panel]
   MultiplyKernel multiply_f64;
   MultiplyKernel multiply_bf16;  // null without a bf16 dot product: bf16 errors are widened
+  // A panel of few errors, multiplied as it is made: `tile` of the second is not read.
+  FusedKernel fused_f32;
+  FusedKernel fused_bf16;  // null as multiply_bf16
   MultiplyKernel dot_f32;
   MultiplyKernel dot_f64;
   MultiplyKernel dot_bf16;   // null as multiply_bf16

@@ -14,6 +14,7 @@ struct Float32Ops {
   using Acc = float;
   using Error = float;
   using Tile = float;
+  static constexpr int kColumns = 1;  // in an element
   using V = typename S::F;
   static constexpr int kLanes = S::kLanes;
   static constexpr int kMaxBatch = S::kBatchF32;
@@ -39,13 +40,53 @@ struct Float64Ops {
   static V fma(V e, V u, V acc) { return S::fma(e, u, acc); }
 };
 
+// Calls use(the batch as a constant) for 1..Most.
+template <int Most, class Use>
+void for_few(int batch, const Use& use) {
+  if constexpr (Most > 1) {
+    if (batch < Most) return for_few<Most - 1>(batch, use);
+  }
+  use(std::integral_constant<int, Most>());
+}
+
+// Finishes the sums of panel rows from `first` on: adds what acc has, scales, writes.
+template <class S, class Ops, int Batch, int Vectors>
+void finish(typename Ops::V (&acc)[Batch][Vectors], const MultiplySpec& spec, int first = 0) {
+  using Acc = typename Ops::Acc;
+  Acc* to = static_cast<Acc*>(spec.acc) + first;
+  int64_t stride = spec.acc_stride;
+  if (spec.accumulate) {
+#pragma GCC unroll 16
+    for (int m = 0; m < Batch; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        acc[m][v] = S::plus(acc[m][v], S::load(to + m * stride + v * Ops::kLanes));
+      }
+    }
+  }
+  if (spec.out != nullptr) {
+    to = static_cast<Acc*>(spec.out) + first;
+    stride = spec.out_stride;
+    const auto factor = S::set1(static_cast<Acc>(spec.scale));
+#pragma GCC unroll 16
+    for (int m = 0; m < Batch; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) acc[m][v] = S::times(acc[m][v], factor);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < Batch; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) S::store(to + m * stride + v * Ops::kLanes, acc[m][v]);
+  }
+}
+
 template <class S, class Ops, int Batch>
 void multiply_batch(const MultiplySpec& spec) {
   constexpr int kPanel = 2 * S::kLanes;
   constexpr int kVectors = kPanel / Ops::kLanes;
   const auto* error = static_cast<const typename Ops::Error*>(spec.error);
   const auto* tile = static_cast<const typename Ops::Tile*>(spec.tile);
-  auto* out = static_cast<typename Ops::Acc*>(spec.acc);
   typename Ops::V acc[Batch][kVectors];
 #pragma GCC unroll 16
   for (int m = 0; m < Batch; ++m) {
@@ -63,42 +104,56 @@ void multiply_batch(const MultiplySpec& spec) {
       for (int v = 0; v < kVectors; ++v) acc[m][v] = Ops::fma(e, u[v], acc[m][v]);
     }
   }
-  if (spec.accumulate) {
-#pragma GCC unroll 16
-    for (int m = 0; m < Batch; ++m) {
-      const typename Ops::Acc* row = out + m * spec.acc_stride;
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        acc[m][v] = S::plus(acc[m][v], S::load(row + v * Ops::kLanes));
-      }
-    }
-  }
-  int64_t stride = spec.acc_stride;
-  if (spec.out != nullptr) {
-    out = static_cast<typename Ops::Acc*>(spec.out);
-    stride = spec.out_stride;
-    const auto factor = S::set1(static_cast<typename Ops::Acc>(spec.scale));
-#pragma GCC unroll 16
-    for (int m = 0; m < Batch; ++m) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[m][v] = S::times(acc[m][v], factor);
-    }
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < Batch; ++m) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      S::store(out + m * stride + v * Ops::kLanes, acc[m][v]);
-    }
-  }
+  finish<S, Ops>(acc, spec);
 }
 
-template <class S, class Ops, int Batch = Ops::kMaxBatch>
-void multiply(const MultiplySpec& spec) {
-  if constexpr (Batch > 1) {
-    if (spec.batch < Batch) return multiply<S, Ops, Batch - 1>(spec);
+// The same of a tile of bf16 pairs, whole, and an error of floats from column spec.begin on.
+template <class S, int Batch>
+void multiply_kept_batch(const MultiplySpec& spec) {
+  constexpr int kPanel = 2 * S::kLanes;
+  using F = typename S::F;
+  const auto* error = static_cast<const float*>(spec.error);
+  const auto* tile = static_cast<const uint32_t*>(spec.tile) + spec.begin / 2 * kPanel;
+  F acc[Batch][2];
+#pragma GCC unroll 16
+  for (int m = 0; m < Batch; ++m) acc[m][0] = acc[m][1] = S::zero();
+  const auto add = [&](F u0, F u1) {
+#pragma GCC unroll 16
+    for (int m = 0; m < Batch; ++m) {
+      const F e = S::set1(error[m]);
+      acc[m][0] = S::fma(e, u0, acc[m][0]);
+      acc[m][1] = S::fma(e, u1, acc[m][1]);
+    }
+    error += Batch;
+  };
+  const auto low = [&](int v) {
+    return S::as_float(S::template left<16>(S::load_bits(tile + v * S::kLanes)));
+  };
+  const auto high = [&](int v) {
+    return S::as_float(S::mask(S::load_bits(tile + v * S::kLanes), 0xffff0000u));
+  };
+  int64_t left = spec.depth;
+  if (left > 0 && spec.begin % 2 == 1) {
+    add(high(0), high(1));
+    tile += kPanel;
+    --left;
   }
-  multiply_batch<S, Ops, Batch>(spec);
+  for (; left > 1; left -= 2, tile += kPanel) {
+    add(low(0), low(1));
+    add(high(0), high(1));
+  }
+  if (left > 0) add(low(0), low(1));
+  finish<S, Float32Ops<S>>(acc, spec);
+}
+
+template <class S>
+void multiply_kept(const MultiplySpec& spec) {
+  for_few<S::kBatchF32>(spec.batch, [&](auto batch) { multiply_kept_batch<S, batch>(spec); });
+}
+
+template <class S, class Ops>
+void multiply(const MultiplySpec& spec) {
+  for_few<Ops::kMaxBatch>(spec.batch, [&](auto batch) { multiply_batch<S, Ops, batch>(spec); });
 }
 
 // One row of U: lanes are columns. Zeros fill up the last vectors.
@@ -150,17 +205,7 @@ void dot_batch(const MultiplySpec& spec) {
 
 template <class S, class Ops>
 void dot(const MultiplySpec& spec) {
-  static_assert(kDotBatch == 4);
-  switch (spec.batch) {
-    case 1:
-      return dot_batch<S, Ops, 1>(spec);
-    case 2:
-      return dot_batch<S, Ops, 2>(spec);
-    case 3:
-      return dot_batch<S, Ops, 3>(spec);
-    default:
-      return dot_batch<S, Ops, 4>(spec);
-  }
+  for_few<kDotBatch>(spec.batch, [&](auto batch) { dot_batch<S, Ops, batch>(spec); });
 }
 
 template <class S, class Acc, class Out>

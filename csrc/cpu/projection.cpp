@@ -9,8 +9,10 @@
 //
 // The workspace is bounded, independent of the layers and the batch: at most kPackedBytes of packed
 // error, kAccumulatorBytes of partial sums if the error does not fit there or threads share its
-// columns, and about 1.5 MiB per thread.
+// columns, and about 1.5 MiB per thread. Small matrices are kept from call to call, at most
+// kKeptBytes of them; see kept.h.
 #include "../plan.h"
+#include "kept.h"
 #include "kernels.h"
 #include "memory.h"
 #include "pack.h"
@@ -38,6 +40,7 @@ constexpr int64_t kThreadAccumulatorBytes = 512 << 10;
 // is not if its memory is newly mapped: the system's zeros have just brought it into the caches.
 constexpr int64_t kCachedBytes = 16 << 20;
 constexpr int64_t kMappedBytes = 32 << 20;
+constexpr int64_t kKeptBatch = 128;  // error rows beyond which kept entries do not pay
 // A second thread pays from so much work on: multiplications, and packed numbers.
 constexpr double kSerialWork = 4e5;
 constexpr int64_t kSerialPacking = 64 << 10;
@@ -53,6 +56,8 @@ struct Arithmetic {
   bool in_place;  // the error is read where it is, not packed
   bool direct;    // a product can write signals itself
   MultiplyKernel multiply;
+  MultiplyKernel multiply_kept;  // of panels of bf16 pairs; may be null
+  FusedKernel fused;  // of panels, for at most kFusedBatch errors; may be null
   ScaleKernel scale;
   PackKernel pack;
 };
@@ -78,6 +83,8 @@ Arithmetic arithmetic(const Kernels& k, Type error, Type out, bool by_rows) {
   } else {
     a.max_batch = wide ? k.max_batch_f64 : k.max_batch_f32;
     a.multiply = wide ? k.multiply_f64 : a.pairs ? k.multiply_bf16 : k.multiply_f32;
+    a.multiply_kept = wide ? nullptr : a.pairs ? k.multiply_bf16 : k.multiply_kept;
+    a.fused = wide ? nullptr : a.pairs ? k.fused_bf16 : k.fused_f32;
   }
   return a;
 }
@@ -104,6 +111,7 @@ class Projection {
     tiles_ = divide_up(units, tile_units_);
     units_ = units;
     if (plan_.tasks() <= kParts) parts_ = std::clamp<int64_t>(tiles_ / kPartTiles, 1, kParts);
+    find_entries();
     past_caches_ = plan_.written() * error.batch * out_bytes_ > kCachedBytes;
     if (!past_caches_) return;
     for (const Layer& layer : plan_.layers()) used_again_ |= is_used_again(layer.out);
@@ -114,6 +122,7 @@ class Projection {
       batch_ = std::min(kPassBatch, error_.batch - pass_begin_);
       run_pass();
     }
+    if (kept_.entries != nullptr && !kept_.made) keep(key_, kept_.entries);
   }
 
  private:
@@ -131,8 +140,34 @@ class Projection {
   }
   int64_t tile_depth() const { return tile_units_ * kUnitColumns / math_.columns; }
 
+  // Entries that are kept, or are to be: by panels, and by tiles in those. The plan is cut to panels.
+  void find_entries() {
+    const int64_t bytes = plan_.tasks() * tiles_ * kept_tile_bytes();
+    if (math_.multiply_kept == nullptr || stream_.distribution == Distribution::kRademacher ||
+        error_.batch > kKeptBatch || bytes == 0 || bytes > kKeptMatrixBytes) {
+      return;
+    }
+    key_ = {&kernels_, stream_.seed, stream_.distribution, first_unit_, units_, {}};
+    for (const RowPlan::Interval& interval : plan_.intervals()) {
+      key_.rows.push_back({interval.row, interval.rows, interval.first_task});
+    }
+    kept_ = find_kept(key_, bytes);
+  }
+  int64_t kept_tile_bytes() const { return tile_units_ * kUnitColumns * math_.panel * 2; }
+
+  // The panel of a tile that begins at `row`.
+  char* kept_panel(uint64_t row, int64_t tile) const {
+    const auto after =
+        std::upper_bound(key_.rows.begin(), key_.rows.end(), row,
+                         [](uint64_t row, const KeptRows& rows) { return row < rows.row; });
+    const KeptRows& rows = *(after - 1);
+    const int64_t panel = rows.panel + static_cast<int64_t>(row - rows.row) / math_.panel;
+    return kept_.entries.get() + (panel * tiles_ + tile) * kept_tile_bytes();
+  }
+
   void run_pass() {
     slices_ = divide_up(batch_, math_.max_batch);
+    fused_ = math_.fused != nullptr && batch_ <= kFusedBatch && kept_.entries == nullptr;
     const double work = static_cast<double>(plan_.rows()) * static_cast<double>(error_.columns) *
                         static_cast<double>(batch_ + 8);
     threads_ = work < kSerialWork ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
@@ -168,7 +203,7 @@ class Projection {
                                     : std::clamp<int64_t>(kAccumulatorBytes / (parts_ * task_acc_),
                                                           1, std::max<int64_t>(1, plan_.tasks()));
     const int64_t panel_bytes = tile_depth() * math_.panel * 4;
-    thread_tile_ = task_panels_ * panel_bytes;
+    thread_tile_ = fused_ || kept_.entries != nullptr ? 0 : task_panels_ * panel_bytes;
     tile_buffer_ = allocate(workers * thread_tile_);
     acc_buffer_ = allocate((of_thread ? workers : group * parts_) * task_acc_);
     packed_buffer_ = allocate(window * packed_tile);
@@ -257,13 +292,20 @@ class Projection {
     kernels_.fill[static_cast<int>(math_.pairs ? Type::kBFloat16 : Type::kFloat32)](spec);
   }
 
-  void make_tile(const RowPlan::Task& task, int64_t tile, char* tile_buffer) const {
-    if (by_rows_) return make_rows(task, tile, tile_buffer);
+  // The first panel of a task.
+  TileSpec panel(const RowPlan::Task& task, int64_t tile) const {
     TileSpec spec{};
     spec.seed = stream_.seed;
     spec.distribution = stream_.distribution;
+    spec.row = task.row;
     spec.unit = first_unit_ + tile * tile_units_;
     spec.units = std::min(tile_units_, units_ - tile * tile_units_);
+    return spec;
+  }
+
+  void make_tile(const RowPlan::Task& task, int64_t tile, char* tile_buffer) const {
+    if (by_rows_) return make_rows(task, tile, tile_buffer);
+    TileSpec spec = panel(task, tile);
     const int64_t panel_elements = tile_depth() * kernels_.panel;
     for (int64_t row = 0; row < task.rows; row += kernels_.panel) {
       spec.row = task.row + static_cast<uint64_t>(row);
@@ -281,10 +323,19 @@ class Projection {
                 char* tile_buffer, char* acc_buffer) const {
     const int64_t earlier = divide_up(std::max<int64_t>(0, tile_begin - part), parts_);
     for (int64_t tile = part + earlier * parts_; tile < tile_end; tile += parts_) {
-      make_tile(task, tile, tile_buffer);
+      TileSpec entries = panel(task, tile);
+      if (kept_.entries != nullptr) {
+        for (int64_t r = 0; r < task.rows && !kept_.made; r += math_.panel) {
+          entries.row = task.row + static_cast<uint64_t>(r);
+          kernels_.tile_bf16(entries, reinterpret_cast<uint32_t*>(kept_panel(entries.row, tile)));
+        }
+      } else if (!fused_) {
+        make_tile(task, tile, tile_buffer);
+      }
       const Depth d = depth(tile);
       MultiplySpec spec{};
       spec.depth = d.size();
+      spec.begin = d.begin;
       spec.acc_stride = task_rows_;
       spec.accumulate = tile > part;
       spec.error_stride = math_.in_place ? error_.columns : d.size();
@@ -301,7 +352,6 @@ class Projection {
         spec.batch = static_cast<int>(slice_begin(slice + 1) - first);
         int64_t written = 0;
         for (int64_t r = 0; r < task.rows; r += math_.panel) {
-          spec.tile = tile_buffer + (r * tile_depth() + d.begin * math_.panel) * 4;
           spec.acc = acc + r * math_.acc_bytes;
           if (alone != nullptr && r + math_.panel <= task.rows) {
             spec.out = output(*alone, first, task.row + static_cast<uint64_t>(r));
@@ -309,7 +359,16 @@ class Projection {
           } else {
             spec.out = nullptr;
           }
-          math_.multiply(spec);
+          entries.row = task.row + static_cast<uint64_t>(r);
+          if (kept_.entries != nullptr) {
+            spec.tile = kept_panel(entries.row, tile) + (math_.pairs ? d.begin * math_.panel * 4 : 0);
+            math_.multiply_kept(spec);
+          } else if (fused_) {
+            math_.fused(entries, spec);
+          } else {
+            spec.tile = tile_buffer + (r * tile_depth() + d.begin * math_.panel) * 4;
+            math_.multiply(spec);
+          }
         }
         if (last && written < task.rows) {
           const RowPlan::Task rest{task.row + static_cast<uint64_t>(written), task.rows - written};
@@ -367,8 +426,10 @@ class Projection {
   int64_t head_, first_unit_, units_, tiles_, tile_units_;
   int64_t parts_ = 1;
   int64_t pass_begin_ = 0, batch_ = 0, slices_ = 0, threads_ = 1;
-  bool past_caches_ = false, used_again_ = false;
+  bool past_caches_ = false, used_again_ = false, fused_ = false;
   int64_t task_panels_ = 1, task_rows_ = 1, task_acc_ = 0, thread_tile_ = 0;
+  KeptKey key_;
+  Kept kept_;
   Buffer tile_buffer_, acc_buffer_, packed_buffer_;
 };
 

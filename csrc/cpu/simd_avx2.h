@@ -4,9 +4,28 @@
 namespace dfa {
 namespace {
 
+// Quantile = p * G(r), p = 511/512 (2k - 4095)/4096, r = 1 - p * p, where G is a quartic in r for
+// each octave of r, so no logarithm is computed. Row i holds the coefficients of r^i. The factor
+// 511/512 keeps r above 2^-8, so that the low three bits of r's exponent tell the octaves apart; p
+// and its constants are exact. The values stay away from every rounding tie by at least 0.17 % of
+// the distance between two, and are proven on all 4096 inputs.
+alignas(32) constexpr float kPieces[5][8] = {
+    {0x1.065f62p3f, 0x1.223fb6p2f, 0x1.7b53c2p1f, 0x1.6a1606p1f, 0x1.462e18p1f, 0x1.2b3088p1f,
+     0x1.0bca28p1f, 0x1.7de4e6p2f},
+    {-0x1.9cfbe6p10f, -0x1.0a62bcp8f, -0x1.2f72cap4f, -0x1.bc918ap3f, -0x1.9d3596p2f,
+     -0x1.e140c6p1f, -0x1.eadec2p0f, 0},
+    {0x1.8841f2p17f, 0x1.e559fcp13f, 0x1.32b188p7f, 0x1.630ba4p6f, 0x1.2f21dep4f, 0x1.cd17cep2f,
+     0x1.ec52e2p0f, -0x1.46ba3p18f},
+    {-0x1.51b2dap23f, -0x1.aa2f38p18f, -0x1.98cf06p9f, -0x1.15690ep8f, -0x1.93b068p4f,
+     -0x1.fae5bep2f, -0x1.1bd00cp0f, 0x1.f0e0a4p25f},
+    {0x1.b22e56p27f, 0x1.1cb88ap22f, 0x1.185b86p12f, 0x1.a794e8p7f, 0x1.cf9e7cp1f, 0x1.c9fffp1f,
+     0x1.10deap-2f, -0x1.b13c9cp31f},
+};
+constexpr float kShrink = 511.0f / 512;
+
 struct Avx2 {
   static constexpr int kLanes = 8;
-  static constexpr int kVectors = 1;
+  static constexpr int kVectors = 2;
   static constexpr int kBatchF32 = 6;
   static constexpr int kBatchF64 = 2;
   static constexpr int kRadix = 8;  // vectors of a transform that are in registers together
@@ -47,7 +66,8 @@ struct Avx2 {
   static I left(I a) {
     return _mm256_slli_epi32(a, N);
   }
-  static I left(I a, int n) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(n)); }
+  static I left(I a, int n) { return _mm256_slli_epi32(a, n); }
+  static I right(I a, int n) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(n)); }
   static I left_each(I a, I n) { return _mm256_sllv_epi32(a, n); }
   static I mask_or(I a, uint32_t mask, uint32_t ones) {
     return _mm256_or_si256(_mm256_and_si256(a, bits(mask)), bits(ones));
@@ -75,26 +95,20 @@ struct Avx2 {
     _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
   }
 
-  // The quantile for 1 + k / 4096, before rounding. log2(m) is a polynomial in m - 1 on [1, 2),
-  // with an absolute error of 2^-16.3; 2^-15 is enough.
+  // The quantile for 1 + k / 4096, before rounding.
   static F quantile(F one_plus) {
-    const F p = fma(one_plus, set1(2.0f), set1(0x1p-12f - 3.0f));
-    const F q = _mm256_fnmadd_ps(p, p, set1(1.0f));
-    const I q_bits = _mm256_castps_si256(q);
-    const F exponent = _mm256_cvtepi32_ps(_mm256_sub_epi32(bits(127), right<23>(q_bits)));
-    const F m = _mm256_sub_ps(as_float(mask_or(q_bits, 0x7fffffu, 0x3f800000u)), set1(1.0f));
-    F log = set1(0x1.6f9b20p-5f);
-    log = fma(log, m, set1(-0x1.899e50p-3f));
-    log = fma(log, m, set1(0x1.a78efap-2f));
-    log = fma(log, m, set1(-0x1.6a7e1ap-1f));
-    log = fma(log, m, set1(0x1.711240p+0f));
-    log = fma(log, m, set1(0x1.a470f2p-17f));
-    const F w = _mm256_sub_ps(exponent, log);
-    F g = fma(w, set1(Codebook::kC4), set1(Codebook::kC3));
-    g = fma(g, w, set1(Codebook::kC2));
-    g = fma(g, w, set1(Codebook::kC1));
-    g = fma(g, w, set1(Codebook::kC0));
+    const F p = fma(one_plus, set1(2 * kShrink), set1((0x1p-12f - 3.0f) * kShrink));
+    const F r = _mm256_fnmadd_ps(p, p, set1(1.0f));
+    const I piece = right<23>(_mm256_castps_si256(r));
+    F g = coefficient(4, piece);
+    g = fma(g, r, coefficient(3, piece));
+    g = fma(g, r, coefficient(2, piece));
+    g = fma(g, r, coefficient(1, piece));
+    g = fma(g, r, coefficient(0, piece));
     return _mm256_mul_ps(g, p);
+  }
+  static F coefficient(int power, I piece) {
+    return _mm256_permutevar8x32_ps(_mm256_load_ps(kPieces[power]), piece);
   }
   static F zero() { return _mm256_setzero_ps(); }
   static F set1(float x) { return _mm256_set1_ps(x); }

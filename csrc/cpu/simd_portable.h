@@ -60,6 +60,7 @@ struct Portable {
     return a << N;
   }
   static I left(I a, int n) { return a << n; }
+  static I right(I a, int n) { return a >> n; }
   static I left_each(I a, I n) { return a << n; }
   static I mask_or(I a, uint32_t mask, uint32_t ones) { return (a & mask) | ones; }
   static I mask(I a, uint32_t m) { return a & m; }

@@ -27,8 +27,11 @@ constexpr Kernels make_kernels(const char* name) {
   k.tile_f32 = make_tile<S, float>;
   k.tile_bf16 = make_tile<S, uint32_t>;
   k.multiply_f32 = multiply<S, Float32Ops<S>>;
+  k.multiply_kept = multiply_kept<S>;
   k.multiply_f64 = multiply<S, Float64Ops<S>>;
   k.multiply_bf16 = nullptr;
+  k.fused_f32 = fused<S, Float32Ops<S>>;
+  k.fused_bf16 = nullptr;
   k.dot_f32 = dot<S, Float32Ops<S>>;
   k.dot_f64 = dot<S, Float64Ops<S>>;
   k.dot_bf16 = nullptr;

@@ -1,6 +1,8 @@
-// Tiles of U for the projection. Lanes are rows: a vector holds a column and is stored whole.
+// Tiles of U for the projection, stored or multiplied as they are made. Lanes are rows: a vector
+// holds a column.
 #pragma once
 
+#include "multiply.h"
 #include "vector_entries.h"
 
 namespace dfa {
@@ -78,88 +80,166 @@ class RowBlocks {
   W round1_low_[kGroups], round2_low_[kGroups], round2_high_[kGroups];
 };
 
-// Stores columns 2i and 2i + 1 of a vector of rows, as two columns of floats or one of pairs.
+// The entries of columns 2i and 2i + 1 for a vector of rows: as two vectors of floats, as one of
+// bf16 pairs, or added to a sum times the error e.
 template <class S, class Entry>
-void store_pair(float* tile, typename S::I words) {
-  S::store(tile, Entry::as_floats(Entry::even(words)));
-  S::store(tile + 2 * S::kLanes, Entry::as_floats(Entry::odd(words)));
-}
+struct HalfwordPair {
+  using F = typename S::F;
+  typename S::I word;
+  F even() const { return Entry::as_floats(Entry::even(word)); }
+  F odd() const { return Entry::as_floats(Entry::odd(word)); }
+  F add_even(F e, F sum) const { return S::fma(e, even(), sum); }
+  F add_odd(F e, F sum) const { return S::fma(e, odd(), sum); }
+  typename S::I both() const { return S::upper_halves(Entry::odd(word), Entry::even(word)); }
+};
+
+template <class S>
+struct SignPair {
+  using F = typename S::F;
+  typename S::I word;
+  int bit;  // of column 2i; that of column 2i + 1 is 16 higher
+  F even() const { return S::flip(S::set1(1.0f), word, 31 - bit); }
+  F odd() const { return S::flip(S::set1(1.0f), word, 15 - bit); }
+  F add_even(F e, F sum) const { return S::plus(sum, S::flip(e, word, 31 - bit)); }
+  F add_odd(F e, F sum) const { return S::plus(sum, S::flip(e, word, 15 - bit)); }
+  typename S::I both() const {
+    return S::mask_or(S::left(word, 15 - bit), kPairSigns, kPairOnes);
+  }
+};
+
+// The units of a tile for S::kVectors vectors of rows, in order: begin(unit), counted from the
+// tile's first, then pair(i, v) for columns 2i and 2i + 1 of it, i in 0..3.
 template <class S, class Entry>
-void store_pair(uint32_t* tile, typename S::I words) {
-  S::store_bits(tile, S::upper_halves(Entry::odd(words), Entry::even(words)));
-}
+class HalfwordUnits {
+ public:
+  HalfwordUnits(const TileSpec& spec, uint64_t row) : rows_(spec.seed, row), first_(spec.unit) {}
+  void begin(int64_t unit) { rows_.words(static_cast<uint32_t>(first_ + unit), words_); }
+  HalfwordPair<S, Entry> pair(int i, int v) const { return {words_[i][v]}; }
+
+ private:
+  const RowBlocks<S> rows_;
+  const int64_t first_;
+  typename S::I words_[4][S::kVectors];
+};
+
 template <class S>
-void store_signs(float* tile, typename S::I w, int bit) {
-  S::store(tile, S::as_float(S::mask_or(S::left(w, 31 - bit), kFloatSign, kFloatOne)));
-  S::store(tile + 2 * S::kLanes,
-           S::as_float(S::mask_or(S::left(w, 15 - bit), kFloatSign, kFloatOne)));
-}
-template <class S>
-void store_signs(uint32_t* tile, typename S::I w, int bit) {
-  S::store_bits(tile, S::mask_or(S::left(w, 15 - bit), kPairSigns, kPairOnes));
-}
-
-// Elements between pairs of columns. A panel is two vectors of rows; a pair is two columns of
-// floats or one column of pairs.
-template <class S, class T>
-constexpr int64_t pair_stride() {
-  return (__is_same(T, float) ? 2 : 1) * 2 * S::kLanes;
-}
-
-template <class S, class Entry, class T>
-void halfword_tile(const TileSpec& spec, T* tile) {
-  constexpr int64_t kStride = pair_stride<S, T>();
-  for (int v0 = 0; v0 < 2; v0 += S::kVectors) {
-    const RowBlocks<S> rows(spec.seed, spec.row + v0 * S::kLanes);
-    T* out = tile + v0 * S::kLanes;
-    for (int64_t unit = 0; unit < spec.units; ++unit, out += 4 * kStride) {
-      typename S::I words[4][S::kVectors];
-      rows.words(static_cast<uint32_t>(spec.unit + unit), words);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-#pragma GCC unroll 2
-        for (int v = 0; v < S::kVectors; ++v) {
-          store_pair<S, Entry>(out + i * kStride + v * S::kLanes, words[i][v]);
-        }
-      }
+class SignUnits {
+ public:
+  SignUnits(const TileSpec& spec, uint64_t row) : rows_(spec.seed, row), first_(spec.unit) {}
+  void begin(int64_t unit) {
+    constexpr int64_t kUnits = facts(Distribution::kRademacher).block / kUnitColumns;
+    const int64_t place = (first_ + unit) % kUnits;
+    if (unit == 0 || place == 0) {
+      rows_.words(static_cast<uint32_t>((first_ + unit) / kUnits), words_);
     }
+    const int passed = static_cast<int>(place % 4 * 4);  // so that shifts of pairs are constants
+    for (int v = 0; v < S::kVectors; ++v) word_[v] = S::right(words_[place / 4][v], passed);
   }
-}
+  SignPair<S> pair(int i, int v) const { return {word_[v], i}; }
 
-template <class S, class T>
-void rademacher_tile(const TileSpec& spec, T* tile) {
-  constexpr int64_t kStride = pair_stride<S, T>();
-  constexpr int64_t kUnits = facts(Distribution::kRademacher).block / kUnitColumns;
-  for (int v0 = 0; v0 < 2; v0 += S::kVectors) {
-    const RowBlocks<S> rows(spec.seed, spec.row + v0 * S::kLanes);
-    T* out = tile + v0 * S::kLanes;
-    typename S::I words[4][S::kVectors];
-    for (int64_t unit = spec.unit; unit < spec.unit + spec.units; ++unit, out += 4 * kStride) {
-      if (unit == spec.unit || unit % kUnits == 0) {
-        rows.words(static_cast<uint32_t>(unit / kUnits), words);
-      }
-      const int word = static_cast<int>(unit % kUnits / 4), bit = static_cast<int>(unit % 4 * 4);
-      for (int i = 0; i < 4; ++i) {
-        for (int v = 0; v < S::kVectors; ++v) {
-          store_signs<S>(out + i * kStride + v * S::kLanes, words[word][v], bit + i);
-        }
-      }
-    }
-  }
-}
+ private:
+  const RowBlocks<S> rows_;
+  const int64_t first_;
+  typename S::I words_[4][S::kVectors], word_[S::kVectors];
+};
 
-template <class S, class T>
-void make_tile(const TileSpec& spec, T* tile) {
+// Calls use(units) with what makes the units of a distribution, for `row` on.
+template <class S, class Use>
+void for_units(const TileSpec& spec, uint64_t row, const Use& use) {
   switch (spec.distribution) {
     case Distribution::kNormal:
-      return halfword_tile<S, Normal<S>>(spec, tile);
+      return use(HalfwordUnits<S, Normal<S>>(spec, row));
     case Distribution::kUniform:
-      return halfword_tile<S, UniformLattice<S>>(spec, tile);
+      return use(HalfwordUnits<S, UniformLattice<S>>(spec, row));
     case Distribution::kRademacher:
-      return rademacher_tile<S>(spec, tile);
+      return use(SignUnits<S>(spec, row));
     case Distribution::kHadamard:
       break;  // its projection makes no tiles
   }
+}
+
+// A panel is two vectors of rows; a pair is two columns of floats or one column of pairs.
+template <class S, class T>
+void make_tile(const TileSpec& spec, T* tile) {
+  constexpr int64_t kPanel = 2 * S::kLanes;
+  for (int v0 = 0; v0 < 2; v0 += S::kVectors) {
+    for_units<S>(spec, spec.row + static_cast<uint64_t>(v0 * S::kLanes), [&](auto units) {
+      T* out = tile + v0 * S::kLanes;
+      for (int64_t unit = 0; unit < spec.units; ++unit) {
+        units.begin(unit);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 2
+          for (int v = 0; v < S::kVectors; ++v) {
+            const auto pair = units.pair(i, v);
+            if constexpr (__is_same(T, float)) {
+              S::store(out + v * S::kLanes, pair.even());
+              S::store(out + v * S::kLanes + kPanel, pair.odd());
+            } else {
+              S::store_bits(out + v * S::kLanes, pair.both());
+            }
+          }
+          out += (__is_same(T, float) ? 2 : 1) * kPanel;
+        }
+      }
+    });
+  }
+}
+
+// Multiplies a panel as it is made. Sums are those of multiply() for the tile: what is outside the
+// depth meets an error of 0.
+template <class S, class Ops, int Batch>
+void fused_batch(const TileSpec& tile, const MultiplySpec& spec) {
+  using Error = typename Ops::Error;
+  constexpr int kUnit = kUnitColumns / Ops::kColumns;  // elements of a unit
+  const auto* error = static_cast<const Error*>(spec.error);
+  const int64_t end = spec.begin + spec.depth;
+  for (int v0 = 0; v0 < 2; v0 += S::kVectors) {
+    for_units<S>(tile, tile.row + static_cast<uint64_t>(v0 * S::kLanes), [&](auto units) {
+      typename Ops::V acc[Batch][S::kVectors];
+      for (auto& sums : acc) {
+        for (auto& sum : sums) sum = Ops::zero();
+      }
+      for (int64_t unit = 0; unit < tile.units; ++unit) {
+        const int64_t first = unit * kUnit;
+        const Error* errors = error + (first - spec.begin) * Batch;
+        Error clipped[kUnit * Batch];
+        if (first < spec.begin || first + kUnit > end) {
+          for (int k = 0; k < kUnit; ++k) {
+            const bool inside = first + k >= spec.begin && first + k < end;
+            for (int m = 0; m < Batch; ++m) {
+              clipped[k * Batch + m] = inside ? errors[k * Batch + m] : Error{};
+            }
+          }
+          errors = clipped;
+        }
+        units.begin(unit);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 2
+          for (int v = 0; v < S::kVectors; ++v) {
+            const auto pair = units.pair(i, v);
+#pragma GCC unroll 2
+            for (int m = 0; m < Batch; ++m) {
+              const Error* e = errors + i * kUnit / 4 * Batch + m;
+              if constexpr (Ops::kColumns == 1) {
+                acc[m][v] = pair.add_even(Ops::error(e[0]), acc[m][v]);
+                acc[m][v] = pair.add_odd(Ops::error(e[Batch]), acc[m][v]);
+              } else {
+                acc[m][v] = Ops::fma(Ops::error(e[0]), Ops::entries(pair.both()), acc[m][v]);
+              }
+            }
+          }
+        }
+      }
+      finish<S, Ops>(acc, spec, v0 * S::kLanes);
+    });
+  }
+}
+
+template <class S, class Ops>
+void fused(const TileSpec& tile, const MultiplySpec& spec) {
+  for_few<kFusedBatch>(spec.batch, [&](auto batch) { fused_batch<S, Ops, batch>(tile, spec); });
 }
 
 }  // namespace

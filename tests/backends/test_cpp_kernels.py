@@ -255,16 +255,33 @@ def test_threads_do_not_change_bits(isa, threads):  # the fixture restores their
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("distribution", DENSE)
+def test_batch_does_not_change_bits(isa, distribution, dtype):
+    """One error or two are multiplied with entries as they are made, more with a stored tile."""
+    generator = torch.Generator().manual_seed(0)
+    for n, column_offset in ((5, 0), (3, 4), (16, 8), (131, 127), (1700, 5), (9000, 2**34 - 9000)):
+        error = torch.randn(5, n, generator=generator).to(dtype)
+        where = [3, 2**32 - 20], [70, 40], [0.3, 0.7], 8, column_offset, distribution
+        for m in (1, 2):
+            for whole, few in zip(project(error, *where), project(error[:m], *where), strict=True):
+                same(whole[:m], few)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_errors(isa, dtype, bad):
+@pytest.mark.parametrize("distribution", DENSE)
+def test_non_finite_errors(isa, distribution, dtype, bad):
     error = torch.randn(14, 30).to(dtype)
     error[3, 4] = bad
     error[9, 29] = bad
-    (out,) = project(error, [0], [100], [1.0])
+    (out,) = project(error, [0], [100], [1.0], 0, 0, distribution)
+    for m in (3, 9):
+        (one,) = project(error[m : m + 1], [0], [100], [1.0], 0, 0, distribution)
+        torch.testing.assert_close(one, out[m : m + 1], rtol=0, atol=0, equal_nan=True)
     finite = torch.ones(14, dtype=torch.bool)
     finite[[3, 9]] = False
     assert out[finite].isfinite().all()
-    want = error.double() @ expected(100, 30, 0, 0, 0, "normal", torch.float64).T
+    want = error.double() @ expected(100, 30, 0, 0, 0, distribution, torch.float64).T
     assert (out[~finite].isnan() == want[~finite].isnan()).all()
     assert (out[~finite].isinf() == want[~finite].isinf()).all()
     assert not out[~finite].isfinite().any()

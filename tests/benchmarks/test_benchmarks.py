@@ -506,6 +506,37 @@ def test_what_structured_projections_are_held_to(full):
 
 
 @pytest.mark.parametrize("full", [False, True])
+def test_dense_feedback_with_little_to_compute_is_held_to_a_stored_matrix(full):
+    modules = (bench_networks, bench_sweeps, bench_precisions)
+    asked = {}
+    for case in (case for module in modules for case in module.cases("cpu", full)):
+        kind = (len(case.sizes), case.sizes[0], case.batch, case.n, case.distribution)
+        for promise in case.promises:
+            if promise.ours == "cpp" and (promise.rival == "stored" or case.batch == 1):
+                assert promise.rival in case.rivals
+                asked[(*kind, promise.rival)] = promise.at_least
+    for batch in (1, 32, 128):
+        assert asked[3, 800, batch, 10, "normal", "stored"] == 1
+    for n in (10, 100):
+        assert asked[1, 20_000, 32, n, "normal", "stored"] == 1
+    assert asked[1, 1000, 4, 1000, "normal", "stored"] == 1
+    assert asked[48, 4096, 32, 1000, "normal", "stored"] == 1
+    assert asked[48, 2049, 512, 1000, "normal", "stored"] == 1
+    assert asked[1, 100_000, 1, 1000, "normal", "views"] == 0.9
+    assert asked[1, 100_000, 1, 1000, "rademacher", "views"] == 2
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_small_shapes_stand_beside_views_and_scaled_copies(device_type):
+    modules = (bench_networks, bench_sweeps, bench_precisions)
+    cases = [case for module in modules for case in module.cases(device_type, False)]
+    small = [case for case in cases if sum(case.sizes) * (case.n + case.batch) < 5e6]
+    small += [case for case in cases if len(case.sizes) == 48 and len(set(case.sizes)) == 48]
+    assert len(small) > 5
+    assert all({"views", "stored"} <= set(case.rivals) for case in small)
+
+
+@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_names_of_cases_differ(device_type, full):
     modules = (bench_networks, bench_sweeps, bench_precisions, bench_matrix)

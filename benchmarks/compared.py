@@ -1,0 +1,204 @@
+"""What `python -m benchmarks.compare` measures, and the process that measures one checkout.
+
+The process takes requests from its standard input, one a line, and answers each with a line of
+JSON. The code that measures is the same for all checkouts; `dfa_kernels` is the checkout's.
+"""
+
+import argparse
+import gc
+import json
+import re
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dfa_kernels
+from benchmarks import training_step
+from benchmarks.harness import contenders, measure
+from benchmarks.harness.shapes import PAPER_MLP, UNEQUAL_MLP, Case, layer_name, with_batch
+from benchmarks.training_step import PAPER, Perceptron
+from dfa_kernels import project
+from dfa_kernels.backends import registry
+
+RIVALS = ("views", "stored")
+
+
+def _network(name: str, network: tuple, batch: int, distribution: str = "normal") -> Case:
+    details = (name, f"n={network[1]:,}, M={batch:,}", *_unless_normal(distribution))
+    sizes_and_rest = with_batch(network, batch)
+    return Case(", ".join(details), *sizes_and_rest, RIVALS, distribution=distribution)
+
+
+def _layer(size: int, batch: int, n: int, distribution: str = "normal") -> Case:
+    name = layer_name(size, batch, n, *_unless_normal(distribution))
+    return Case(name, (size,), batch, n, RIVALS, distribution=distribution)
+
+
+def _unless_normal(distribution: str) -> list[str]:
+    return [] if distribution == "normal" else [distribution]
+
+
+SHAPES = [
+    *(_network("3x800 (the paper's)", PAPER_MLP, batch) for batch in (1, 32, 128)),
+    _network("3x800 (the paper's)", PAPER_MLP, 128, "rademacher"),
+    _network("3x800 (the paper's)", PAPER_MLP, 128, "hadamard"),
+    *(_layer(20_000, 32, n) for n in (10, 100)),
+    *(_layer(1000, 4, 1000, kind) for kind in ("normal", "rademacher", "hadamard")),
+    *(_layer(100_000, 1, 1000, kind) for kind in ("normal", "rademacher", "uniform", "hadamard")),
+    _layer(100_000, 4, 1000),
+    _network("48 layers of 2,049 to 4,096", UNEQUAL_MLP, 32),
+]
+# Steps of narrow networks are as long as what torch and DFA do in Python and between kernels.
+STEPS = {f"{PAPER}, batch {batch}": batch for batch in (128, 32)}
+STEPS = {name: training_step.CASES[name] for name in STEPS} | {
+    f"{count} x 32, n = 10, batch 4": Perceptron(32, (32,) * count, batch=4, n=10)
+    for count in (3, 100)
+}
+CASES: dict[str, Case | Perceptron] = {case.name: case for case in SHAPES}
+CASES |= {f"training step, {name}": case for name, case in STEPS.items()}
+
+
+class Projected(contenders.Seeded):
+    """`project`, called as in its documentation."""
+
+    def __init__(self, case: Case):
+        super().__init__(case, "project")
+
+    def prepare(self, error: torch.Tensor, storage: contenders.Storage) -> None:
+        sizes, distribution = list(self.case.sizes), self.case.distribution
+        self.prepared = partial(project, error, sizes, distribution=distribution)
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the calls of this project's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[partial] = []
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        call = partial(operator, *arguments, **(options or {}))
+        if operator.namespace == "dfa_kernels":
+            self.calls.append(call)
+        return call()
+
+
+def calls(case: Case | Perceptron, device_type: str, only_ours: bool = False) -> dict:
+    """What is measured of a case, by name. What is wrong is not measured: it raises gate.Wrong.
+
+    `only_ours` leaves out what is the same in all checkouts.
+    """
+    torch.manual_seed(0)
+    if isinstance(case, Perceptron):
+        new = partial(training_step.Step, case, torch.device(device_type), torch.float32)
+        modes = {"DFA": "dfa"} if only_ours else {"DFA": "dfa", "backprop": "backprop"}
+        return {name: new(mode).run for name, mode in modes.items()}
+    case = replace(case, device_type=device_type)
+    error = torch.randn(case.batch, case.n, device=device_type)
+    storage = contenders.Storage(case, None)
+    entrants = {"project": Projected(case)}
+    if not only_ours:
+        entrants |= {name: contenders.contender(name, case) for name in case.rivals}
+    for entrant in entrants.values():
+        entrant.prepare(error, storage)
+        entrant.check(error, entrant())
+    with Recorder() as recorder:
+        entrants["project"]()
+    # One operator makes all signals. A checkout may do without.
+    recorded = {"operator": recorder.calls[0]} if len(recorder.calls) == 1 else {}
+    return recorded | entrants
+
+
+class Instructions:
+    """Counts the instructions of calls in this process, which callgrind runs."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            self.toggle = torch._C._valgrind_toggle
+            self.dump = torch._C._valgrind_toggle_and_dump_stats
+        except AttributeError:
+            raise RuntimeError(
+                f"compare: torch {torch.__version__} has no _C._valgrind_toggle: "
+                "leave out --instructions"
+            ) from None
+
+    def a_call(self, call) -> float:
+        """Instructions of a call: the difference of two counts, over that of their calls."""
+        began, warmed = time.perf_counter(), 0
+        while warmed < 10 and (warmed == 0 or time.perf_counter() - began < 2):
+            call()  # Python specializes code in its first calls
+            warmed += 1
+        few = 5 if warmed == 10 else 1
+        gc.collect()
+        gc.disable()
+        try:
+            return (self.total(call, 2 * few) - self.total(call, few)) / few
+        finally:
+            gc.enable()
+
+    def total(self, call, times: int) -> int:
+        """Instructions of so many calls, and of what counting them takes."""
+        self.toggle()
+        for _ in range(times):
+            call()
+        self.dump()
+        (dump,) = self.folder.glob("counts.*")
+        counted = re.search(r"^(?:summary|totals): *(\d+)", dump.read_text(), re.MULTILINE)
+        dump.unlink()
+        return int(counted[1])
+
+
+class Checkout:
+    """Answers the requests about one checkout."""
+
+    def __init__(self, device_type: str, counts: Path | None):
+        self.device_type, self.calls = device_type, {}
+        self.instructions = Instructions(counts) if counts else None
+
+    def about(self) -> dict:
+        """The checkout that was imported, and how it computes."""
+        device = torch.device(self.device_type)
+        return {
+            "source": dfa_kernels.__file__,
+            "version": dfa_kernels.__version__,
+            "backend": registry.choose("compare", device, None),  # DFA_KERNELS_BACKEND or the best
+            "threads": torch.get_num_threads(),
+        }
+
+    def prepare(self, name: str) -> dict[str, float]:
+        """Set up a case; the seconds of each call, as a first estimate."""
+        self.calls = {}  # frees its matrices
+        self.calls = calls(CASES[name], self.device_type)
+        return {name: min(self.time(name, 1) for _ in range(3)) for name in self.calls}
+
+    def time(self, name: str, repeats: int) -> float:
+        """Mean seconds of a call of the case, over `repeats` in a row."""
+        return measure.seconds(self.calls[name], self.device_type, repeats)
+
+    def count(self, name: str) -> dict[str, float]:
+        """The instructions of each call of ours in a case."""
+        ours = calls(CASES[name], self.device_type, only_ours=True)
+        return {name: self.instructions.a_call(call) for name, call in ours.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--counts", type=Path, help="the folder of counts, under callgrind")
+    options = parser.parse_args()
+    answers, sys.stdout = sys.stdout, sys.stderr  # what anything prints is no answer
+    measure.keep_freed_memory()
+    checkout = Checkout(options.device, options.counts)
+    for line in sys.stdin:
+        name, *arguments = json.loads(line)
+        print(json.dumps(getattr(checkout, name)(*arguments)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dfa_kernels
-from benchmarks import training_step
+from benchmarks import bench_networks, bench_sweeps, training_step
 from benchmarks.harness import contenders, measure
-from benchmarks.harness.shapes import PAPER_MLP, UNEQUAL_MLP, Case, layer_name, with_batch
+from benchmarks.harness.shapes import Case
 from benchmarks.training_step import PAPER, Perceptron
 from dfa_kernels import project
 from dfa_kernels.backends import registry
@@ -28,38 +29,38 @@ from dfa_kernels.backends import registry
 RIVALS = ("views", "stored")
 
 
-def _network(name: str, network: tuple, batch: int, distribution: str = "normal") -> Case:
-    details = (name, f"n={network[1]:,}, M={batch:,}", *_unless_normal(distribution))
-    sizes_and_rest = with_batch(network, batch)
-    return Case(", ".join(details), *sizes_and_rest, RIVALS, distribution=distribution)
+# Cases of the benchmark, and the distributions to measure beside its own.
+SHAPES = {
+    "3x800 (the paper's), n=10, M=1": (),
+    "3x800 (the paper's), n=10, M=32": (),
+    "3x800 (the paper's), n=10, M=128": ("rademacher", "hadamard"),
+    "M=32, n=10, one layer of 20,000": (),
+    "M=32, n=100, one layer of 20,000": (),
+    "M=4, n=1,000, one layer of 1,000": ("rademacher", "hadamard"),
+    "M=1, n=1,000, one layer of 100,000": ("rademacher", "uniform", "hadamard"),
+    "M=4, n=1,000, one layer of 100,000": (),
+    "48 unequal layers up to 4,096, n=1,000, M=32": (),
+}
 
 
-def _layer(size: int, batch: int, n: int, distribution: str = "normal") -> Case:
-    name = layer_name(size, batch, n, *_unless_normal(distribution))
-    return Case(name, (size,), batch, n, RIVALS, distribution=distribution)
+def shapes() -> Iterator[Case]:
+    """Those cases, with the same rivals."""
+    modules = (bench_networks, bench_sweeps)
+    known = {case.name: case for module in modules for case in module.cases("cpu", full=True)}
+    for name, distributions in SHAPES.items():
+        yield replace(known[name], rivals=RIVALS)
+        for kind in distributions:
+            title = f"{name}, {kind}"
+            yield replace(known[name], name=title, distribution=kind, rivals=RIVALS)
 
 
-def _unless_normal(distribution: str) -> list[str]:
-    return [] if distribution == "normal" else [distribution]
-
-
-SHAPES = [
-    *(_network("3x800 (the paper's)", PAPER_MLP, batch) for batch in (1, 32, 128)),
-    _network("3x800 (the paper's)", PAPER_MLP, 128, "rademacher"),
-    _network("3x800 (the paper's)", PAPER_MLP, 128, "hadamard"),
-    *(_layer(20_000, 32, n) for n in (10, 100)),
-    *(_layer(1000, 4, 1000, kind) for kind in ("normal", "rademacher", "hadamard")),
-    *(_layer(100_000, 1, 1000, kind) for kind in ("normal", "rademacher", "uniform", "hadamard")),
-    _layer(100_000, 4, 1000),
-    _network("48 layers of 2,049 to 4,096", UNEQUAL_MLP, 32),
-]
 # Steps of narrow networks are as long as what torch and DFA do in Python and between kernels.
 STEPS = {f"{PAPER}, batch {batch}": batch for batch in (128, 32)}
 STEPS = {name: training_step.CASES[name] for name in STEPS} | {
     f"{count} x 32, n = 10, batch 4": Perceptron(32, (32,) * count, batch=4, n=10)
     for count in (3, 100)
 }
-CASES: dict[str, Case | Perceptron] = {case.name: case for case in SHAPES}
+CASES: dict[str, Case | Perceptron] = {case.name: case for case in shapes()}
 CASES |= {f"training step, {name}": case for name, case in STEPS.items()}
 
 

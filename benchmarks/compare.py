@@ -23,7 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from benchmarks.compared import CASES
@@ -132,9 +133,7 @@ def main(arguments=None):
     roots = dict(zip(SIDES, (options.other, provenance.ROOT), strict=True))
     measured = provenance.origin(options.device) | {"device_type": options.device}
     measured["before"] = {"commit": provenance.commit(options.other.resolve())}
-    with ExitStack() as stack:
-        new = (Process(root, options.device, options.threads) for root in roots.values())
-        sides = {side: stack.enter_context(one) for side, one in zip(SIDES, new, strict=True)}
+    with running(roots, options.device, options.threads) as sides:
         about = {side: process.about() for side, process in sides.items()}
         backends = {side: told["backend"] for side, told in about.items()}
         if len({*backends.values()}) > 1:
@@ -149,19 +148,36 @@ def main(arguments=None):
             print("\n".join(compare_tables.rows(found)), flush=True)
             save(options.json, measured)  # so that a run that is killed keeps its results
     if options.instructions:
-        count(roots, measured)
-        print("", *compare_tables.compare(measured), sep="\n")
-    print("", *compare_tables.compare_rivals(measured), sep="\n")
+        for case, counted in zip(measured["cases"], count(roots, cases), strict=True):
+            for call, counts in counted.items():
+                case["calls"][call]["instructions"] = counts
+            print("\n".join(compare_tables.rows(case, counted=True)), flush=True)
+            save(options.json, measured)
+    print(
+        "", compare_tables.about(measured), "", *compare_tables.compare_rivals(measured), sep="\n"
+    )
     save(options.json, measured | {"finished": True})
 
 
-def count(roots: dict[str, Path], measured: dict) -> None:
-    """Add the instructions of our calls to what was measured."""
-    for side, root in roots.items():
-        with Process(root, "cpu", threads=1, counting=True) as process:
-            for case in measured["cases"]:
-                for call, counted in process.ask("count", case["case"]).items():
-                    case["calls"].get(call, {}).setdefault("instructions", {})[side] = counted
+def count(roots: dict[str, Path], cases: list[str]) -> Iterator[dict[str, dict]]:
+    """For each case, the instructions of each call of ours that both checkouts have."""
+    with running(roots, "cpu", threads=1, counting=True) as sides:
+        for name in cases:
+            before, after = (process.ask("count", name) for process in sides.values())
+            calls = [call for call in before if call in after]
+            yield {
+                call: dict(zip(SIDES, (before[call], after[call]), strict=True)) for call in calls
+            }
+
+
+@contextmanager
+def running(roots: dict[str, Path], *arguments, **options) -> Iterator[dict[str, Process]]:
+    """A process for each checkout."""
+    with ExitStack() as stack:
+        yield {
+            side: stack.enter_context(Process(root, *arguments, **options))
+            for side, root in roots.items()
+        }
 
 
 def save(path: Path | None, measured: dict) -> None:

@@ -25,7 +25,7 @@ def compare(measured: dict) -> list[str]:
     calls = [row for case in measured["cases"] for row in case["calls"].values()]
     counted = any("instructions" in row for row in calls)
     found = [line for case in measured["cases"] for line in rows(case, counted)]
-    return [*titles(counted), *found, "", _about(measured)] if found else []
+    return [*titles(counted), *found, "", about(measured)] if found else []
 
 
 def titles(counted: bool = False) -> list[str]:
@@ -75,7 +75,8 @@ def _faster(case: dict, ours: str, rival: str, side: str) -> float:
     return statistics.median(their / one for one, their in zip(own, theirs, strict=True))
 
 
-def _about(measured: dict) -> str:
+def about(measured: dict) -> str:
+    """What was compared, and how far what is the same in both differs."""
     calls = [item for case in measured["cases"] for item in case["calls"].items()]
     rounds = max(len(row["times"]["after"]) for _, row in calls)
     same = [row["faster"] for name, row in calls if name not in OURS]

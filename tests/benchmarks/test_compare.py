@@ -100,7 +100,7 @@ class Fake:
         if request == "prepare":
             return {"project": 1e-3, "stored": 1.0} | ({} if slow else {"operator": 1.0})
         if request == "count":
-            return {"project": 4000 if slow else 3000, "operator": 1}
+            return {"project": 4000 if slow else 3000} | ({} if slow else {"operator": 1})
         call, repeats = arguments
         assert repeats == {"project": 10, "stored": 1}[call]
         return 3e-3 if call == "stored" else 2e-3 if slow else 1e-3

@@ -148,6 +148,7 @@ def main(arguments=None):
             print("\n".join(compare_tables.rows(found)), flush=True)
             save(options.json, measured)  # so that a run that is killed keeps its results
     if options.instructions:
+        print("", *compare_tables.titles(counted=True), sep="\n", flush=True)
         for case, counted in zip(measured["cases"], count(roots, cases), strict=True):
             for call, counts in counted.items():
                 case["calls"][call]["instructions"] = counts

@@ -212,18 +212,18 @@ def measure(case, device, dtype, budget, distributions=()):
         matrix = feedback_matrix(case.widest, case.n, dtype=dtype, device=device)
         return new("dfa", matrix=matrix)
 
-    others = {name: partial(new, "dfa", distribution=name) for name in distributions}
-    dense_and_others = {"DFA": partial(new, "dfa")}
-    dense_and_others |= {f"DFA, {name}": way for name, way in others.items()}
+    from_seed = {"DFA": partial(new, "dfa")}
+    for distribution in distributions:
+        from_seed[f"DFA, {distribution}"] = partial(new, "dfa", distribution=distribution)
     ways = {
         "backprop": partial(new, "backprop"),
         "shallow": partial(new, "shallow"),
         "DFA, matrix=": with_stored_matrix,
         "DFA, lean": partial(new, "dfa", lean=True),
-    } | dense_and_others
+    } | from_seed
     if case.compiled:
         torch.compiler.reset()  # it gives up after 8 graphs of one function
-        for name in ("backprop", *dense_and_others):
+        for name in ("backprop", *from_seed):
             ways[name + COMPILED] = partial(ways[name], compiled=True)
     steps, repeats, peaks, left_out = {}, {}, {}, {}
 

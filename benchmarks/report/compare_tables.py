@@ -50,9 +50,10 @@ def rows(case: dict, counted: bool = False) -> list[str]:
 
 def _instructions(counts: dict) -> list[str]:
     """Before, after, and how many times fewer."""
-    cells = [f"{counts[side]:,.0f}" if side in counts else "" for side in SIDES]
-    both = len(counts) == len(SIDES)
-    return [*cells, times_text(counts["before"] / counts["after"]) if both else ""]
+    if not counts:  # of what is the same in both
+        return [""] * 3
+    cells = [f"{counts[side]:,.0f}" for side in SIDES]
+    return [*cells, times_text(counts["before"] / counts["after"])]
 
 
 def compare_rivals(measured: dict) -> list[str]:

@@ -596,6 +596,12 @@ def test_compiled_steps_stand_beside_a_compiled_one_of_backpropagation(monkeypat
     assert {*eager, *others, *(f"{way}, compiled" for way in eager)} == set(result["ratio"])
     for way in ("backprop", "backprop, compiled"):
         assert result["ratio"][way] == 1
+    learned = []
+    for options in ({}, {"compiled": True}):
+        step = training_step.Step(case, CPU, torch.float32, "dfa", **options)
+        step.run()
+        learned.append([weight.grad for weight in step.model.parameters()])
+    torch.testing.assert_close(*learned)
 
 
 def test_ratios_of_training_steps_are_of_the_same_rounds():

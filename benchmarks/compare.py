@@ -24,7 +24,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from itertools import repeat
 from pathlib import Path
 
 from benchmarks.compared import CASES
@@ -162,9 +164,12 @@ def main(arguments=None):
 
 def count(roots: dict[str, Path], cases: list[str]) -> Iterator[dict[str, dict]]:
     """For each case, the instructions of each call of ours that both checkouts have."""
-    with running(roots, "cpu", threads=1, counting=True) as sides:
+    with (
+        running(roots, "cpu", threads=1, counting=True) as sides,
+        ThreadPoolExecutor() as pool,  # both at once: counts do not depend on the load
+    ):
         for name in cases:
-            before, after = (process.ask("count", name) for process in sides.values())
+            before, after = pool.map(Process.ask, sides.values(), repeat("count"), repeat(name))
             calls = [call for call in before if call in after]
             yield {
                 call: dict(zip(SIDES, (before[call], after[call]), strict=True)) for call in calls

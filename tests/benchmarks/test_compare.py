@@ -231,6 +231,9 @@ def test_instructions_are_the_difference_of_two_counts(tmp_path, monkeypatch):
     instructions = compared.Instructions(tmp_path)
     assert instructions.a_call(lambda: calls.append(1)) == 100
     assert len(calls) == 10 + 10 + 5
+    monkeypatch.setattr(compared.time, "perf_counter", iter(range(0, 100, 3)).__next__)
+    assert instructions.a_call(lambda: calls.append(1)) == 7100  # of seconds: one count
+    assert len(calls) == 25 + 1 + 1
     assert not list(tmp_path.iterdir())
 
 

@@ -9,8 +9,9 @@ every round, so background load affects both alike. A call that is short is repe
 Times are medians, and ratios medians of the ratios within rounds. Rivals with a stored matrix and
 backpropagation, which are the same in both, show how far ratios can be trusted.
 
-`--instructions` also counts the instructions of our calls by valgrind's callgrind, with one thread.
-They repeat where times do not. Valgrind knows no AVX-512, so there the AVX2 kernels are counted.
+`--instructions` also counts the instructions of a call, except of products with a stored matrix, by
+valgrind's callgrind and with one thread. They repeat where times do not. Valgrind knows no AVX-512,
+so the AVX2 kernels are counted.
 """
 
 import argparse
@@ -122,7 +123,9 @@ def main(arguments=None):
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--threads", type=int, help="of the CPU (default: torch's own)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--instructions", action="store_true", help="count them; takes minutes")
+    parser.add_argument(
+        "--instructions", action="store_true", help="count them; takes half an hour"
+    )
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     options = parser.parse_args(arguments)
     cases = [name for name in CASES if options.case in name]
@@ -163,7 +166,7 @@ def main(arguments=None):
 
 
 def count(roots: dict[str, Path], cases: list[str]) -> Iterator[dict[str, dict]]:
-    """For each case, the instructions of each call of ours that both checkouts have."""
+    """For each case, the instructions of the calls that both checkouts have."""
     with (
         running(roots, "cpu", threads=1, counting=True) as sides,
         ThreadPoolExecutor() as pool,  # both at once: counts do not depend on the load

@@ -84,25 +84,24 @@ class Recorder(TorchDispatchMode):
         return call()
 
 
-def calls(case: Case | Perceptron, device_type: str, only_ours: bool = False) -> dict:
+def calls(case: Case | Perceptron, device_type: str, counted: bool = False) -> dict:
     """What is measured of a case, by name. What is wrong is not measured: it raises gate.Wrong.
 
-    `only_ours` leaves out what is the same in all checkouts, and the check.
+    `counted` leaves out products with a stored matrix, and the check, which the timed ones passed.
     """
     torch.manual_seed(0)
     if isinstance(case, Perceptron):
         new = partial(training_step.Step, case, torch.device(device_type), torch.float32)
-        modes = {"DFA": "dfa"} if only_ours else {"DFA": "dfa", "backprop": "backprop"}
-        return {name: new(mode).run for name, mode in modes.items()}
+        return {"DFA": new("dfa").run, "backprop": new("backprop").run}
     case = replace(case, device_type=device_type)
     error = torch.randn(case.batch, case.n, device=device_type)
     storage = contenders.Storage(case, None)
     entrants = {"project": Projected(case)}
-    if not only_ours:
+    if not counted:
         entrants |= {name: contenders.contender(name, case) for name in case.rivals}
     for entrant in entrants.values():
         entrant.prepare(error, storage)
-        if not only_ours:
+        if not counted:
             entrant.check(error, entrant())
     with Recorder() as recorder:
         entrants["project"]()
@@ -183,9 +182,9 @@ class Checkout:
         return measure.seconds(self.calls[name], self.device_type, repeats)
 
     def count(self, name: str) -> dict[str, float]:
-        """The instructions of each call of ours in a case."""
-        ours = calls(CASES[name], self.device_type, only_ours=True)
-        return {name: self.instructions.a_call(call) for name, call in ours.items()}
+        """The instructions of each call of a case."""
+        found = calls(CASES[name], self.device_type, counted=True)
+        return {name: self.instructions.a_call(call) for name, call in found.items()}
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ def rows(case: dict, counted: bool = False) -> list[str]:
 
 def _instructions(counts: dict) -> list[str]:
     """Before, after, and how many times fewer."""
-    if not counts:  # of what is the same in both
+    if not counts:  # of a product with a stored matrix
         return [""] * 3
     cells = [f"{counts[side]:,.0f}" for side in SIDES]
     return [*cells, times_text(counts["before"] / counts["after"])]
@@ -83,7 +83,7 @@ def about(measured: dict) -> str:
     same = [row["faster"] for name, row in calls if name not in OURS]
     before, after = (provenance.short(one["commit"]) for one in (measured["before"], measured))
     return (
-        f"Before: commit {before}; after: commit {after}. Medians of {rounds} rounds, "
-        f"{measured['threads']} threads, backend `{measured['backend']}`. What is the same in both "
-        f"went from {times_text(min(same))} to {times_text(max(same))}."
+        f"Before: commit {before}; after: commit {after}. Medians of {rounds} rounds; threads: "
+        f"{measured['threads']}; backend: `{measured['backend']}`. What is the same in both is "
+        f"faster by {times_text(min(same))} to {times_text(max(same))}."
     )

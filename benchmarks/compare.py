@@ -36,6 +36,7 @@ from benchmarks.report import compare_tables
 from benchmarks.report.compare_tables import SIDES
 
 TURN = 0.01  # seconds; a shorter call is repeated to take about as long
+FEW, PATIENCE = 5, 20.0  # a case ends early after so many rounds and seconds
 PAUSE = 0.005  # seconds, in which the threads of the other process stop spinning
 
 
@@ -93,8 +94,10 @@ def measure(sides: dict[str, Process], name: str, rounds: int) -> dict:
     once = [process.ask("prepare", name) for process in sides.values()]
     repeats = {call: max(1, round(TURN / once[1][call])) for call in once[0] if call in once[1]}
     times = {call: {side: [] for side in sides} for call in repeats}
-    turns = list(repeats)
-    for _ in range(rounds):
+    turns, end = list(repeats), time.perf_counter() + PATIENCE
+    for done in range(rounds):
+        if done >= FEW and time.perf_counter() > end:
+            break
         shuffle(turns)  # so that none always follows the same other one
         for call in turns:
             order = list(sides)

@@ -79,7 +79,8 @@ def _faster(case: dict, ours: str, rival: str, side: str) -> float:
 def about(measured: dict) -> str:
     """What was compared, and how far what is the same in both differs."""
     calls = [item for case in measured["cases"] for item in case["calls"].items()]
-    rounds = max(len(row["times"]["after"]) for _, row in calls)
+    counts = {len(row["times"]["after"]) for _, row in calls}
+    rounds = " to ".join(map(str, sorted({min(counts), max(counts)})))
     same = [row["faster"] for name, row in calls if name not in OURS]
     before, after = (provenance.short(one["commit"]) for one in (measured["before"], measured))
     return (

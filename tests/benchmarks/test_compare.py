@@ -171,6 +171,20 @@ def test_ratios_are_of_the_same_rounds():
     assert compare_tables._faster(case, "project", "stored", "before") == pytest.approx(1 / 3)
 
 
+def test_a_case_that_takes_long_ends_early(monkeypatch):
+    monkeypatch.setattr(compare, "PAUSE", 0)
+    monkeypatch.setattr(compare, "PATIENCE", 0)
+    sides = {"before": Fake(ROOT / "other", "cpu", 1), "after": Fake(provenance.ROOT, "cpu", 1)}
+    calls = compare.measure(sides, NAME, rounds=31)
+    assert {len(calls["project"]["times"][side]) for side in compare.SIDES} == {compare.FEW}
+    measured = {"cases": [{"case": NAME, "calls": calls}], "before": {"commit": "a"}, "commit": "b"}
+    text = compare_tables.about(measured | {"threads": 1, "backend": "cpp"})
+    assert "Medians of 5 rounds;" in text
+    calls["project"]["times"]["after"] *= 2
+    text = compare_tables.about(measured | {"threads": 1, "backend": "cpp"})
+    assert "Medians of 5 to 10 rounds;" in text
+
+
 # --- what one checkout answers ---
 
 

@@ -22,16 +22,24 @@ ON_CUDA = (*STORED, "compiled", "randn blocks")
 
 def on_cpu(full: bool) -> list[Case]:
     transformers = (*STORED, *(["randn blocks"] if full else []))
-    small = {"promises": (Promise("cpp", "naive", 1.0),)}
-    unequal = {"promises": (Promise(STRUCTURED, "views", 1.0),)}
+    than_naive, than_stored = (Promise("cpp", rival, 1.0) for rival in ("naive", "stored"))
+    unequal = {"promises": (than_stored, Promise(STRUCTURED, "views", 1.0))}
     long = {1024: (Promise(STRUCTURED, "stored", 12.0, 20.0),)}  # errors, by batch size
     cases = [
-        Case("3x800 (the paper's), n=10, M=128", *with_batch(PAPER_MLP, 128), ALL, **small),
+        Case(
+            f"3x800 (the paper's), n=10, M={batch}",
+            *with_batch(PAPER_MLP, batch),
+            (*rivals, "fill"),
+            promises=(than_naive, than_stored),
+        )
+        for batch, rivals in ((1, STORED), (32, STORED), (128, ALL))
+    ]
+    cases += [
         Case("48 layers of 4,096, n=1,000, M=512", *with_batch(DEEP_MLP, 512), ALL),
         Case(
             "48 layers of 2,049 to 4,096, n=1,000, M=512",
             *with_batch(UNEQUAL_MLP, 512),
-            ALL,
+            (*ALL, "fill"),
             **unequal,
         ),
         Case("VGG-16 on ImageNet, n=1,000, M=4", *with_batch(VGG16, 4), ALL if full else ALL[:4]),
@@ -48,19 +56,13 @@ def on_cpu(full: bool) -> list[Case]:
 
 def on_cuda(full: bool) -> list[Case]:
     options = {"device_type": "cuda", "precision": "high"}
-    mlp = with_batch(PAPER_MLP, 128)
     than_naive = tuple(Promise(ours, "naive", 1.5) for ours in ("cuda", "triton"))
     small = options | {"promises": than_naive}
-    cases = [
-        Case("3x800 (the paper's), n=10, M=128, TF32", *mlp, ON_CUDA, **small),
-        Case(
-            "3x800 (the paper's), n=10, M=128, TF32, graph replay",
-            *mlp,
-            STORED,
-            graph=True,
-            **small,
-        ),
-    ]
+    cases = []
+    for batch, rivals in ((128, ON_CUDA), (32, STORED)):
+        name, mlp = f"3x800 (the paper's), n=10, M={batch}, TF32", with_batch(PAPER_MLP, batch)
+        cases.append(Case(name, *mlp, rivals, **small))
+        cases.append(Case(f"{name}, graph replay", *mlp, STORED, graph=True, **small))
     for name, network, promised, at_least in (
         ("48 layers of 4,096", DEEP_MLP, ("triton",), 8.0),
         ("48 layers of 2,049 to 4,096", UNEQUAL_MLP, ("cuda", "triton"), 4.0),

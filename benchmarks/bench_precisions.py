@@ -1,4 +1,4 @@
-"""What changes with bf16 errors, entries of +-1, full fp32 accuracy, or short errors?"""
+"""What changes with bf16 errors, other entries, full fp32 accuracy, or short errors?"""
 
 import torch
 
@@ -10,7 +10,24 @@ def on_cpu() -> list[Case]:
     name = "M=128, n=1,000, layers of 100,000, 99,000, 98,000"
     than_naive = (Promise("cpp", "naive", 2.0),)
     low = {"dtype": torch.bfloat16}
+    # A batch of one pays for every entry; bench_sweeps.py has it with normal ones.
+    once = [
+        Case(
+            layer_name(sizes[0], 1, 1000, title),
+            sizes[:1],
+            1,
+            1000,
+            ("views", "stored"),
+            distribution=distribution,
+            promises=promises,
+        )
+        for distribution, title, promises in (
+            ("rademacher", "+-1", (Promise("cpp", "views", 2.0),)),
+            ("uniform", "uniform", ()),
+        )
+    ]
     return [
+        *once,
         Case(layer_name(sizes[0], 128, 1000, "bf16"), sizes[:1], 128, 1000, ("views",), **low),
         Case(name, sizes, 128, 1000, ("naive", "stored"), promises=than_naive),
     ]

@@ -44,7 +44,7 @@ def batch(device_type: str, full: bool) -> list[Case]:
 
 
 def cpu_promises(m: int) -> tuple[Promise, ...]:
-    at_least = {512: 1 / 1.10, 128: 1 / 1.25, 8: 1.0}
+    at_least = {512: 1 / 1.10, 128: 1 / 1.25, 8: 1.0, 1: 0.9}
     promises = [Promise("cpp", "views", at_least[m])] if m in at_least else []
     if m == 1:
         promises.append(Promise(STRUCTURED, "views", 20.0, 100.0))
@@ -73,24 +73,42 @@ def error_size(device_type: str, full: bool) -> list[Case]:
     counts = (10, 30, 100, 300, 1000, 3000, 10_000) if full else (10, 100, 1000, 10_000)
     rivals, options = ("views", "stored", "fill"), settings(device_type, "n")
     return [
-        Case(layer_name(size, 32, n, *tf32(device_type)), (size,), 32, n, rivals, x=n, **options)
+        Case(
+            layer_name(size, 32, n, *tf32(device_type)),
+            (size,),
+            32,
+            n,
+            rivals,
+            promises=no_slower_than_stored(device_type) if n <= 100 else (),
+            x=n,
+            **options,
+        )
         for n in counts
     ]
+
+
+def no_slower_than_stored(device_type: str) -> tuple[Promise, ...]:
+    """What is promised on a CPU where there is little to compute."""
+    return (Promise("cpp", "stored", 1.0),) if device_type == "cpu" else ()
 
 
 def layer_size(device_type: str, full: bool) -> list[Case]:
     largest = 64 * 224**2  # of VGG-16 on ImageNet; bench_networks.py times its stored matrix
     m, options = 4, settings(device_type, "size")
-    than_dense = (Promise(STRUCTURED, "cpp", 60.0, 120.0),) if device_type == "cpu" else ()
-    sizes = (1_000, 10_000, 300_000, *([1_000_000] if full else []), largest)
+    smallest = 1_000
+    rivals = {smallest: ("views", "stored"), largest: ()}
+    promises = {smallest: no_slower_than_stored(device_type)}
+    if device_type == "cpu":
+        promises[largest] = (Promise(STRUCTURED, "cpp", 60.0, 120.0),)
+    sizes = (smallest, 10_000, 300_000, *([1_000_000] if full else []), largest)
     return [
         Case(
             layer_name(size, m, 1000, *tf32(device_type)),
             (size,),
             m,
             1000,
-            () if size == largest else ("views",),
-            promises=than_dense if size == largest else (),
+            rivals.get(size, ("views",)),
+            promises=promises.get(size, ()),
             x=size,
             **options,
         )
@@ -111,7 +129,8 @@ def layers(device_type: str, full: bool) -> list[Case]:
             tuple(range(4096, 4096 - count, -1)),
             32,
             1000,
-            ("naive", "stored", "views"),
+            ("naive", "stored", "views", "fill"),
+            promises=no_slower_than_stored(device_type),
             x=count,
             **options,
         )

@@ -3,18 +3,21 @@
     python -m benchmarks.training_step [--device cpu] [--case TEXT] [--distribution hadamard]
                                        [--json FILE]
 
-The ways of training one network take turns, step by step, so background load affects all alike;
-medians and ratios are of the same run. The peak memory of a step is what it takes beyond the
-weights: activations, signals and gradients. "matrix=" has a stored matrix: the difference between
-"DFA" and it is the cost of generating entries. Each other distribution of `--distribution` is
-measured beside "DFA", which has normal entries. "limit" is the fraction of backpropagation's matrix
-products that remain when no gradient is carried back between layers: the ratio that a step would
-reach if the projection and all elementwise work were free. A way of training that fails, as one
-does that runs out of memory, is left out, and the others go on.
+The ways of training one network take turns, in a new random order every round, so background load
+affects all alike. A step that is short is repeated within a round. Times are medians, and ratios
+medians of the ratios within rounds. The peak memory of a step is what it takes beyond the weights:
+activations, signals and gradients. "matrix=" has a stored matrix: the difference between "DFA" and
+it is the cost of generating entries. Each other distribution of `--distribution` is measured beside
+"DFA", which has normal entries. Of small networks, the model and its loss are also compiled; such a
+step is compared with a compiled one of backpropagation. "limit" is the fraction of
+backpropagation's matrix products that remain when no gradient is carried back between layers: the
+ratio that a step would reach if the projection and all elementwise work were free. A way of
+training that fails, as one does that runs out of memory, is left out, and the others go on.
 """
 
 import argparse
 import gc
+import random
 import statistics
 import time
 import traceback
@@ -27,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.harness import provenance
-from benchmarks.harness.measure import MISSING, is_out_of_memory, peak_bytes
+from benchmarks.harness import provenance, race
+from benchmarks.harness.measure import MISSING, is_out_of_memory, peak_bytes, seconds
 from dfa_kernels import DFA, DFALayer, feedback_matrix
 from dfa_kernels.backends import registry
 from dfa_kernels.stream import DISTRIBUTIONS
@@ -42,6 +45,7 @@ class Perceptron:
     widths: tuple[int, ...]
     batch: int
     n: int
+    compiled: bool = False  # whether to measure compiled steps too
 
     batch_dims = (0,)
 
@@ -102,6 +106,7 @@ class Transformer:
     n: int
 
     batch_dims = (0, 1)  # each token has a row of the error
+    compiled = False
 
     @property
     def widest(self):
@@ -132,9 +137,13 @@ class Transformer:
         return all_products, all_products - output
 
 
+PAPER = "3 x 800, n = 10"
 CASES = {
     "8 x 1024, n = 10": Perceptron(784, (1024,) * 8, batch=512, n=10),
     "1 x 4096, n = 1000": Perceptron(784, (4096,), batch=512, n=1000),
+} | {
+    f"{PAPER}, batch {batch}": Perceptron(784, (800,) * 3, batch, n=10, compiled=True)
+    for batch in (128, 32)
 }
 ACCELERATOR_CASES = {
     "24 x 4096, n = 1000": Perceptron(4096, (4096,) * 24, batch=4096, n=1000),
@@ -144,10 +153,13 @@ ACCELERATOR_CASES = {
 }
 
 
-class Step:
-    """One way of training one network; `run()` takes and times a step."""
+COMPILED = ", compiled"  # ends the name of a way of training
 
-    def __init__(self, case, device, dtype, mode, **arguments):
+
+class Step:
+    """One way of training one network; `run()` takes a step."""
+
+    def __init__(self, case, device, dtype, mode, compiled=False, **arguments):
         torch.manual_seed(0)
         *hidden, output = case.parts()
         points = [DFALayer() for _ in hidden]
@@ -158,23 +170,28 @@ class Step:
         self.model.to(device, dtype)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.01)
         self.x, self.y = case.data(device, dtype)
-        self.seconds: list[float] = []
+        self.loss = _loss
+        if compiled:
+            self.loss = torch.compile(_loss, fullgraph=True, dynamic=False)
 
     def run(self):
-        """Take a step and keep its seconds."""
-        start = time.perf_counter()
+        """Take a step."""
         self.optimizer.zero_grad()
-        output = self.model(self.x)
-        F.cross_entropy(output.flatten(0, -2), self.y.flatten()).backward()
+        self.loss(self.model, self.x, self.y).backward()
         self.optimizer.step()
-        if self.x.is_cuda:
-            torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - start)
+
+    def seconds(self, repeats=1):
+        """Mean seconds of a step, over `repeats` in a row."""
+        return seconds(self.run, self.x.device.type, repeats)
 
     def peak(self):
         """Peak bytes of a step beyond the weights."""
         self.optimizer.zero_grad()
         return peak_bytes(self.run, self.x.device.type)[1]
+
+
+def _loss(model, x, y):
+    return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
 
 
 def limit(case):
@@ -183,10 +200,11 @@ def limit(case):
     return by_dfa / by_backpropagation
 
 
-def measure(case, device, dtype, seconds, distributions=()):
-    """Median seconds and peak bytes of a step, by way of training; why others were left out.
+def measure(case, device, dtype, budget, distributions=()):
+    """What a run's JSON holds of a case: by way of training, and why others were left out.
 
-    `distributions` are those beside normal entries.
+    `budget` is the seconds of measuring for each way, `distributions` are those beside normal
+    entries.
     """
     new = partial(Step, case, device, dtype)
 
@@ -194,16 +212,20 @@ def measure(case, device, dtype, seconds, distributions=()):
         matrix = feedback_matrix(case.widest, case.n, dtype=dtype, device=device)
         return new("dfa", matrix=matrix)
 
+    from_seed = {"DFA": partial(new, "dfa")}
+    for distribution in distributions:
+        from_seed[f"DFA, {distribution}"] = partial(new, "dfa", distribution=distribution)
     ways = {
         "backprop": partial(new, "backprop"),
         "shallow": partial(new, "shallow"),
         "DFA, matrix=": with_stored_matrix,
         "DFA, lean": partial(new, "dfa", lean=True),
-        "DFA": partial(new, "dfa"),
-    }
-    for distribution in distributions:
-        ways[f"DFA, {distribution}"] = partial(new, "dfa", distribution=distribution)
-    steps, left_out = {}, {}
+    } | from_seed
+    if case.compiled:
+        torch.compiler.reset()  # it gives up after 8 graphs of one function
+        for name in ("backprop", *from_seed):
+            ways[name + COMPILED] = partial(ways[name], compiled=True)
+    steps, repeats, peaks, left_out = {}, {}, {}, {}
 
     def each(names, act):
         for name in list(names):
@@ -217,30 +239,47 @@ def measure(case, device, dtype, seconds, distributions=()):
 
     def begin(name):
         steps[name] = ways[name]()
-        for _ in range(2):
-            steps[name].run()
+        *_, last = (steps[name].seconds() for _ in range(3))
+        repeats[name] = max(1, round(race.ROUND / last))
 
-    peaks = {}
     each(ways, begin)
     each(steps, lambda name: peaks.update({name: steps[name].peak()}))
-    for step in steps.values():
-        step.seconds.clear()
-    end, rounds = time.perf_counter() + seconds * len(steps), 0
+    times = {name: [] for name in steps}
+    end, rounds = time.perf_counter() + budget * len(steps), 0
+    shuffle = random.Random(0).shuffle
     while steps and (time.perf_counter() < end or rounds < 5):
-        each(steps, lambda name: steps[name].run())
+        order = list(steps)
+        shuffle(order)  # so that none always follows the same other one
+        each(order, lambda name: times[name].append(steps[name].seconds(repeats[name])))
         rounds += 1
-    medians = {name: statistics.median(step.seconds) for name, step in steps.items()}
-    return medians, {name: peaks[name] for name in steps}, left_out
+    return {
+        "seconds": {name: statistics.median(times[name]) for name in steps},
+        "ratio": {name: ratio(times, name) for name in steps if compared_with(name) in steps},
+        "rounds": rounds,
+        "peak_bytes": {name: peaks[name] for name in steps},
+        "left_out": left_out,
+    }
 
 
-def show(name, result):
+def compared_with(way):
+    """The way of training by backpropagation that a way is compared with."""
+    return "backprop" + COMPILED * way.endswith(COMPILED)
+
+
+def ratio(times, way):
+    """The median, over the rounds, of a step as a fraction of one by backpropagation."""
+    pairs = zip(times[way], times[compared_with(way)], strict=True)
+    return statistics.median(own / theirs for own, theirs in pairs)
+
+
+def show(result):
     """Print what was measured of a case."""
-    print(f"\n{name}, batch {result['batch']}; limit {result['limit']:.3f}")
+    print(f"\n{result['case']}, batch {result['batch']}; limit {result['limit']:.3f}")
     for way, median in result["seconds"].items():
         ratio, peak = result["ratio"].get(way, float("nan")), result["peak_bytes"][way] / 1e6
-        print(f"  {way:14s} {1e3 * median:8.2f} ms  {ratio:6.3f} {peak:8.1f} MB")
+        print(f"  {way:24s} {1e3 * median:8.2f} ms  {ratio:6.3f} {peak:8.1f} MB")
     for way, reason in result["left_out"].items():
-        print(f"  {way:14s} left out: {reason}", flush=True)
+        print(f"  {way:24s} left out: {reason}", flush=True)
 
 
 def main(arguments=None):
@@ -273,19 +312,10 @@ def main(arguments=None):
     settings |= {"threads": torch.get_num_threads(), "device_type": device.type}
     measured = []
     for name, case in cases.items():
-        times, peaks, left_out = measure(case, device, dtype, options.seconds, options.distribution)
-        result = {
-            "case": name,
-            "batch": case.batch,
-            "limit": limit(case),
-            "seconds": times,
-            "ratio": {way: median / times["backprop"] for way, median in times.items()}
-            if "backprop" in times
-            else {},
-            "peak_bytes": peaks,
-            "left_out": left_out,
-        }
-        show(name, result)
+        facts = {"case": name.removesuffix(f", batch {case.batch}"), "batch": case.batch}
+        facts["limit"] = limit(case)
+        result = facts | measure(case, device, dtype, options.seconds, options.distribution)
+        show(result)
         measured.append(result)
         if options.json:  # after every case, so that a run that is killed keeps its results
             finished = len(measured) == len(cases)

@@ -25,20 +25,23 @@ def processor() -> str:
     return f"{name}, {len(os.sched_getaffinity(0))} cores, {isa}"
 
 
-def git(*arguments: str) -> str:
-    """What git prints about this source tree."""
-    command, root = ["git", *arguments], Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
+
+
+def git(*arguments: str, root: Path = ROOT) -> str:
+    """What git prints about a source tree, by default this one."""
+    command = ["git", *arguments]
     ran = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
     return ran.stdout.strip()
 
 
-def commit() -> str:
-    """The commit that is measured. DFA_KERNELS_COMMIT names it where git does not know it."""
-    if told := os.environ.get("DFA_KERNELS_COMMIT"):
+def commit(root: Path = ROOT) -> str:
+    """The commit of a source tree. DFA_KERNELS_COMMIT names this one's where git does not know."""
+    if root == ROOT and (told := os.environ.get("DFA_KERNELS_COMMIT")):
         return told
     try:
-        head = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--", ":!benchmarks/results")
+        head = git("rev-parse", "HEAD", root=root)
+        changed = git("status", "--porcelain", "--", ":!benchmarks/results", root=root)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + "-dirty" * bool(changed)

@@ -36,6 +36,8 @@ def drawings(results: dict) -> dict[str, Figure]:
     """The figures that results have data for, by file name."""
     if "vocabulary" in results:
         return {"large_vocabulary.png": large_vocabulary(results)}
+    if "before" in results:
+        return {}
     found = series(results)
     drawn = {}
     if found:

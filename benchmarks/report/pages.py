@@ -2,9 +2,9 @@
 
 Both come from the committed JSON alone. In other files a table stands between
 `<!-- table NAME FILE -->` and `<!-- end -->`, where NAME is a function of `speed_tables`,
-`gpu_tables`, `paper_tables`, `transformer_tables`, `distributed_tables` or `vocabulary_tables`, and
-FILE a path in `results/`. A folder of results may have other Markdown files, to which its page
-leads.
+`compare_tables`, `gpu_tables`, `paper_tables`, `transformer_tables`, `distributed_tables` or
+`vocabulary_tables`, and FILE a path in `results/`. A folder of results may have other Markdown
+files, to which its page leads.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from benchmarks.harness import provenance
 from benchmarks.report import (
+    compare_tables,
     distributed_tables,
     gpu_tables,
     paper_tables,
@@ -115,6 +116,20 @@ PARTS: dict[str, tuple[Part, ...]] = {
             "Forward, backward and optimizer of a network (`benchmarks/training_step.py`). "
             "Memory is the peak of a step beyond the weights.",
             speed_tables.training_step,
+        ),
+    ),
+    "compare.json": (
+        Part(
+            "Before and after",
+            "Small shapes and training steps with the kernels of two commits, which took turns in "
+            "one run (`benchmarks/compare.py`). Instructions are a call's, by callgrind, of one "
+            "thread with AVX2.",
+            compare_tables.compare,
+        ),
+        Part(
+            "Before and after, against what they replace",
+            "The same run.",
+            compare_tables.compare_rivals,
         ),
     ),
     "large_vocabulary.json": (
@@ -233,6 +248,7 @@ def render(text: str) -> str:
     tables: dict = {}
     for module in (
         speed_tables,
+        compare_tables,
         gpu_tables,
         paper_tables,
         transformer_tables,

@@ -240,6 +240,12 @@ WAYS = {  # of training, by their names in the JSON
 }
 
 
+def way_text(way: str) -> str:
+    """A way of training, which may be compiled, by its name in the JSON."""
+    name, *compiled = way.partition(", compiled")
+    return "".join((WAYS[name], *compiled))
+
+
 def training_step(measured: dict) -> list[str]:
     """A training step each way, as a fraction of one by backpropagation."""
     lines = [
@@ -250,11 +256,13 @@ def training_step(measured: dict) -> list[str]:
         network = f"{case['case']}, batch {case['batch']}"
         peaks = case.get("peak_bytes", {})
         for way, seconds in case["seconds"].items():
-            ratio = f"{case['ratio'][way]:.2f}" if case["ratio"] else ""
-            cells = [network, WAYS[way], time_text(seconds), ratio]
+            fraction = f"{case['ratio'][way]:.2f}" if way in case["ratio"] else ""
+            cells = [network, way_text(way), time_text(seconds), fraction]
             lines.append(f"| {' | '.join((*cells, bytes_text(peaks.get(way))))} |")
         for way, reason in case.get("left_out", {}).items():
             why = reason if reason == MISSING else "not run"
-            lines.append(f"| {network} | {WAYS[way]} | {why} |  |  |")
+            lines.append(f"| {network} | {way_text(way)} | {why} |  |  |")
         lines.append(f"| {network} | DFA, if projecting were free |  | {case['limit']:.2f} |  |")
+    if any("compiled" in way for case in measured["cases"] for way in case["seconds"]):
+        lines += ["", "A compiled step is a fraction of a compiled one of backpropagation."]
     return lines

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.harness import roofs
 from benchmarks.harness.shapes import is_ours, title
-from benchmarks.report import vocabulary_tables
+from benchmarks.report import compare_tables, vocabulary_tables
 from benchmarks.report.results import best_of_ours, memory, ratio
 from benchmarks.report.texts import bytes_text, promise_text, rate_text, time_text, times_text
 
@@ -106,9 +106,13 @@ def draw(console: Console, results: dict, path: Path) -> None:
 
 
 def show_all(console: Console, results: dict) -> None:
-    """A whole run, as it was shown while it ran; one of `large_vocabulary` as its table."""
+    """A whole run, as it was shown while it ran; of `large_vocabulary` and `compare` the tables."""
+    lines = []
     if "vocabulary" in results:
         lines = vocabulary_tables.large_vocabulary(results)
+    elif "before" in results:
+        lines = [*compare_tables.compare(results), "", *compare_tables.compare_rivals(results)]
+    if lines:
         return console.print("\n".join(lines), soft_wrap=True, markup=False)
     for case in results["cases"]:
         console.print(f"\n[bold]{case['case']}[/]")

@@ -253,6 +253,21 @@ def test_the_table_of_a_training_step():
     ]
 
 
+def test_the_table_of_a_training_step_marks_what_is_compiled():
+    seconds = {"backprop": 2.0, "backprop, compiled": 1.0, "DFA, hadamard, compiled": 0.8}
+    ratio = {"backprop": 1.0, "backprop, compiled": 1.0, "DFA, hadamard, compiled": 0.8}
+    case = {"case": "net", "batch": 8, "seconds": seconds, "ratio": ratio, "limit": 0.4}
+    case["left_out"] = {"DFA, compiled": "ValueError()"}
+    lines = speed_tables.training_step({"cases": [case]})
+    assert lines[2:6] == [
+        "| net, batch 8 | backpropagation | 2 s | 1.00 |  |",
+        "| net, batch 8 | backpropagation, compiled | 1 s | 1.00 |  |",
+        "| net, batch 8 | DFA, from the seed, structured, compiled | 800 ms | 0.80 |  |",
+        "| net, batch 8 | DFA, from the seed, compiled | not run |  |  |",
+    ]
+    assert lines[-1] == "A compiled step is a fraction of a compiled one of backpropagation."
+
+
 def test_the_table_of_a_training_step_says_what_was_left_out():
     left_out = {"backprop": MISSING, "DFA, lean": "ValueError()"}
     case = {"case": "net", "batch": 8, "seconds": {"DFA": 1.0}, "ratio": {}, "limit": 0.4}

@@ -1,6 +1,7 @@
 """The harness: roofs and bounds, the correctness check, measuring, and races."""
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -24,7 +25,7 @@ from benchmarks import (
 )
 from benchmarks.harness import contenders, gate, measure, race, roofs
 from benchmarks.harness.roofs import Roofs, Work
-from benchmarks.harness.shapes import ALL, STRUCTURED, WRITE_ROOF, Case
+from benchmarks.harness.shapes import ALL, PAPER_MLP, STRUCTURED, WRITE_ROOF, Case
 from benchmarks.report import results
 from benchmarks.report.speed_tables import WAYS
 from dfa_kernels import feedback_matrix, project
@@ -505,6 +506,37 @@ def test_what_structured_projections_are_held_to(full):
 
 
 @pytest.mark.parametrize("full", [False, True])
+def test_dense_feedback_with_little_to_compute_is_held_to_a_stored_matrix(full):
+    modules = (bench_networks, bench_sweeps, bench_precisions)
+    asked = {}
+    for case in (case for module in modules for case in module.cases("cpu", full)):
+        kind = (len(case.sizes), case.sizes[0], case.batch, case.n, case.distribution)
+        for promise in case.promises:
+            if promise.ours == "cpp" and (promise.rival == "stored" or case.batch == 1):
+                assert promise.rival in case.rivals
+                asked[(*kind, promise.rival)] = promise.at_least
+    for batch in (1, 32, 128):
+        assert asked[3, 800, batch, 10, "normal", "stored"] == 1
+    for n in (10, 100):
+        assert asked[1, 20_000, 32, n, "normal", "stored"] == 1
+    assert asked[1, 1000, 4, 1000, "normal", "stored"] == 1
+    assert asked[48, 4096, 32, 1000, "normal", "stored"] == 1
+    assert asked[48, 2049, 512, 1000, "normal", "stored"] == 1
+    assert asked[1, 100_000, 1, 1000, "normal", "views"] == 0.9
+    assert asked[1, 100_000, 1, 1000, "rademacher", "views"] == 2
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_small_shapes_stand_beside_views_and_scaled_copies(device_type):
+    modules = (bench_networks, bench_sweeps, bench_precisions)
+    cases = [case for module in modules for case in module.cases(device_type, False)]
+    small = [case for case in cases if sum(case.sizes) * (case.n + case.batch) < 5e6]
+    small += [case for case in cases if len(case.sizes) == 48 and len(set(case.sizes)) == 48]
+    assert len(small) > 5
+    assert all({"views", "stored"} <= set(case.rivals) for case in small)
+
+
+@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_names_of_cases_differ(device_type, full):
     modules = (bench_networks, bench_sweeps, bench_precisions, bench_matrix)
@@ -542,12 +574,63 @@ every_network = pytest.mark.parametrize("case", NETWORKS.values(), ids=NETWORKS)
 
 @every_network
 def test_a_training_step_is_measured_with_both_kinds_of_matrices(case):
-    times, peaks, left_out = training_step.measure(case, CPU, torch.float32, 0, ["hadamard"])
-    assert set(times) == set(peaks) <= set(WAYS)
+    result = training_step.measure(case, CPU, torch.float32, 0, ["hadamard"])
+    times = result["seconds"]
+    assert set(times) == set(result["peak_bytes"]) == set(result["ratio"]) <= set(WAYS)
     assert {"backprop", "shallow", "DFA", "DFA, matrix=", "DFA, lean"} <= set(times)
     assert "DFA, hadamard" in times
-    assert not left_out
+    assert not result["left_out"]
     assert all(time > 0 for time in times.values())
+    assert result["rounds"] == 5
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own compiler's
+def test_compiled_steps_stand_beside_a_compiled_one_of_backpropagation(monkeypatch):
+    compiled = functools.partial(torch.compile, backend="aot_eager")  # needs no C++ compiler
+    monkeypatch.setattr(torch, "compile", compiled)
+    case = dataclasses.replace(NETWORKS["perceptron"], compiled=True)
+    result = training_step.measure(case, CPU, torch.float32, 0, ["hadamard"])
+    assert not result["left_out"]
+    eager = ["backprop", "DFA", "DFA, hadamard"]
+    others = ["shallow", "DFA, matrix=", "DFA, lean"]
+    assert {*eager, *others, *(f"{way}, compiled" for way in eager)} == set(result["ratio"])
+    for way in ("backprop", "backprop, compiled"):
+        assert result["ratio"][way] == 1
+    learned = []
+    for options in ({}, {"compiled": True}):
+        step = training_step.Step(case, CPU, torch.float32, "dfa", **options)
+        step.run()
+        learned.append([weight.grad for weight in step.model.parameters()])
+    torch.testing.assert_close(*learned)
+
+
+def test_ratios_of_training_steps_are_of_the_same_rounds():
+    times = {"backprop": [1.0, 4.0, 2.0], "DFA": [2.0, 2.0, 3.0]}
+    times |= {"backprop, compiled": [4.0, 1.0, 1.0], "DFA, compiled": [1.0, 4.0, 2.0]}
+    assert training_step.ratio(times, "DFA") == 1.5
+    assert training_step.ratio(times, "DFA, compiled") == 2.0
+
+
+def test_a_short_step_is_repeated_within_a_round(monkeypatch):
+    monkeypatch.setattr(race, "ROUND", 1.0)
+    asked = []
+
+    class Asked(training_step.Step):
+        def seconds(self, repeats=1):
+            asked.append(repeats)
+            return 0.1
+
+    monkeypatch.setattr(training_step, "Step", Asked)
+    training_step.measure(NETWORKS["perceptron"], CPU, torch.float32, 0)
+    assert asked == [1] * 15 + [10] * 25  # 3 to begin and 5 rounds, of 5 ways
+
+
+def test_the_papers_network_has_its_batches():
+    cases = [case for name, case in training_step.CASES.items() if training_step.PAPER in name]
+    assert [(case.widths, case.n, case.batch) for case in cases] == [
+        (PAPER_MLP[0], PAPER_MLP[1], batch) for batch in (128, 32)
+    ]
+    assert all(case.compiled for case in cases)
 
 
 @every_network
@@ -622,7 +705,7 @@ def test_a_way_of_training_that_does_not_fit_leaves_the_others_their_results(whe
     class Failing(training_step.Step):
         def __init__(self, case, device, dtype, mode, lean=False, **arguments):
             super().__init__(case, device, dtype, mode, lean=lean, **arguments)
-            self.lean = lean
+            self.lean, self.taken = lean, 0
             if when == "made":
                 self.fail()
 
@@ -634,14 +717,16 @@ def test_a_way_of_training_that_does_not_fit_leaves_the_others_their_results(whe
 
         def run(self):
             super().run()
-            if len(self.seconds) > 1:
+            self.taken += 1
+            if self.taken > 5:
                 self.fail()
 
     monkeypatch.setattr(training_step, "Step", Failing)
     case = NETWORKS["perceptron"]
-    times, peaks, left_out = training_step.measure(case, CPU, torch.float32, 0)
-    assert set(times) == set(peaks) == {"shallow", "DFA", "DFA, matrix="}
-    assert left_out == {
+    result = training_step.measure(case, CPU, torch.float32, 0)
+    assert set(result["seconds"]) == set(result["peak_bytes"]) == {"shallow", "DFA", "DFA, matrix="}
+    assert result["ratio"] == {}
+    assert result["left_out"] == {
         "backprop": measure.MISSING,
         "DFA, lean": "ValueError('out of order')",
     }
@@ -663,10 +748,14 @@ def test_the_command_writes_every_case(tmp_path, monkeypatch, capsys):
     assert saved == [1, 2]
     assert written["finished"]
     assert written["cases"][1]["ratio"]["backprop"] == 1
+    monkeypatch.setattr(training_step, "CASES", {"net, batch 4": NETWORKS["perceptron"]} | NETWORKS)
+    assert training_step.main([*options, "--case", "batch 4"]) == 0
+    (case,) = json.loads(path.read_text())["cases"]
+    assert (case["case"], case["batch"]) == ("net", 4)
     assert training_step.main([*options, "--case", "former"]) == 0
     (case,) = json.loads(path.read_text())["cases"]
     assert case["case"] == "transformer"
     capsys.readouterr()
     with pytest.raises(SystemExit):
         training_step.main(["--case", "no such"])
-    assert "perceptron; transformer" in capsys.readouterr().err
+    assert "net, batch 4; perceptron; transformer" in capsys.readouterr().err

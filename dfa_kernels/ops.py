@@ -8,7 +8,8 @@
     feedback_matrix.<backend>   a piece of U
     cpu_isa                     the instruction set of backend "cpp"
     pool_bytes, empty_pool      of its memory for large signals: the bytes in tensors and those
-        idle; gives the idle ones back to the system and returns how many they were
+        idle; gives the idle ones back to the system, with the entries that it keeps of small
+        matrices, and returns how many they were
     cuda_fused, cuda_entries    the kernels of backend "cuda": the fused projection, and a piece of
         U, on request without the sqrt(3) of uniform entries
     cuda_structured, cuda_structured_adjoint    the same of structured distributions, and its

@@ -9,9 +9,10 @@
     feedback_matrix.<backend>   a piece of U
     cpu_isa                     the instruction set of backend "cpp"
     pool_bytes, empty_pool      of its memory for signals: the bytes in tensors and those idle;
-        gives the idle ones back to the system and returns how many they were
-    fill_signals                whether it fills their memory with NaN first, for tests; returns what held
-        before
+        gives the idle ones back to the system, with the entries that it keeps of small matrices,
+        and returns how many they were
+    fill_signals                whether it fills their memory with NaN first, for tests; returns
+        whether it did before
     cuda_fused, cuda_entries    the kernels of backend "cuda": the fused projection, and a piece of
         U, on request without the sqrt(3) of uniform entries
     cuda_structured, cuda_structured_adjoint    the same of structured distributions, and its

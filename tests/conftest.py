@@ -93,6 +93,15 @@ def gpu_backend(request):
 
 # Runs in its own process, because resident memory is measured per process: for each request, in a
 # child that has imported torch already.
+def run(program, **variables):
+    """What a program prints, in a process of its own with these environment variables too."""
+    environment = {**os.environ, **variables}
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, env=environment, timeout=300
+    ).stdout
+
+
 MEMORY = """
 import json, os, sys, torch, dfa_kernels
 def status(key):

@@ -16,9 +16,9 @@ struct BlockOfRow {
   uint32_t column_block;
 };
 
-// Philox for kBlocks blocks at once, in as many vectors. store_blocks() writes the block of lane l to
-// slot (l % 4) * (kLanes / 4) + l / 4 of its vector's. The counters are therefore assigned to lanes
-// by the inverse. `domain` is their second word.
+// Philox for kBlocks blocks at once, in kVectors vectors. store_blocks() writes the block of lane l
+// to slot (l % 4) * (kLanes / 4) + l / 4 of its vector's. The counters are therefore assigned to
+// lanes by the inverse. `domain` is their second word.
 template <class S, int kVectors>
 class BlockLanes {
  public:
@@ -33,7 +33,8 @@ class BlockLanes {
   // Slots hold consecutive column blocks of one row, so half of the first two rounds is the same
   // for all.
   void set_run(uint64_t row, uint32_t column_block) {
-    const uint64_t product = static_cast<uint64_t>(Philox::kMultiplier1) * static_cast<uint32_t>(row);
+    const uint64_t row_low = static_cast<uint32_t>(row);
+    const uint64_t product = Philox::kMultiplier1 * row_low;
     const uint32_t c0 = static_cast<uint32_t>(product >> 32) ^ domain_ ^ key0(0);
     const uint64_t next = static_cast<uint64_t>(Philox::kMultiplier0) * c0;
     const W mix0 = S::set(static_cast<uint32_t>(product) ^ key0(1));

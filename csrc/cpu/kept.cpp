@@ -11,7 +11,7 @@
 namespace dfa {
 namespace {
 
-constexpr size_t kRemembered = 16;  // matrices that were asked for
+constexpr size_t kRemembered = 64;  // matrices that were asked for
 
 struct Item {
   KeptKey key;

@@ -1,8 +1,9 @@
 // Entries of small matrices, kept from call to call.
 //
-// To make a normal or uniform entry takes longer than to read it. So the second call that asks for
-// the same rows and columns of a stream keeps them, as 16-bit numbers, and later ones read them.
-// What one call alone asks for is never kept. Signals are the same bits either way.
+// To make a normal entry takes longer than to read it. So the second call that asks for the same
+// rows and columns of a stream keeps them, in bf16, and later ones read them. What one call alone
+// asks for is never kept. Signals are the same bits either way. Uniform entries are not kept: they
+// gain only while they stay in the caches between calls.
 #pragma once
 
 #include <cstdint>

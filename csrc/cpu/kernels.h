@@ -25,7 +25,6 @@ struct MultiplySpec {
   const void* tile;   // [depth][panel]
   void* acc;          // [batch][acc_stride]
   int64_t depth;
-  int64_t begin;  // element of a whole tile where the depth begins: read by fused_*, multiply_kept
   int64_t error_stride;  // read by dot_*
   int64_t acc_stride;
   int batch;        // 1..max_batch, 1..kDotBatch, 1..kFusedBatch
@@ -34,6 +33,7 @@ struct MultiplySpec {
   void* out;  // [batch][out_stride]
   int64_t out_stride;
   double scale;
+  int64_t begin;    // read by fused_* and multiply_kept: element of the tile where the depth begins
 };
 constexpr int kDotBatch = 4;
 constexpr int kFusedBatch = 2;
@@ -102,6 +102,7 @@ struct Kernels {
   int max_batch_f64;
   void (*tile_f32)(const TileSpec&, float* tile);      // [columns][panel]
   void (*tile_bf16)(const TileSpec&, uint32_t* tile);  // [columns / 2][panel] pairs, low half first
+  void (*unpack_tile)(const uint32_t* pairs, int64_t units, float* tile);
   MultiplyKernel multiply_f32;
   MultiplyKernel multiply_kept;  // fp32, of tiles of bf16 pairs, [columns / 2][panel]
   MultiplyKernel multiply_f64;

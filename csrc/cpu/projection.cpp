@@ -1,5 +1,6 @@
-// The projection. Each thread makes tiles of U that fit the cache and multiplies them there; U
-// exists nowhere else.
+// The projection. Each thread makes tiles of U that fit the cache and multiplies them there; one
+// error or two meet the entries in registers. U exists nowhere else, unless it is small: see
+// kept.h.
 //
 // Tiles are panels of rows, with the rows in the lanes of vectors. Where panels would be mostly
 // empty, because layers are of a few rows, tiles are single rows with the columns in the lanes.
@@ -41,6 +42,7 @@ constexpr int64_t kThreadAccumulatorBytes = 512 << 10;
 constexpr int64_t kCachedBytes = 16 << 20;
 constexpr int64_t kMappedBytes = 32 << 20;
 constexpr int64_t kKeptBatch = 128;  // error rows beyond which kept entries do not pay
+constexpr int64_t kKeptSlices = 3;   // of the batch, beyond which kept floats are unpacked first
 // A second thread pays from so much work on: multiplications, and packed numbers.
 constexpr double kSerialWork = 4e5;
 constexpr int64_t kSerialPacking = 64 << 10;
@@ -57,7 +59,7 @@ struct Arithmetic {
   bool direct;    // a product can write signals itself
   MultiplyKernel multiply;
   MultiplyKernel multiply_kept;  // of panels of bf16 pairs; may be null
-  FusedKernel fused;  // of panels, for at most kFusedBatch errors; may be null
+  FusedKernel fused;             // of panels, for at most kFusedBatch errors; may be null
   ScaleKernel scale;
   PackKernel pack;
 };
@@ -140,10 +142,11 @@ class Projection {
   }
   int64_t tile_depth() const { return tile_units_ * kUnitColumns / math_.columns; }
 
-  // Entries that are kept, or are to be: by panels, and by tiles in those. The plan is cut to panels.
+  // Entries that are kept, or are to be: by panels, to which the plan is cut, and by tiles in
+  // those.
   void find_entries() {
     const int64_t bytes = plan_.tasks() * tiles_ * kept_tile_bytes();
-    if (math_.multiply_kept == nullptr || stream_.distribution == Distribution::kRademacher ||
+    if (math_.multiply_kept == nullptr || stream_.distribution != Distribution::kNormal ||
         error_.batch > kKeptBatch || bytes == 0 || bytes > kKeptMatrixBytes) {
       return;
     }
@@ -203,7 +206,8 @@ class Projection {
                                     : std::clamp<int64_t>(kAccumulatorBytes / (parts_ * task_acc_),
                                                           1, std::max<int64_t>(1, plan_.tasks()));
     const int64_t panel_bytes = tile_depth() * math_.panel * 4;
-    thread_tile_ = fused_ || kept_.entries != nullptr ? 0 : task_panels_ * panel_bytes;
+    from_kept_ = kept_.entries != nullptr && (math_.pairs || slices_ <= kKeptSlices);
+    thread_tile_ = fused_ || from_kept_ ? 0 : task_panels_ * panel_bytes;
     tile_buffer_ = allocate(workers * thread_tile_);
     acc_buffer_ = allocate((of_thread ? workers : group * parts_) * task_acc_);
     packed_buffer_ = allocate(window * packed_tile);
@@ -318,6 +322,19 @@ class Projection {
     }
   }
 
+  // Makes kept panels if they are not, and unpacks them where they are multiplied more than once.
+  void use_kept(const RowPlan::Task& task, int64_t tile, char* tile_buffer) const {
+    TileSpec spec = panel(task, tile);
+    for (int64_t row = 0; row < task.rows; row += kernels_.panel) {
+      spec.row = task.row + static_cast<uint64_t>(row);
+      auto* pairs = reinterpret_cast<uint32_t*>(kept_panel(spec.row, tile));
+      if (!kept_.made) kernels_.tile_bf16(spec, pairs);
+      if (from_kept_) continue;
+      kernels_.unpack_tile(pairs, spec.units,
+                           reinterpret_cast<float*>(tile_buffer + row * tile_depth() * 4));
+    }
+  }
+
   // Part p has the tiles p, p + parts_, ..
   void run_task(const RowPlan::Task& task, int64_t part, int64_t tile_begin, int64_t tile_end,
                 char* tile_buffer, char* acc_buffer) const {
@@ -325,10 +342,7 @@ class Projection {
     for (int64_t tile = part + earlier * parts_; tile < tile_end; tile += parts_) {
       TileSpec entries = panel(task, tile);
       if (kept_.entries != nullptr) {
-        for (int64_t r = 0; r < task.rows && !kept_.made; r += math_.panel) {
-          entries.row = task.row + static_cast<uint64_t>(r);
-          kernels_.tile_bf16(entries, reinterpret_cast<uint32_t*>(kept_panel(entries.row, tile)));
-        }
+        use_kept(task, tile, tile_buffer);
       } else if (!fused_) {
         make_tile(task, tile, tile_buffer);
       }
@@ -360,8 +374,9 @@ class Projection {
             spec.out = nullptr;
           }
           entries.row = task.row + static_cast<uint64_t>(r);
-          if (kept_.entries != nullptr) {
-            spec.tile = kept_panel(entries.row, tile) + (math_.pairs ? d.begin * math_.panel * 4 : 0);
+          if (from_kept_) {
+            const int64_t skipped = math_.pairs ? d.begin : 0;  // else the kernel skips them
+            spec.tile = kept_panel(entries.row, tile) + skipped * math_.panel * 4;
             math_.multiply_kept(spec);
           } else if (fused_) {
             math_.fused(entries, spec);
@@ -427,6 +442,7 @@ class Projection {
   int64_t parts_ = 1;
   int64_t pass_begin_ = 0, batch_ = 0, slices_ = 0, threads_ = 1;
   bool past_caches_ = false, used_again_ = false, fused_ = false;
+  bool from_kept_ = false;  // the product reads kept entries where they are
   int64_t task_panels_ = 1, task_rows_ = 1, task_acc_ = 0, thread_tile_ = 0;
   KeptKey key_;
   Kept kept_;

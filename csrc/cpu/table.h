@@ -26,6 +26,7 @@ constexpr Kernels make_kernels(const char* name) {
   k.max_batch_f64 = Float64Ops<S>::kMaxBatch;
   k.tile_f32 = make_tile<S, float>;
   k.tile_bf16 = make_tile<S, uint32_t>;
+  k.unpack_tile = unpack_tile<S>;
   k.multiply_f32 = multiply<S, Float32Ops<S>>;
   k.multiply_kept = multiply_kept<S>;
   k.multiply_f64 = multiply<S, Float64Ops<S>>;

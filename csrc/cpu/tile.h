@@ -102,9 +102,7 @@ struct SignPair {
   F odd() const { return S::flip(S::set1(1.0f), word, 15 - bit); }
   F add_even(F e, F sum) const { return S::plus(sum, S::flip(e, word, 31 - bit)); }
   F add_odd(F e, F sum) const { return S::plus(sum, S::flip(e, word, 15 - bit)); }
-  typename S::I both() const {
-    return S::mask_or(S::left(word, 15 - bit), kPairSigns, kPairOnes);
-  }
+  typename S::I both() const { return S::mask_or(S::left(word, 15 - bit), kPairSigns, kPairOnes); }
 };
 
 // The units of a tile for S::kVectors vectors of rows, in order: begin(unit), counted from the
@@ -183,6 +181,20 @@ void make_tile(const TileSpec& spec, T* tile) {
         }
       }
     });
+  }
+}
+
+// Makes a tile of floats from its bf16 pairs.
+template <class S>
+void unpack_tile(const uint32_t* pairs, int64_t units, float* tile) {
+  constexpr int kPanel = 2 * S::kLanes;
+  const uint32_t* const end = pairs + units * (kUnitColumns / 2) * kPanel;
+  for (; pairs < end; pairs += kPanel, tile += 2 * kPanel) {
+    for (int r = 0; r < kPanel; r += S::kLanes) {
+      const auto pair = S::load_bits(pairs + r);
+      S::store(tile + r, S::as_float(S::template left<16>(pair)));
+      S::store(tile + kPanel + r, S::as_float(S::mask(pair, 0xffff0000u)));
+    }
   }
 }
 

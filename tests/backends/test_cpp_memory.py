@@ -3,9 +3,6 @@
 import copy
 import io
 import itertools
-import os
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -14,7 +11,7 @@ import torch
 from dfa_kernels import project
 from dfa_kernels.backends import cpp
 from tests import reference
-from tests.conftest import needs
+from tests.conftest import needs, run
 
 needs("the compiled extension", cpp.unavailable("cpu") is None)
 needs("torch 2.11", torch.__version__ >= (2, 11))  # whose tensors can give memory back
@@ -146,7 +143,8 @@ def test_idle_memory_can_be_freed():
     kept = signal()
     signal(4 * MIB)
     assert pool() == (8 * MIB, 16 * MIB)
-    assert torch.ops.dfa_kernels.empty_pool() == 16 * MIB
+    assert 0 <= torch.ops.dfa_kernels.empty_pool() - 16 * MIB < MIB  # with entries that are kept
+    assert torch.ops.dfa_kernels.empty_pool() == 0
     assert pool() == (8 * MIB, 0)
     del kept
     assert pool() == (0, 8 * MIB)
@@ -241,14 +239,6 @@ for thread in threads:
     thread.join()
 print(torch.ops.dfa_kernels.pool_bytes())
 """
-
-
-def run(program, **variables):
-    environment = {**os.environ, **variables}
-    command = [sys.executable, "-W", "ignore", "-c", program]
-    return subprocess.run(
-        command, check=True, capture_output=True, text=True, env=environment, timeout=300
-    ).stdout
 
 
 def test_a_child_process_finds_no_lock_held():

@@ -31,7 +31,7 @@ from torch import Tensor
 from dfa_kernels import batching, checks, derivatives
 from dfa_kernels.backends import loading, slabs
 from dfa_kernels.backends.registry import BACKENDS, choose
-from dfa_kernels.layers import Layers, overload_for
+from dfa_kernels.layers import Layers, overload_for, symbolic, tracing
 from dfa_kernels.stream import STRUCTURED, Stream
 
 # `Layers` and `Stream`, field by field.
@@ -102,12 +102,12 @@ def project(
     differentiable = error.requires_grad and torch.is_grad_enabled()
     # functionalize alone hides whether code around it differentiates.
     hidden = torch._C._are_functorch_transforms_active()
-    overload = overload_for(layers.scales)
     # TorchScript finds an overload by the types of its arguments, which all backends share.
-    plain = backend and overload == "default" and not torch.jit.is_tracing()
-    if not plain or differentiable or hidden:
-        return getattr(_projections, overload)(error, *layers, *stream, dtype, backend)
-    return getattr(_projections, backend)(error, *layers, *stream, dtype)
+    plain = backend and not (differentiable or hidden or torch.jit.is_tracing())
+    if plain and not (tracing() and symbolic(layers.scales)):
+        return getattr(_projections, backend)(error, *layers, *stream, dtype)
+    overload = overload_for(layers.scales)
+    return getattr(_projections, overload)(error, *layers, *stream, dtype, backend)
 
 
 def _project(error: Tensor, row_offsets, sizes, scales, *arguments) -> list[Tensor]:

@@ -323,8 +323,8 @@ class DFALayer(Scriptable):
     @property
     def row_dims(self) -> tuple[int, ...]:
         """The batch dimensions in force: this layer's, else those of its `DFA`."""
-        if self.batch_dims is not None:
-            return self.batch_dims
+        if self._batch_dims is not None:
+            return self._batch_dims
         group = self._group
         return (0,) if group is None or group.batch_dims is None else group.batch_dims
 
@@ -363,8 +363,8 @@ def recomputing(function: str) -> bool:
     Raises RuntimeError in a reentrant checkpoint: its first forward pass builds no graph, so no
     signal could train it.
     """
-    if not inside_backward():
-        return False
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return False  # as `inside_backward`, without a call: every layer asks
     if type(torch._C._current_autograd_node()).__name__ == "CheckpointFunctionBackward":
         raise RuntimeError(
             f"{function}: cannot be inside checkpoint(..., use_reentrant=True); "

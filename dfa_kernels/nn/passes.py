@@ -279,16 +279,14 @@ class Passes(Settings):
         return self._targets([item.layer for item in items], [item.activation for item in items])
 
     def _targets(self, indices: Sequence[int], activations: Sequence[Tensor]) -> list[Target]:
-        shared, layers, dims = sharding.in_use(), self._layers, self.batch_dims
-        targets = []
+        shared, layers, targets = sharding.in_use(), self._layers, []
         for index, activation in zip(indices, activations, strict=True):
             shape, layout = activation.shape, None
             if shared:
                 layout = self._layout(f"dfa_layers[{index}]", activation)
                 shape = activation.shape if layout is None else layout.shape
-            own = layers[index]._batch_dims
-            own = dims if own is None else own
-            targets.append(Target(index, shape, own, activation.dtype, activation.device, layout))
+            dims, device = layers[index].row_dims, activation.device
+            targets.append(Target(index, shape, dims, activation.dtype, device, layout))
         return targets
 
     def _layout(self, argument: str, tensor: Tensor) -> Layout | None:

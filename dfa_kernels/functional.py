@@ -88,7 +88,7 @@ def project(
         )
     if dtype is not None:
         checks.dtype("project", "dtype", dtype)
-    asked = (columns, error.dtype, sizes, seed, distribution)
+    asked: tuple[Any, ...] = (columns, error.dtype, sizes, seed, distribution)
     asked += (normalization, row_offsets, column_offset, error_size)
     # A symbol of a graph that is being traced has no hash.
     layers, places, matrix = _checked(*asked) if tracing() else _remembered(*asked)
@@ -184,7 +184,7 @@ def _remembered(
         row_offsets = _frozen(row_offsets, _INTS)
     if type(normalization) is not str:
         normalization = _frozen(normalization, _NUMBERS)
-    asked = (columns, error_dtype, _frozen(sizes, _INTS), seed, distribution)
+    asked: tuple[Any, ...] = (columns, error_dtype, _frozen(sizes, _INTS), seed, distribution)
     asked += (normalization, row_offsets, column_offset, error_size)
     return (_kept if _HASHED.issuperset(map(type, asked)) else _checked)(*asked)
 

@@ -24,7 +24,8 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
-    return super(torch.autograd.Function, function).apply(*arguments)
+    of_torch: Any = super(torch.autograd.Function, function)
+    return of_torch.apply(*arguments)
 
 
 class Feedback(torch.autograd.Function):

@@ -229,6 +229,7 @@ def test_equal_places_share_one_signal_and_others_do_not():
             layer(activation)
         dfa(torch.randn(4, 2, requires_grad=True)).sum().backward()
         pointers = [seen[index].data_ptr() for index in range(4)]
-        assert pointers[0] == pointers[2] and pointers[1] == pointers[3]
+        assert pointers[0] == pointers[2]
+        assert pointers[1] == pointers[3]
         assert pointers[0] != pointers[1]
         assert torch.equal(seen[0].flatten(), seen[1].flatten())

@@ -88,10 +88,17 @@ def project(
         )
     if dtype is not None:
         checks.dtype("project", "dtype", dtype)
-    asked: tuple[Any, ...] = (columns, error.dtype, sizes, seed, distribution)
-    asked += (normalization, row_offsets, column_offset, error_size)
-    # A symbol of a graph that is being traced has no hash.
-    layers, places, matrix = _checked(*asked) if tracing() else _remembered(*asked)
+    layers, places, matrix = (_checked if tracing() else _remembered)(
+        columns,
+        error.dtype,
+        sizes,
+        seed,
+        distribution,
+        normalization,
+        row_offsets,
+        column_offset,
+        error_size,
+    )
     backend = registry.choose_for_call("project", error.device, backend, distribution)
     if sharding.is_dtensor(error):
 
@@ -178,7 +185,8 @@ def _remembered(
     """As `_checked`, once for equal arguments.
 
     True == 1 == 1.0, and numpy's numbers too, but not all are valid: what is kept is kept by the
-    arguments' types, and in sequences only plain numbers are.
+    arguments' types, and in sequences only plain numbers are. Not for use while a graph is traced,
+    whose symbols have no hash.
     """
     if row_offsets is not None:
         row_offsets = _frozen(row_offsets, _INTS)
@@ -199,17 +207,12 @@ def _frozen(values: Any, kinds: frozenset[type]) -> Any:
 def _signals(
     error: Tensor, layers: Layers, matrix: Stream, dtype: torch.dtype | None, backend: str
 ) -> list[Tensor]:
-    signals = ops.project(_rows(error), layers, matrix, dtype, backend)
+    """Of an error (..., n); in a traced graph of any number of rows."""
     if error.dim() == 2:
-        return signals
+        return ops.project(error, layers, matrix, dtype, backend)
+    rows = error.flatten(0, -2) if error.dim() > 2 else error[None]
+    signals = ops.project(rows, layers, matrix, dtype, backend)
     return [signal.view(*error.shape[:-1], signal.shape[1]) for signal in signals]
-
-
-def _rows(error: Tensor) -> Tensor:
-    """(..., n) as [rows, n]; in a traced graph of any number of rows."""
-    if error.dim() == 2:
-        return error
-    return error.flatten(0, -2) if error.dim() > 2 else error[None]
 
 
 def feedback_matrix(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, overrides
 
 from dfa_kernels import checks, ops, sharding, stream
 from dfa_kernels.backends import registry
-from dfa_kernels.layers import Layers
+from dfa_kernels.layers import Layers, tracing
 from dfa_kernels.stream import Stream
 
 
@@ -80,6 +82,51 @@ def project(
     if error.dim() == 0:
         raise ValueError("project: error must have at least one dimension, got a scalar tensor")
     columns = error.shape[-1]
+    if columns == 0 and error_size is None:
+        raise ValueError(
+            f"project: error must have a last dimension of at least 1, got {tuple(error.shape)}"
+        )
+    if dtype is not None:
+        checks.dtype("project", "dtype", dtype)
+    layers, places, matrix = (_checked if tracing() else _remembered)(
+        columns,
+        error.dtype,
+        sizes,
+        seed,
+        distribution,
+        normalization,
+        row_offsets,
+        column_offset,
+        error_size,
+    )
+    backend = registry.choose_for_call("project", error.device, backend, distribution)
+    if sharding.is_dtensor(error):
+
+        def signals_of(part: Tensor, first: int) -> list[Tensor]:
+            return _signals(part, layers, matrix.after(first), dtype, backend)
+
+        signals = sharding.project(signals_of, error)
+    else:
+        signals = _signals(error, layers, matrix, dtype, backend)
+    return [signals[place] for place in places]
+
+
+def _checked(
+    columns: int,
+    error_dtype: torch.dtype,
+    sizes: Sequence[int],
+    seed: int,
+    distribution: str,
+    normalization: str | float | Sequence[float],
+    row_offsets: Sequence[int] | None,
+    column_offset: int,
+    error_size: int | None,
+) -> tuple[Layers, list[int], Stream]:
+    """What `project` was asked for: the distinct layers, each given one's place, and the matrix.
+
+    Raises where an argument is invalid. It depends on nothing but the arguments, and on whether a
+    graph is being traced.
+    """
     sizes = checks.integers("project", "sizes", sizes, low=1, high=stream.ROWS - 1)
     if not sizes:
         raise ValueError("project: sizes must hold at least one layer size, got none")
@@ -101,10 +148,6 @@ def project(
     )
     checks.columns("project", "column_offset", column_offset, columns)
     if error_size is None:
-        if columns == 0:
-            raise ValueError(
-                f"project: error must have a last dimension of at least 1, got {tuple(error.shape)}"
-            )
         error_size = columns
     else:
         error_size = checks.integer("project", "error_size", error_size, low=1, high=stream.COLUMNS)
@@ -117,32 +160,59 @@ def project(
     seed = checks.seed("project", seed)
     checks.distribution("project", distribution)
     if not isinstance(normalization, str):  # those of a law always fit
-        checks.scale_range("project", "normalization", scales, error.dtype, distribution)
-    if dtype is not None:
-        checks.dtype("project", "dtype", dtype)
+        checks.scale_range("project", "normalization", scales, error_dtype, distribution)
     # Equal layers share one output.
     layers, places = Layers.distinct(row_offsets, sizes, scales)
-    backend = registry.choose_for_call("project", error.device, backend, distribution)
-
-    def signals_of(part: Tensor, first: int) -> list[Tensor]:
-        matrix = Stream(seed, column_offset + first, distribution)
-        signals = ops.project(_rows(part), layers, matrix, dtype, backend)
-        if part.dim() == 2:
-            return signals
-        return [signal.view(*part.shape[:-1], signal.shape[1]) for signal in signals]
-
-    if sharding.is_dtensor(error):
-        signals = sharding.project(signals_of, error)
-    else:
-        signals = signals_of(error, 0)
-    return [signals[place] for place in places]
+    return layers, places, Stream(seed, column_offset, distribution)
 
 
-def _rows(error: Tensor) -> Tensor:
-    """(..., n) as [rows, n]; in a traced graph of any number of rows."""
+_kept = functools.lru_cache(maxsize=256, typed=True)(_checked)
+_INTS, _NUMBERS = frozenset({int}), frozenset({int, float})
+_HASHED = frozenset({int, float, str, type(None), torch.dtype, tuple})
+
+
+def _remembered(
+    columns: int,
+    error_dtype: torch.dtype,
+    sizes: Any,
+    seed: int,
+    distribution: str,
+    normalization: Any,
+    row_offsets: Any,
+    column_offset: int,
+    error_size: int | None,
+) -> tuple[Layers, list[int], Stream]:
+    """As `_checked`, once for equal arguments.
+
+    True == 1 == 1.0, and numpy's numbers too, but not all are valid: what is kept is kept by the
+    arguments' types, and in sequences only plain numbers are. Not for use while a graph is traced,
+    whose symbols have no hash.
+    """
+    if row_offsets is not None:
+        row_offsets = _frozen(row_offsets, _INTS)
+    if type(normalization) is not str:
+        normalization = _frozen(normalization, _NUMBERS)
+    asked: tuple[Any, ...] = (columns, error_dtype, _frozen(sizes, _INTS), seed, distribution)
+    asked += (normalization, row_offsets, column_offset, error_size)
+    return (_kept if _HASHED.issuperset(map(type, asked)) else _checked)(*asked)
+
+
+def _frozen(values: Any, kinds: frozenset[type]) -> Any:
+    """A list or tuple as a tuple if it is made of numbers of these types, else as a list."""
+    if type(values) not in (list, tuple):
+        return values
+    return tuple(values) if kinds.issuperset(map(type, values)) else list(values)
+
+
+def _signals(
+    error: Tensor, layers: Layers, matrix: Stream, dtype: torch.dtype | None, backend: str
+) -> list[Tensor]:
+    """Of an error (..., n); in a traced graph of any number of rows."""
     if error.dim() == 2:
-        return error
-    return error.flatten(0, -2) if error.dim() > 2 else error[None]
+        return ops.project(error, layers, matrix, dtype, backend)
+    rows = error.flatten(0, -2) if error.dim() > 2 else error[None]
+    signals = ops.project(rows, layers, matrix, dtype, backend)
+    return [signal.view(*error.shape[:-1], signal.shape[1]) for signal in signals]
 
 
 def feedback_matrix(

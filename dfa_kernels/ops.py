@@ -36,7 +36,7 @@ from torch import Tensor
 from dfa_kernels import batching, checks, derivatives
 from dfa_kernels.backends import loading, slabs
 from dfa_kernels.backends.registry import BACKENDS, choose
-from dfa_kernels.layers import Layers, overload_for, tracing
+from dfa_kernels.layers import Layers, overload_for, symbolic, tracing
 from dfa_kernels.stream import DISTRIBUTIONS, STRUCTURED, Stream
 
 # `Layers` and `Stream`, field by field.
@@ -112,14 +112,15 @@ def project(
     differentiable = error.requires_grad and torch.is_grad_enabled()
     # functionalize alone hides whether code around it differentiates.
     hidden = torch._C._are_functorch_transforms_active()
-    overload = overload_for(layers.scales)
     # TorchScript finds an overload by the types of its arguments, which all backends share.
-    plain = backend and overload == "default" and not torch.jit.is_tracing()
-    if not plain or differentiable or hidden:
-        return getattr(_projections, overload)(error, *layers, *stream, dtype, backend)
-    if backend == "cpp" and not tracing():
+    plain = backend and not (differentiable or hidden or torch.jit.is_tracing())
+    traced = tracing()
+    if plain and backend == "cpp" and not traced:
         return _project_packed(error, pack(layers, stream), dtype)
-    return getattr(_projections, backend)(error, *layers, *stream, dtype)
+    if plain and not (traced and symbolic(layers.scales)):
+        return getattr(_projections, backend)(error, *layers, *stream, dtype)
+    overload = overload_for(layers.scales)
+    return getattr(_projections, overload)(error, *layers, *stream, dtype, backend)
 
 
 @functools.lru_cache(maxsize=256)

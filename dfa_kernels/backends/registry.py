@@ -188,6 +188,19 @@ def _automatic(device: torch.device, distribution: str, tracing: bool) -> str:
     return name
 
 
+_VARIABLE = "DFA_KERNELS_BACKEND"
+_ENCODED = os.fsencode(_VARIABLE)
+
+
+def _from_environment() -> str | None:
+    """The backend that DFA_KERNELS_BACKEND asks for."""
+    # os.environ takes a microsecond to find that it has no such key; its dictionary takes none.
+    inside = getattr(os.environ, "_data", None)
+    if type(inside) is dict and os.name == "posix" and _ENCODED not in inside:
+        return None
+    return os.environ.get(_VARIABLE) or None
+
+
 def choose(
     function: str,
     device: torch.device,
@@ -205,8 +218,8 @@ def choose(
     """
     source = "backend"
     if backend is None:
-        source = "DFA_KERNELS_BACKEND"
-        backend = os.environ.get(source) or None
+        source = _VARIABLE
+        backend = _from_environment()
     if backend is None:
         return _chosen.get((device, distribution)) or _automatic(device, distribution, tracing)
     if backend not in tuple(BACKENDS):  # what is asked for may have no hash
@@ -230,8 +243,9 @@ def choose_for_call(
     function: str, device: torch.device, backend: str | None, distribution: str
 ) -> str:
     """The choice of a public function: `choose`, or `choose_for_graph` while it is being traced."""
-    choice = choose_for_graph if torch.compiler.is_compiling() else choose
-    return choice(function, device, backend, distribution)
+    if torch.compiler.is_compiling():
+        return choose_for_graph(function, device, backend, distribution)
+    return choose(function, device, backend, distribution)
 
 
 def keep_check(name: str, device: torch.device, failures: list[str], seconds: float) -> None:

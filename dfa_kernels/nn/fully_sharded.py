@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from dfa_kernels.nn import ranks
-from dfa_kernels.nn.functions import Stopped
+from dfa_kernels.nn.functions import Stopped, apply
 from dfa_kernels.nn.layer import Group, inside_backward
 
 _eager = torch.compiler.disable(reason="dfa_kernels: the hooks of fully_shard run uncompiled")
@@ -138,7 +138,8 @@ def _anchor(module: nn.Module) -> Tensor:
     device = None if parameter is None else parameter.device
     if mesh is not None:
         device = torch.device(mesh.device_type)
-    return Stopped.apply(torch.empty((), device=device, requires_grad=True))
+    anchor: Tensor = apply(Stopped, torch.empty((), device=device, requires_grad=True))
+    return anchor
 
 
 def _around(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dfa_kernels import checks, derivatives
 from dfa_kernels.nn import guards, ranks
-from dfa_kernels.nn.functions import Factor, Scaled, Stopped
+from dfa_kernels.nn.functions import Factor, Scaled, Stopped, apply
 from dfa_kernels.nn.plan import Plan
 from dfa_kernels.nn.scripting import Scriptable, tracing
 from dfa_kernels.nn.sources import Source
@@ -87,6 +87,7 @@ class Group:
     idle: dict[int, str] = dataclasses.field(default_factory=dict)
     anchors: list[Tensor] = dataclasses.field(default_factory=list)
     said: set[str] = dataclasses.field(default_factory=set)
+    planned: tuple[Any, Plan] | None = None  # what the last plan was made of, and that plan
 
     @property
     def sends_signals(self) -> bool:
@@ -105,13 +106,14 @@ class Group:
         factor = None
         if self.lean and self.record is None and not torch.compiler.is_compiling():
             factor = Factor()
-            activation = Scaled.apply(activation, factor)
+            activation = apply(Scaled, activation, factor)
         item = Waiting(layer, activation, factor, before)
-        if layer in self.waiting and self.handling is FeedbackPointsHandling.REDUCE:
-            self.waiting[layer].append(item)
-            return
-        if layer in self.waiting and self.handling is None and self.record is None:
-            guards.warn_of_a_second_call(self.said, layer)
+        if layer in self.waiting:
+            if self.handling is FeedbackPointsHandling.REDUCE:
+                self.waiting[layer].append(item)
+                return
+            if self.handling is None and self.record is None:
+                guards.warn_of_a_second_call(self.said, layer)
         self.waiting[layer] = [item]
 
     def pass_over(self, layer: int) -> None:
@@ -151,7 +153,7 @@ class Group:
 
     def __getstate__(self) -> dict:
         # A copy takes no part in the forward pass under way.
-        fresh: dict = {"waiting": {}, "idle": {}, "anchors": [], "record": None}
+        fresh: dict = {"waiting": {}, "idle": {}, "anchors": [], "record": None, "planned": None}
         fresh["under_way"] = None if self.under_way is None else False
         return {**self.__dict__, **fresh}
 
@@ -278,21 +280,21 @@ class DFALayer(Scriptable):
             raise TypeError(
                 f"DFALayer: activation must be a tensor, got {type(activation).__name__}"
             )
-        if self.passthrough:
+        if self._passthrough:
             return activation
         group = self._group
         if group is None:
             if torch.is_grad_enabled() and derivatives.requires_gradient(activation):
                 guards.warn_of_a_layer_alone(self._said, self.name)
             return activation.detach()
-        recorded = group.record is not None
-        if group.mode == "backprop" and not recorded:
+        mode, recorded = group.mode, group.record is not None
+        if mode == "backprop" and not recorded:
             return activation
         if tracing("DFALayer", self.training, activation):
             return activation
-        through = self.through or group.through
+        through = self.__dict__["_through"] or group.through
         learns = torch.is_grad_enabled() and derivatives.requires_gradient(activation)
-        if group.mode != "dfa" and not recorded:
+        if mode != "dfa" and not recorded:
             pass
         elif recomputing("DFALayer"):
             if through is not None and learns:
@@ -310,19 +312,19 @@ class DFALayer(Scriptable):
                 group.pass_over(self._index)
         if recorded:
             return activation
-        if group.mode != "dfa":
+        if mode != "dfa":
             return activation.detach()
-        wanted = group.requires_grad if self.requires_grad is None else self.requires_grad
+        wanted = group.requires_grad if self._requires_grad is None else self._requires_grad
         if not wanted and group.under_way is None and learns and ranks.fully_sharded():
             guards.warn_of_an_unwatched_sharded_model(group.said)
             wanted = True
-        return Stopped.apply(activation) if wanted else activation.detach()
+        return apply(Stopped, activation) if wanted else activation.detach()
 
     @property
     def row_dims(self) -> tuple[int, ...]:
         """The batch dimensions in force: this layer's, else those of its `DFA`."""
-        if self.batch_dims is not None:
-            return self.batch_dims
+        if self._batch_dims is not None:
+            return self._batch_dims
         group = self._group
         return (0,) if group is None or group.batch_dims is None else group.batch_dims
 
@@ -361,8 +363,8 @@ def recomputing(function: str) -> bool:
     Raises RuntimeError in a reentrant checkpoint: its first forward pass builds no graph, so no
     signal could train it.
     """
-    if not inside_backward():
-        return False
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return False  # as `inside_backward`, without a call: every layer asks
     if type(torch._C._current_autograd_node()).__name__ == "CheckpointFunctionBackward":
         raise RuntimeError(
             f"{function}: cannot be inside checkpoint(..., use_reentrant=True); "

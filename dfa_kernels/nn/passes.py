@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dfa_kernels import checks, derivatives, sharding
 from dfa_kernels.layers import Layers
+from dfa_kernels.layers import tracing as traced
 from dfa_kernels.nn import guards, ranks, sharded
 from dfa_kernels.nn import signals as delivery
 from dfa_kernels.nn.chunks import Head, Loss, Projection, check_row_by_row, needs_whole_logits
@@ -80,7 +81,9 @@ class Passes(Settings):
         if self._match is not None:
             self._match.check(plan)
         for index, size in plan.own_sizes.items():
-            self.dfa_layers[index]._size = size
+            layer = self._layers[index]
+            if compiling or layer._size != size:
+                layer._size = size
         self._group.error_size = plan.error_size
         if not compiling and self._group.under_way is None:
             self._check_ranks_behind([*made_of, *activations])
@@ -169,9 +172,10 @@ class Passes(Settings):
             )
         else:
             rows = self._rows(error, plan.batch_dims, source)
-            signals = delivery.deliver(
-                source, rows, plan.layers, plan.places, plan.masks, share=share
-            )
+            places = plan.distinct if share else plan.places
+            signals = delivery.deliver(source, rows, plan.layers, places, plan.masks, share=share)
+            if share:
+                return [signals[position] for position in plan.positions]
         if share:
             return signals
         pairs = zip(plan.indices, signals, strict=True)
@@ -210,7 +214,7 @@ class Passes(Settings):
 
         An activation that a compiled part of the model passed on has no factor.
         """
-        layers, places, indices, *_ = plan
+        layers, places, indices = plan.layers, plan.places, plan.indices
         longest = self.asked_for(plan, lean=True)
         (scale,) = longest.scales
         own = {}
@@ -275,14 +279,13 @@ class Passes(Settings):
         return self._targets([item.layer for item in items], [item.activation for item in items])
 
     def _targets(self, indices: Sequence[int], activations: Sequence[Tensor]) -> list[Target]:
-        shared, targets = sharding.in_use(), []
+        shared, layers, targets = sharding.in_use(), self._layers, []
         for index, activation in zip(indices, activations, strict=True):
             shape, layout = activation.shape, None
             if shared:
                 layout = self._layout(f"dfa_layers[{index}]", activation)
                 shape = activation.shape if layout is None else layout.shape
-            dims = self.dfa_layers[index].row_dims
-            device = activation.device
+            dims, device = layers[index].row_dims, activation.device
             targets.append(Target(index, shape, dims, activation.dtype, device, layout))
         return targets
 
@@ -293,7 +296,23 @@ class Passes(Settings):
         return layout_of("DFA", argument, tensor, warn=first)
 
     def _plan(self, indices: Sequence[int], activations: Sequence[Tensor], output: Tensor) -> Plan:
-        """Which layer's signal goes to which activation. Moves masks to their activations."""
+        """Which layer's signal goes to which activation. Moves masks to their activations.
+
+        The last plan, if it was made of the same: a function of normalization may give other
+        scales, and masks may be exchanged, so plans with these are made anew.
+        """
+        layout = self._layout("output", output)
+        shape = output.shape if layout is None else layout.shape
+        targets = self._targets(indices, activations)
+        made_of = None
+        if not (traced() or self._masks or callable(self.normalization)):
+            made_of = (
+                *(targets, shape, layout, output.device, self.batch_dims, self.rp_device),
+                *(self._slicing, self.scale_repeats, [layer._size for layer in self._layers]),
+            )
+            planned = self._group.planned
+            if planned is not None and planned[0] == made_of:
+                return planned[1]
         for index, activation in zip(indices, activations, strict=True):
             device = activation.device
             if self.rp_device is None and device != output.device:
@@ -303,9 +322,10 @@ class Passes(Settings):
                 )
             if index in self.masks and self.masks[index].device != device:
                 self.masks[index] = self.masks[index].to(device)
-        layout = self._layout("output", output)
-        shape = output.shape if layout is None else layout.shape
-        return self.plan(self._targets(indices, activations), shape, layout)
+        plan = self.plan(targets, shape, layout)
+        if made_of is not None and plan.mesh is None:
+            self._group.planned = made_of, plan
+        return plan
 
     def plan(
         self, targets: Sequence[Target], output_shape: torch.Size, layout: Layout | None = None

@@ -12,7 +12,7 @@ from torch import Tensor
 from dfa_kernels.layers import Layers
 from dfa_kernels.nn.rows import beside_rows, row_ratio, split_shape
 from dfa_kernels.nn.shards import Layout, mesh_of
-from dfa_kernels.nn.signals import Place
+from dfa_kernels.nn.signals import Place, distinct
 from dfa_kernels.nn.sources import Slicing
 
 
@@ -33,6 +33,7 @@ class Target(NamedTuple):
 class Plan(NamedTuple):
     """The distinct layers of a forward pass, the places that their signals go to, and sizes.
 
+    `distinct` has the places that differ, and `positions` the index among them of each place.
     `indices` has the index of each place's `DFALayer`, `own_sizes` the size that each had last.
     `batch_dims` and `layout` are the output's. They and `masks` stay, whatever the `DFA` gets
     before the backward pass. `mesh` is the device mesh of the output or the activations that
@@ -41,6 +42,8 @@ class Plan(NamedTuple):
 
     layers: Layers
     places: list[Place]
+    distinct: list[Place]
+    positions: list[int]
     indices: list[int]
     own_sizes: dict[int, int]
     error_size: int
@@ -98,7 +101,8 @@ def make_plan(
     ]
     indices = [target.dfa_layer for target in targets]
     mesh = mesh_of([output_layout, *(target.layout for target in targets)])
-    return Plan(layers, places, indices, own, error_size, output_dims, masks, output_layout, mesh)
+    ends = (layers, places, *distinct(places), indices)
+    return Plan(*ends, own, error_size, output_dims, masks, output_layout, mesh)
 
 
 def split_target(target: Target) -> tuple[list[int], int]:

@@ -62,6 +62,8 @@ def row_ratio(ours: list[int], theirs: list[int], function: str) -> int:
 
 def to_rows(tensor: Tensor, batch_dims: Sequence[int], function: str) -> Tensor:
     """[rows, size] of a tensor; a view where its strides allow one."""
+    if tensor.dim() == 2 and tuple(batch_dims) == (0,):
+        return tensor
     batch, rest = order(tensor.shape, batch_dims, function)
     rows = math.prod([tensor.shape[dim] for dim in batch])
     size = math.prod([tensor.shape[dim] for dim in rest])
@@ -73,6 +75,8 @@ def from_rows(rows: Tensor, shape: torch.Size, batch_dims: Sequence[int], functi
 
     Where that has k times as many rows, each given row serves k consecutive ones.
     """
+    if len(shape) == 2 and tuple(batch_dims) == (0,) and rows.shape[0] == shape[0]:
+        return rows
     batch, rest = order(shape, batch_dims, function)
     count = math.prod([shape[dim] for dim in batch])
     if rows.shape[0] != count:

@@ -31,6 +31,22 @@ class Place(NamedTuple):
     mask: int | None
 
 
+def distinct(places: Sequence[Place]) -> tuple[list[Place], list[int]]:
+    """The distinct places, and for each given place its index among them."""
+    found: list[Place] = []
+    positions: list[int] = []
+    of_layer: dict[int, list[int]] = {}
+    for place in places:
+        alike = of_layer.setdefault(place.layer, [])
+        equal = [position for position in alike if found[position] == place]
+        if not equal:
+            equal = [len(found)]
+            alike.append(len(found))
+            found.append(place)
+        positions.append(equal[0])
+    return found, positions
+
+
 def deliver(
     source: Source,
     error: Tensor,
@@ -43,22 +59,17 @@ def deliver(
     """The signal for every place, each of its activation's shape and dtype.
 
     error is [batch, n]. Different tensors never share memory, because autograd may keep a signal as
-    some parameter's gradient. With `share`, equal places get one tensor, and rows of one may share
-    memory.
+    some parameter's gradient. With `share`, rows of one may share memory.
     """
     made = project(source, error, layers, dtype_of(places, error.dtype))
-    of_layer: list[list[int]] = [[] for _ in made]  # its places without masks, each once
+    handed_out: set[int] = set()  # the layers whose signal a place has, by itself
     signals: list[Tensor] = []
-    for index, place in enumerate(places):
-        rows, others = made[place.layer], of_layer[place.layer]
+    for place in places:
+        rows = made[place.layer]
         if place.mask is None:
-            twins = [other for other in others if places[other] == place] if share else []
-            if twins:
-                signals.append(signals[twins[0]])
-                continue
-            if others:
+            if place.layer in handed_out:
                 rows = rows.clone()
-            others.append(index)
+            handed_out.add(place.layer)
         signal = from_rows(rows, place.shape, place.batch_dims, "DFA")
         signal = signal.to(place.device, place.dtype)
         if not share:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dfa_kernels.layers import Layers
-from dfa_kernels.nn.functions import Feedback, Signals
+from dfa_kernels.nn.functions import Feedback, Signals, apply
 from dfa_kernels.nn.plan import Plan
 from dfa_kernels.nn.sources import Source
 
@@ -32,7 +32,9 @@ class Tie(NamedTuple):
 
     def apply(self, output: Tensor) -> Tensor:
         """`output`, whose gradient sends the signals."""
-        return Feedback.apply(self.signals, self.keep, len(self.anchors), output, *self.tensors)
+        how = (self.signals, self.keep, len(self.anchors))
+        tied: Tensor = apply(Feedback, *how, output, *self.tensors)
+        return tied
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

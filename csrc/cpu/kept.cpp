@@ -66,12 +66,13 @@ void keep(const KeptKey& key, const std::shared_ptr<char>& entries) {
   if (kept == all.items.end()) return;
   kept->entries = entries;
   all.items.splice(all.items.begin(), all.items, kept);
+  // One that goes must be asked for twice again, so that too many by turns are not all made to
+  // keep.
   int64_t bytes = 0;
-  for (Item& item : all.items) {
-    if (item.entries == nullptr) continue;
-    bytes += item.bytes;
-    if (bytes > kKeptBytes) item.entries = nullptr;
-  }
+  all.items.remove_if([&](const Item& item) {
+    if (item.entries != nullptr) bytes += item.bytes;
+    return item.entries != nullptr && bytes > kKeptBytes;
+  });
 }
 
 int64_t drop_kept() {

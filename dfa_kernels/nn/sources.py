@@ -87,7 +87,7 @@ class Source(Protocol):
 
 
 class Seeded(NamedTuple):
-    """The matrix of a seed, which is made while it multiplies and never stored."""
+    """The matrix of a seed, which is made while it multiplies."""
 
     seed: int
     distribution: str

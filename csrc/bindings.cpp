@@ -77,8 +77,8 @@ class Shared {
 Tensor allocate_small(int64_t rows, int64_t columns, int32_t dtype, const char* op) {
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
   AtenTensorHandle made;
-  const AOTITorchError status = aoti_torch_empty_strided(
-      2, sizes, strides, dtype, aoti_torch_device_type_cpu(), -1, &made);
+  const AOTITorchError status =
+      aoti_torch_empty_strided(2, sizes, strides, dtype, aoti_torch_device_type_cpu(), -1, &made);
   check(status == AOTI_TORCH_SUCCESS, op, ": output must fit in memory, got [", rows, ", ", columns,
         "]");
   return Tensor(made);

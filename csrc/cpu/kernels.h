@@ -33,7 +33,7 @@ struct MultiplySpec {
   void* out;  // [batch][out_stride]
   int64_t out_stride;
   double scale;
-  int64_t begin;    // read by fused_* and multiply_kept: element of the tile where the depth begins
+  int64_t begin;  // read by fused_* and multiply_kept: element of the tile where the depth begins
 };
 constexpr int kDotBatch = 4;
 constexpr int kFusedBatch = 2;

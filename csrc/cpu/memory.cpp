@@ -18,8 +18,8 @@ namespace dfa {
 struct Block {
   void* data;
   uintptr_t bytes;
-  uint64_t since;  // the call since which it is idle
-  bool again;      // an earlier tensor has had it
+  uint64_t since;   // the call since which it is idle
+  bool again;       // an earlier tensor has had it
   int64_t tensors;  // that have it now
   std::list<Block>::iterator self;
 };

@@ -14,7 +14,7 @@ namespace dfa {
 // Large outputs share huge pages where the system has them.
 void advise_huge_pages(void* data, int64_t bytes);
 
-constexpr int64_t kLargeBytes = 1 << 20;   // of an output with a block of its own
+constexpr int64_t kLargeBytes = 1 << 20;    // of an output with a block of its own
 constexpr int64_t kPooledBytes = 64 << 10;  // outputs that together are smaller have no block
 
 // What an output takes of a block: no cache line belongs to two.

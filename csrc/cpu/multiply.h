@@ -52,7 +52,8 @@ void for_few(int batch, const Use& use) {
 // Finishes the sums of panel rows from `first` on: adds what acc has, scales, writes. Inlined, so
 // that sums stay in registers.
 template <class S, class Ops, int Batch, int Vectors>
-[[gnu::always_inline]] inline void finish(typename Ops::V (&acc)[Batch][Vectors], const MultiplySpec& spec, int first = 0) {
+[[gnu::always_inline]] inline void finish(typename Ops::V (&acc)[Batch][Vectors],
+                                          const MultiplySpec& spec, int first = 0) {
   using Acc = typename Ops::Acc;
   Acc* to = static_cast<Acc*>(spec.acc) + first;
   int64_t stride = spec.acc_stride;

@@ -53,6 +53,7 @@ class Shared {
   }
 
   explicit operator bool() const { return block_ != nullptr; }
+  int64_t left() const { return left_; }
 
   // The next part as a tensor, [rows, columns].
   Tensor tensor(int64_t rows, int64_t columns, int32_t dtype, int64_t bytes, const char* op) {
@@ -87,29 +88,41 @@ Tensor allocate_small(int64_t rows, int64_t columns, int32_t dtype, const char* 
 std::atomic<bool> fill{false};
 
 // New tensors [rows, columns], one for each number of columns. Large ones have a block of the pool
-// each, and small ones share one, unless together they are not worth it.
+// each. Small ones share blocks, unless together they are not worth it.
 std::vector<Tensor> allocate_signals(int64_t rows, const std::vector<int64_t>& all_columns,
                                      ScalarType dtype, const char* op) {
   const int64_t element = dfa::type_bytes(dfa::type_of(dtype, op, "dtype"));
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  int64_t small = 0, small_bytes = 0;
+  int64_t small_bytes = 0;
   for (const int64_t columns : all_columns) {
     dfa::check_fits(rows, columns, op);
     const int64_t bytes = rows * columns * element;
-    if (bytes >= dfa::kLargeBytes) continue;
-    ++small;
-    small_bytes += dfa::part_bytes(bytes);
+    if (bytes < dfa::kLargeBytes) small_bytes += dfa::part_bytes(bytes);
   }
   const bool pooled = torch_from_blob != nullptr;
+  bool sharing = pooled && small_bytes >= dfa::kPooledBytes;
   std::optional<Shared> shared;
-  if (pooled && small_bytes >= dfa::kPooledBytes) shared.emplace(small_bytes, small);
+  // One for the next small tensors, from tensor i on, of at most kSharedBytes.
+  const auto share = [&](size_t i) {
+    int64_t parts = 0, sum = 0;
+    for (; i < all_columns.size(); ++i) {
+      const int64_t bytes = rows * all_columns[i] * element;
+      if (bytes >= dfa::kLargeBytes) continue;
+      if (sum + dfa::part_bytes(bytes) > dfa::kSharedBytes) break;
+      sum += dfa::part_bytes(bytes);
+      ++parts;
+    }
+    shared.emplace(sum, parts);
+    sharing = static_cast<bool>(*shared);
+  };
   std::vector<Tensor> made;
   made.reserve(all_columns.size());
-  for (const int64_t columns : all_columns) {
-    const int64_t bytes = rows * columns * element;
+  for (size_t i = 0; i < all_columns.size(); ++i) {
+    const int64_t columns = all_columns[i], bytes = rows * columns * element;
     if (bytes < dfa::kLargeBytes) {
-      made.push_back(shared && *shared ? shared->tensor(rows, columns, code, bytes, op)
-                                       : allocate_small(rows, columns, code, op));
+      if (sharing && (!shared || shared->left() == 0)) share(i);
+      made.push_back(sharing ? shared->tensor(rows, columns, code, bytes, op)
+                             : allocate_small(rows, columns, code, op));
     } else {
       std::optional<Shared> own;
       if (pooled) own.emplace(bytes, 1);

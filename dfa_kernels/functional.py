@@ -185,8 +185,9 @@ def _remembered(
     """As `_checked`, once for equal arguments.
 
     True == 1 == 1.0, and numpy's numbers too, but not all are valid: what is kept is kept by the
-    arguments' types, and in sequences only plain numbers are. Not for use while a graph is traced,
-    whose symbols have no hash.
+    arguments' types, and in sequences only plain numbers are. Scales of 0.0 and -0.0 are equal:
+    their signals are zeros, of the sign that was asked for first. Not for use while a graph is
+    traced, whose symbols have no hash.
     """
     if row_offsets is not None:
         row_offsets = _frozen(row_offsets, _INTS)

@@ -3,7 +3,8 @@
     project(..., backend)       all layers' signals, differentiable; "" chooses when it runs
     project.symbolic            the same, whose scales may be symbols while a graph is traced
     project.<backend>           the same from one backend, without the autograd layer's 10 us a call
-    project_packed.cpp          the same of `pack(layers, stream)`: lists take an operator longer
+    project_packed.cpp          the same of `pack(layers, stream)`, for calls outside graphs: lists take
+        an operator longer
     project_adjoint             the transpose of project; project_adjoint.symbolic as above
     structured_adjoint.<backend>    the same of structured distributions
     feedback_matrix.<backend>   a piece of U
@@ -92,6 +93,7 @@ _EXTENSIONS = {
 }
 # To find them anew takes each call a microsecond.
 _projections = torch.ops.dfa_kernels.project
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _project_packed = torch.ops.dfa_kernels.project_packed.cpp
 _adjoints = torch.ops.dfa_kernels.project_adjoint
 _matrices = torch.ops.dfa_kernels.feedback_matrix
@@ -115,7 +117,8 @@ def project(
     # TorchScript finds an overload by the types of its arguments, which all backends share.
     plain = backend and not (differentiable or hidden or torch.jit.is_tracing())
     traced = tracing()
-    if plain and backend == "cpp" and not traced:
+    # Subclasses, such as a FakeTensor outside its mode, may refuse a plain tensor beside them.
+    if plain and backend == "cpp" and not traced and type(error) in _PLAIN:
         return _project_packed(error, pack(layers, stream), dtype)
     if plain and not (traced and symbolic(layers.scales)):
         return getattr(_projections, backend)(error, *layers, *stream, dtype)

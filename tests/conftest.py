@@ -91,8 +91,6 @@ def gpu_backend(request):
     return request.param
 
 
-# Runs in its own process, because resident memory is measured per process: for each request, in a
-# child that has imported torch already.
 def run(program, **variables):
     """What a program prints, in a process of its own with these environment variables too."""
     environment = {**os.environ, **variables}
@@ -102,6 +100,8 @@ def run(program, **variables):
     ).stdout
 
 
+# Runs in its own process, because resident memory is measured per process: for each request, in a
+# child that has imported torch already.
 MEMORY = """
 import json, os, sys, torch, dfa_kernels
 def status(key):
@@ -163,6 +163,8 @@ def poison():
         torch.ops.dfa_kernels.fill_signals(True)
     yield
     torch.use_deterministic_algorithms(False)
+    if cpp.unavailable("cpu") is None:
+        torch.ops.dfa_kernels.fill_signals(False)
 
 
 @pytest.fixture(autouse=True)

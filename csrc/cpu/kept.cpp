@@ -1,16 +1,17 @@
 #include "kept.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <list>
 #include <mutex>
 
-#include "parallel.h"
-
 namespace dfa {
 namespace {
 
+constexpr uintptr_t kLine = 64;  // entries begin at a cache line
+constexpr std::chrono::seconds kDropPatience{1};
 constexpr size_t kRemembered = 64;  // matrices that were asked for
 
 struct Item {
@@ -19,10 +20,10 @@ struct Item {
   std::shared_ptr<char> entries;  // null: asked for, but not kept
 };
 
-// Nobody waits for the lock: who does not get it makes the entries. So a child of a fork, which may
+// No projection waits for the lock: who does not get it makes the entries. So a child of a fork, which may
 // find it held by a thread that it does not have, keeps nothing, and works.
 struct Keeper {
-  std::mutex lock;
+  std::timed_mutex lock;
   std::list<Item> items;  // the one asked for last is first
   const bool on = [] {
     const char* const asked = std::getenv("DFA_KERNELS_KEEP");
@@ -45,7 +46,7 @@ Keeper& keeper() {  // never destroyed: threads may outlive everything
 Kept find_kept(const KeptKey& key, int64_t bytes) {
   Keeper& all = keeper();
   if (!all.on) return {};
-  const std::unique_lock<std::mutex> guard(all.lock, std::try_to_lock);
+  const std::unique_lock<std::timed_mutex> guard(all.lock, std::try_to_lock);
   if (!guard.owns_lock()) return {};
   const auto item = all.find(key);
   if (item == all.items.end()) {
@@ -55,12 +56,16 @@ Kept find_kept(const KeptKey& key, int64_t bytes) {
   }
   all.items.splice(all.items.begin(), all.items, item);
   if (item->entries != nullptr) return {item->entries, true};
-  return {std::shared_ptr<char>(allocate(bytes)), false};
+  // Not by aligned `new`: blocks of it that live for long leave holes that it does not fill again.
+  const std::shared_ptr<char> memory(new char[static_cast<size_t>(bytes) + kLine],
+                                     std::default_delete<char[]>());
+  const auto misplaced = reinterpret_cast<uintptr_t>(memory.get()) % kLine;
+  return {std::shared_ptr<char>(memory, memory.get() + (kLine - misplaced)), false};
 }
 
 void keep(const KeptKey& key, const std::shared_ptr<char>& entries) {
   Keeper& all = keeper();
-  const std::unique_lock<std::mutex> guard(all.lock, std::try_to_lock);
+  const std::unique_lock<std::timed_mutex> guard(all.lock, std::try_to_lock);
   if (!guard.owns_lock()) return;
   const auto kept = all.find(key);
   if (kept == all.items.end()) return;
@@ -77,7 +82,7 @@ void keep(const KeptKey& key, const std::shared_ptr<char>& entries) {
 
 int64_t drop_kept() {
   Keeper& all = keeper();
-  const std::unique_lock<std::mutex> guard(all.lock, std::try_to_lock);
+  const std::unique_lock<std::timed_mutex> guard(all.lock, kDropPatience);
   if (!guard.owns_lock()) return 0;
   int64_t bytes = 0;
   for (const Item& item : all.items) bytes += item.entries == nullptr ? 0 : item.bytes;

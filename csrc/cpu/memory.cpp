@@ -31,6 +31,8 @@ using Blocks = std::list<Block>;
 constexpr uintptr_t kHugePage = 2 << 20;
 constexpr uintptr_t kStep = 64 << 10;  // sizes of blocks are multiples of it
 constexpr uint64_t kKeptCalls = 64;    // a block that so many calls did not take is unmapped
+// A process has some 65,000 mappings, and each block is one: with so many no small one is mapped.
+constexpr size_t kManyBlocks = 64;
 
 uintptr_t round_up(uintptr_t value, uintptr_t to) { return (value + to - 1) / to * to; }
 
@@ -75,6 +77,8 @@ class Pool {
       best->again = true;
       idle_bytes_ -= best->bytes;
       held_.splice(held_.begin(), idle_, best);
+    } else if (wanted <= static_cast<uintptr_t>(kSharedBytes) && held_.size() >= kManyBlocks) {
+      return nullptr;
     } else {
       Blocks made(1);
       // All blocks together are at most what tensors held at once, and hold now.

@@ -3,7 +3,7 @@
 // The system clears each page that is touched for the first time, which takes longer than
 // structured feedback takes to make what is written there. So the blocks of outputs come from a
 // pool, and return to it when their tensors are gone. A large output has a block of its own; small
-// ones of one call share a block. A tensor is an ordinary one: nothing is handed out twice while it
+// ones of one call share blocks. A tensor is an ordinary one: nothing is handed out twice while it
 // lives. The pool has at most as much memory as tensors held at once in recent calls.
 #pragma once
 
@@ -15,15 +15,16 @@ namespace dfa {
 void advise_huge_pages(void* data, int64_t bytes);
 
 constexpr int64_t kLargeBytes = 1 << 20;    // of an output with a block of its own
-constexpr int64_t kPooledBytes = 64 << 10;  // outputs that together are smaller have no block
+constexpr int64_t kPooledBytes = 64 << 10;  // small outputs that together take less have no block
+constexpr int64_t kSharedBytes = 2 << 20;   // of a block of small ones: the last holds all of it
 
 // What an output takes of a block: no cache line belongs to two.
 constexpr int64_t part_bytes(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 struct Block;
 
-// A block of at least `bytes` for some tensors, or null: if DFA_KERNELS_POOL is 0, or if there is
-// no memory.
+// A block of at least `bytes` for some tensors, or null: if DFA_KERNELS_POOL is 0, if there is no
+// memory, or if tensors hold so many blocks that another small one would not do.
 Block* take_block(int64_t bytes, int64_t tensors);
 
 void* data_of(const Block* block);

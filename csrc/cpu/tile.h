@@ -214,13 +214,14 @@ void fused_batch(const TileSpec& tile, const MultiplySpec& spec) {
       }
       for (int64_t unit = 0; unit < tile.units; ++unit) {
         const int64_t first = unit * kUnit;
-        const Error* errors = error + (first - spec.begin) * Batch;
+        const int64_t skipped = first - spec.begin;
+        const Error* errors = error + (skipped > 0 ? skipped : 0) * Batch;
         Error clipped[kUnit * Batch];
-        if (first < spec.begin || first + kUnit > end) {
-          for (int k = 0; k < kUnit; ++k) {
-            const bool inside = first + k >= spec.begin && first + k < end;
+        if (skipped < 0 || first + kUnit > end) {
+          for (int64_t k = 0; k < kUnit; ++k) {
+            const bool inside = skipped + k >= 0 && first + k < end;
             for (int m = 0; m < Batch; ++m) {
-              clipped[k * Batch + m] = inside ? errors[k * Batch + m] : Error{};
+              clipped[k * Batch + m] = inside ? error[(skipped + k) * Batch + m] : Error{};
             }
           }
           errors = clipped;

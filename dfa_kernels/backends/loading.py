@@ -27,8 +27,10 @@ def kernel(operator: Callable, function: str, backend: str) -> Callable:
     def load(*arguments):
         device = torch.device("cpu")
         for argument, value in _tensors_and_devices(operator, arguments):
+            if argument == "packed":  # on the CPU; the kernel checks it
+                continue
             device = value if isinstance(value, torch.device) else value.device
-            if isinstance(value, Tensor) and argument != "packed":  # which the kernel checks
+            if isinstance(value, Tensor):
                 checks.error(function, value, argument)
         choose(function, device, backend)
         return operator(*arguments)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 # signals(error, activations if they are kept, source if it is another than the pass's) -> one
 # gradient per activation
@@ -21,11 +22,12 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """`function.apply(*arguments)`; all arguments are given.
 
     torch looks for default ones in each call, which takes 40 us. Graphs and torch.func need that.
+    Tensors that outlive a transform of torch.func are unwrapped, as torch does.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
     of_torch: Any = super(torch.autograd.Function, function)
-    return of_torch.apply(*arguments)
+    return of_torch.apply(*unwrap_dead_wrappers(arguments))
 
 
 class Feedback(torch.autograd.Function):

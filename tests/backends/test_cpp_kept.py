@@ -1,5 +1,6 @@
 """Entries of small matrices, which the "cpp" backend keeps from call to call."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -141,6 +142,29 @@ print(torch.ops.dfa_kernels.empty_pool())
 
 def test_a_child_process_waits_for_no_lock():
     assert int(run(PROGRAM.replace("FORKS", "20"))) > 0
+
+
+SEEDS = """
+import os, torch, dfa_kernels
+def resident():
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+def ask(seeds):
+    error = torch.randn(4, 100)
+    for seed in seeds:
+        for _ in range(3):
+            dfa_kernels.project(error, [3000], seed=seed, backend="cpp")
+ask(range(100))
+before = resident()
+ask(range(100, 400))
+print((resident() - before) // 1024)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs Linux")
+def test_memory_of_what_is_no_longer_kept_is_used_again():
+    """300 matrices of 0.6 MiB by turns."""
+    assert int(run(SEEDS, OMP_NUM_THREADS="1")) < 60
 
 
 def test_keeping_can_be_turned_off():

@@ -268,6 +268,19 @@ def test_batch_does_not_change_bits(isa, distribution, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [10, 700])
+def test_a_signal_is_the_same_whether_other_layers_share_its_rows(isa, n, dtype):
+    """A layer alone is written by the product itself, layers that share rows in a second step."""
+    error = torch.randn(14, n).to(dtype)
+    (alone,) = project(error, [5], [1000], [0.3])
+    beside = project(error, [5, 900], [1000, 64], [0.3, 0.7])
+    twice = project(error, [5, 5], [1000, 1000], [0.3, 0.7])
+    same(alone, beside[0])
+    same(alone, twice[0])
+    assert alone[:, 900].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("distribution", DENSE)
 def test_non_finite_errors(isa, distribution, dtype, bad):

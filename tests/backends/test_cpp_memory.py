@@ -104,6 +104,21 @@ def test_small_signals_of_a_call_share_memory_until_the_last_is_gone():
     assert pool() == (0, MIB // 4)  # never more than were held at once: the large one made room
 
 
+def test_a_signal_that_is_kept_holds_little_of_the_others():
+    error = torch.ones(32, 3)
+    kept = project(error, [8000 - i for i in range(40)], backend="cpp")[0]  # 1 MB each
+    assert pool()[0] <= 2 * MIB
+    del kept
+
+
+def test_many_kept_signals_have_few_mappings():
+    """A process has some 65,000 of them."""
+    kept = [signal(MIB // 64) for _ in range(500)]
+    assert pool()[0] <= 64 * MIB // 16
+    assert len({one.data_ptr() for one in kept}) == 500
+    del kept
+
+
 def test_only_a_block_that_fits_well_is_taken():
     large = signal(4 * MIB)
     place = large.data_ptr()

@@ -237,3 +237,20 @@ def test_an_empty_batch_trains_nothing():
     model = perceptron()
     F.cross_entropy(model(x), y, reduction="sum").backward()
     assert_equal(gradients(model), [0 * gradient for gradient in backward(perceptron(), *batch())])
+
+
+@pytest.mark.parametrize("requires_grad", [None, True])
+@pytest.mark.parametrize("lean", [False, True])
+def test_an_activation_that_outlives_a_transform_is_trained(lean, requires_grad):
+    """It is wrapped still, as torch unwraps it for a Function."""
+    weight, readout = torch.ones(10, 4, requires_grad=True), torch.ones(4, 2, requires_grad=True)
+    layer, left = DFALayer(requires_grad=requires_grad), []
+    dfa = DFA([layer], lean=lean)
+
+    def inner(factor):
+        left.append(torch.tanh((factor * torch.ones(3, 10)) @ weight))
+        return left[-1].sum()
+
+    torch.func.vjp(inner, torch.tensor(0.01))
+    dfa(layer(left[0]) @ readout).sum().backward()
+    assert weight.grad.any()

@@ -82,6 +82,9 @@ REFUSED = {
     f"structured_adjoint.cpp([torch.eye(3).to_sparse()], {ADJOINT})": (
         "TypeError: structured_adjoint: signals[0] must be a strided tensor, got torch.sparse_coo"
     ),
+    f"project_packed.cpp(torch.ones(2, 3, device='meta'), {PACKED}, None)": (
+        "RuntimeError: project_packed: backend 'cpp' cannot serve meta: it serves the CPU only"
+    ),
     f"project.cuda(torch.ones(2, 3), {LAYER})": (
         "RuntimeError: cuda_fused: backend 'cuda' cannot serve cpu: it serves CUDA devices only"
     ),

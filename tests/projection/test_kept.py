@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dfa_kernels import functional, project
 from dfa_kernels.backends import registry
@@ -160,6 +161,14 @@ def test_a_graph_keeps_nothing():
             torch.testing.assert_close(found, expected)
     assert functional._kept.cache_info().misses == 3  # those of the uncompiled calls
     torch.compiler.reset()
+
+
+def test_an_error_of_no_memory_outside_its_mode():
+    with FakeTensorMode():
+        error = torch.empty(4, 10)
+    signals = project(error, [7, 3])
+    assert [type(one) for one in signals] == [type(error)] * 2
+    assert [tuple(one.shape) for one in signals] == [(4, 7), (4, 3)]
 
 
 def test_threads_get_their_own():

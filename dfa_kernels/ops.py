@@ -3,8 +3,8 @@
     project(..., backend)       all layers' signals, differentiable; "" chooses when it runs
     project.symbolic            the same, whose scales may be symbols while a graph is traced
     project.<backend>           the same from one backend, without the autograd layer's 10 us a call
-    project_packed.cpp          the same of `pack(layers, stream)`, for calls outside graphs: lists take
-        an operator longer
+    project_packed.cpp          the same of `pack(layers, stream)`, for calls outside graphs: lists
+        take an operator longer
     project_adjoint             the transpose of project; project_adjoint.symbolic as above
     structured_adjoint.<backend>    the same of structured distributions
     feedback_matrix.<backend>   a piece of U

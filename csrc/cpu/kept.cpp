@@ -20,8 +20,8 @@ struct Item {
   std::shared_ptr<char> entries;  // null: asked for, but not kept
 };
 
-// No projection waits for the lock: who does not get it makes the entries. So a child of a fork, which may
-// find it held by a thread that it does not have, keeps nothing, and works.
+// No projection waits for the lock: who does not get it makes the entries. So a child of a fork,
+// which may find it held by a thread that it does not have, keeps nothing, and works.
 struct Keeper {
   std::timed_mutex lock;
   std::list<Item> items;  // the one asked for last is first

@@ -7,6 +7,7 @@ is checked against its own. Setting up what is kept between calls is not timed.
 from __future__ import annotations
 
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from dfa_kernels import feedback_matrix, project, stream
 from dfa_kernels.backends.tensor_cores import TERMS
 from dfa_kernels.hadamard import BLOCK
 
+KEPT = 2 * 2**20  # bytes of a matrix that "cpp" keeps, at most
 DEFINITION = 2**24  # entries; `torch`, the definition, sits out larger sets of different layers
 
 
@@ -102,11 +104,14 @@ class Contender(ABC):
 
 
 class Seeded(Contender):
-    """A backend of ours, which stores nothing."""
+    """A backend of ours. It stores nothing, but "cpp" keeps the entries of small matrices."""
 
     def __init__(self, case: Case, backend: str):
         super().__init__(case)
         self.name = self.backend = backend
+        kept = 2 * self.union * case.n
+        if backend == "cpp" and _keeps(case) and kept <= KEPT:
+            self.kept_bytes = kept
 
     def prepare(self, error: Tensor, storage: Storage) -> None:
         sizes, options = list(self.case.sizes), {"distribution": self.case.distribution}
@@ -116,8 +121,9 @@ class Seeded(Contender):
         case = self.case
         work = self.product(
             self.union,
+            read=self.kept_bytes,
             written=case.written_bytes,
-            entries=self.union * case.n,
+            entries=0 if self.kept_bytes else self.union * case.n,
             source=self.backend,
             distribution=case.distribution,
         )
@@ -125,6 +131,13 @@ class Seeded(Contender):
             passes = TERMS[case.precision]  # one for each bf16 term of the error
             work = replace(work, multiplications=passes * work.multiplications, arithmetic="bf16")
         return work
+
+
+def _keeps(case: Case) -> bool:
+    """Whether "cpp" keeps entries of such a case, if they are few (see csrc/cpu/kept.h)."""
+    wide = case.dtype == torch.float64
+    on = os.environ.get("DFA_KERNELS_KEEP") != "0"
+    return on and case.distribution == "normal" and case.batch <= 128 and not wide
 
 
 class Structured(Contender):

@@ -49,8 +49,14 @@ def comparison(measured: dict, cases: list[dict]) -> list[str]:
 
 
 def headline(measured: dict) -> list[str]:
-    """Networks in short: time and limit of both kinds of matrices, and both against each rival."""
-    found = [case for case in measured["cases"] if _is_network(case)]
+    """Networks in short: time and limit of both kinds of matrices, and both against each rival.
+
+    Each with the largest of its batches.
+    """
+    networks = [case for case in measured["cases"] if _is_network(case)]
+    networks.sort(key=lambda case: case["batch"])
+    largest = {(case["layers"], case["units"], case["n"]): case for case in networks}
+    found = [case for case in measured["cases"] if case in largest.values()]
     cases = [case for case in found if best_of_ours(case) and STRUCTURED in case["contenders"]]
     if not cases:
         return []

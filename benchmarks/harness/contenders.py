@@ -135,9 +135,8 @@ class Seeded(Contender):
 
 def _keeps(case: Case) -> bool:
     """Whether "cpp" keeps entries of such a case, if they are few (see csrc/cpu/kept.h)."""
-    wide = case.dtype == torch.float64
     on = os.environ.get("DFA_KERNELS_KEEP") != "0"
-    return on and case.distribution == "normal" and case.batch <= 128 and not wide
+    return on and case.distribution == "normal" and case.batch <= 128
 
 
 class Structured(Contender):

@@ -142,12 +142,32 @@ def test_what_a_contender_has_to_do(name):
 
 
 def test_what_ours_has_to_do():
-    case = Case("", (100, 50, 100), 4, 10, ())
+    case = Case("", (100, 50, 100), 4, 10, (), distribution="uniform")
     work = contenders.contender("cpp", case).work()
     assert (work.written, work.read, work.entries) == (4 * 4 * 150, 160, 1000)  # equal layers: one
     on_cuda = dataclasses.replace(case, device_type="cuda", precision="high")
     work = contenders.contender("triton", on_cuda).work()
     assert (work.multiplications, work.arithmetic) == (2 * 4 * 1000, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("changed", "kept"),
+    [
+        ({}, 2 * 100 * 10),
+        ({"batch": 129}, 0),
+        ({"n": 20_000}, 0),
+        ({"distribution": "uniform"}, 0),
+    ],
+)
+def test_what_is_kept_is_read_not_made(monkeypatch, changed, kept):
+    case = dataclasses.replace(Case("", (100, 50), 4, 10, ()), **changed)
+    made = contenders.contender("torch", case).work()
+    ours = contenders.contender("cpp", case)
+    assert ours.kept_bytes == kept
+    assert (ours.work().entries == 0) == (kept > 0)
+    assert ours.work().read == made.read + kept
+    monkeypatch.setenv("DFA_KERNELS_KEEP", "0")
+    assert contenders.contender("cpp", case).work().entries == made.entries
 
 
 @pytest.mark.parametrize(
@@ -443,7 +463,8 @@ def reduced(case):
     )
 
 
-def test_the_gpu_cases_run_at_reduced_size():
+def test_the_gpu_cases_run_at_reduced_size(monkeypatch):
+    monkeypatch.setenv("DFA_KERNELS_KEEP", "0")  # on a GPU all entries are made
     here = contenders.names(SMALL)
     needs("two backends", "cpp" in here)
     modules = (bench_networks, bench_sweeps, bench_precisions, bench_matrix)

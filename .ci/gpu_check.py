@@ -7,7 +7,8 @@
 
 A builds the extension for the GPU that is here, checks its entries and tiles, and runs memcheck and
 the tests of "cuda" and "torch". B does the same for Triton, with racecheck and synccheck for both.
-C measures: benchmarks, the paper's memory and VGG-16, profiles of the kernels.
+C measures: benchmarks, the paper's memory and VGG-16, profiles of the kernels. D measures training
+steps and large vocabularies.
 Without a stage all run. `gpu_steps.py` has the steps.
 
 On a rented machine, one command at a time; $OUT is the folder that comes back:

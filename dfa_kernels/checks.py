@@ -129,8 +129,7 @@ def error(function: str, value: Tensor, argument: str = "error") -> None:
         raise TypeError(
             f"{function}: {argument} must be a tensor, got {type(value).__name__}{way_out}"
         )
-    if value.dtype not in DTYPES:
-        dtype(function, argument, value.dtype)
+    dtype(function, argument, value.dtype)
     # A Function's backward cannot ask for the layout while it is compiled.
     compiling = torch.compiler.is_compiling()
     if not compiling and (value.is_nested or value.layout != torch.strided):

@@ -109,6 +109,16 @@ void multiply_batch(const MultiplySpec& spec) {
   finish<S, Ops>(acc, spec);
 }
 
+// The numbers of bf16 pairs as floats.
+template <class S>
+typename S::F low_of_pairs(typename S::I pairs) {
+  return S::as_float(S::template left<16>(pairs));
+}
+template <class S>
+typename S::F high_of_pairs(typename S::I pairs) {
+  return S::as_float(S::mask(pairs, 0xffff0000u));
+}
+
 // The same of a tile of bf16 pairs, whole, and an error of floats from column spec.begin on.
 template <class S, int Batch>
 void multiply_kept_batch(const MultiplySpec& spec) {
@@ -128,12 +138,8 @@ void multiply_kept_batch(const MultiplySpec& spec) {
     }
     error += Batch;
   };
-  const auto low = [&](int v) {
-    return S::as_float(S::template left<16>(S::load_bits(tile + v * S::kLanes)));
-  };
-  const auto high = [&](int v) {
-    return S::as_float(S::mask(S::load_bits(tile + v * S::kLanes), 0xffff0000u));
-  };
+  const auto low = [&](int v) { return low_of_pairs<S>(S::load_bits(tile + v * S::kLanes)); };
+  const auto high = [&](int v) { return high_of_pairs<S>(S::load_bits(tile + v * S::kLanes)); };
   int64_t left = spec.depth;
   if (left > 0 && spec.begin % 2 == 1) {
     add(high(0), high(1));

@@ -183,8 +183,7 @@ class Projection {
     const int64_t panel_acc = batch_ * math_.panel * math_.acc_bytes;
 
     // As many panels per task as leave the partial sums in L2 and every thread busy; more if many
-    // layers share rows, so that each layer is written in longer runs: short ones take twice as
-    // long.
+    // layers share rows, so that each layer is written in longer runs.
     const bool shared = plan_.written() > 4 * plan_.rows();
     task_panels_ = (shared ? 4 : 1) * (by_rows_ ? kTaskRows : kTaskPanels);
     if (parts_ == 1) {

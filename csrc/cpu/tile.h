@@ -192,8 +192,8 @@ void unpack_tile(const uint32_t* pairs, int64_t units, float* tile) {
   for (; pairs < end; pairs += kPanel, tile += 2 * kPanel) {
     for (int r = 0; r < kPanel; r += S::kLanes) {
       const auto pair = S::load_bits(pairs + r);
-      S::store(tile + r, S::as_float(S::template left<16>(pair)));
-      S::store(tile + kPanel + r, S::as_float(S::mask(pair, 0xffff0000u)));
+      S::store(tile + r, low_of_pairs<S>(pair));
+      S::store(tile + kPanel + r, high_of_pairs<S>(pair));
     }
   }
 }

@@ -363,8 +363,8 @@ def recomputing(function: str) -> bool:
     Raises RuntimeError in a reentrant checkpoint: its first forward pass builds no graph, so no
     signal could train it.
     """
-    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-        return False  # as `inside_backward`, without a call: every layer asks
+    if not inside_backward():
+        return False
     if type(torch._C._current_autograd_node()).__name__ == "CheckpointFunctionBackward":
         raise RuntimeError(
             f"{function}: cannot be inside checkpoint(..., use_reentrant=True); "

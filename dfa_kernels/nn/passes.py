@@ -175,7 +175,7 @@ class Passes(Settings):
             places = plan.distinct if share else plan.places
             signals = delivery.deliver(source, rows, plan.layers, places, plan.masks, share=share)
             if share:
-                return [signals[position] for position in plan.positions]
+                signals = [signals[position] for position in plan.positions]
         if share:
             return signals
         pairs = zip(plan.indices, signals, strict=True)

@@ -1,6 +1,6 @@
 """Entries of small matrices, which the "cpp" backend keeps from call to call."""
 
-import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -161,9 +161,9 @@ print((resident() - before) // 1024)
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs Linux")
 def test_memory_of_what_is_no_longer_kept_is_used_again():
     """300 matrices of 0.6 MiB by turns."""
+    needs("Linux", sys.platform == "linux")
     assert int(run(SEEDS, OMP_NUM_THREADS="1")) < 60
 
 
